@@ -14,6 +14,7 @@ from finetune.__main__ import main
 from finetune.build import build_model
 from finetune.recipes import RECIPES
 from finetune.strategies import STRATEGIES
+from finetune.strategies.distillation.teacher import Teacher
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel
@@ -140,6 +141,33 @@ def test_distillation_stored_states_give_same_losses(distil, tmp_path, frozen):
     )
     (folder,) = (tmp_path / "stored" / "teacher").iterdir()
     assert list(folder.glob("states-0-*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_stored"),
+    [
+        ((), True),
+        (("strategies.distillation.store_gb=0",), False),
+        (("epochs=1",), False),
+        (("augment.scale=[0.5,1]",), False),
+    ],
+    ids=["by default", "no room", "one epoch", "augmented"],
+)
+def test_distillation_teacher_reads_each_example_once_a_run(
+    distil, tmp_path, monkeypatch, settings, is_stored
+):
+    states, read = Teacher.states, []
+
+    def count(self, batch):
+        read.append(len(batch["text"].lengths))
+        return states(self, batch)
+
+    monkeypatch.setattr(Teacher, "states", count)
+    epochs = 1 if settings == ("epochs=1",) else 3
+    code, printed = distil("name=auto", CLS, f"epochs={epochs}", *settings)
+    assert code == 0, printed
+    assert sum(read) == (30 if is_stored else 30 * epochs)
+    assert (tmp_path / "auto" / "teacher").is_dir() == is_stored
 
 
 def test_distillation_teacher_head_is_copied_and_frozen(distil, teacher, tmp_path):

@@ -264,8 +264,8 @@ def precompute_features(
 def encoded_images(
     model: Any, visual: VisualSource | None, names: Callable[[], Iterable[str]], folder: Path, bf16: bool
 ) -> Iterator[VisualSource | None]:
-    """What grounds texts with images encoded once: their states lie in `folder` inside the block; what comes
-    in another form, or was encoded before, is left as it is."""
+    """Encode images once, all of `names` together: their states lie in `folder` inside the block. Regions,
+    and images that were encoded before, are left as they are."""
     if not isinstance(visual, ImageSource):
         yield visual
         return

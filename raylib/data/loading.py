@@ -242,6 +242,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def to_host(parts: Iterable[Tensor]) -> Iterator[Tensor]:
     """The tensors of `parts` on the host, each after the next has been asked for: a GPU computes that one
     while the host uses this."""
+    # one behind: waiting for a copy that was begun before the last computation costs no time, as it is over
     last = None
     for part in parts:
         copied = _copy_to_host(part)

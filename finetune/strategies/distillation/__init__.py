@@ -31,7 +31,7 @@ class DistillationConfig(StrategyConfig):
 
     needs = frozenset({"labels", "one_image", "states", "training_texts"})
     display_fields = ("tokens",)
-    hidden_fields = ("backbone", "states")
+    hidden_fields = ("backbone", "states", "store_gb")
     run_fields = ("teacher",)
     file_fields = ("alignments",)
 
@@ -58,8 +58,12 @@ class DistillationConfig(StrategyConfig):
     """Weight of the answers' loss beside distillation."""
     classifier: Literal["new", "teacher"] = "new"
     """The student's classifier is new, or starts as the teacher's."""
-    states: Literal["live", "stored"] = "live"
-    """The teacher runs beside the student (live), or its states are stored before."""
+    states: Literal["auto", "live", "stored"] = "auto"
+    """The teacher runs beside the student in every step (live), or its states are made once, before, and
+    stored; auto: stored where images are not augmented, there is more than one epoch, and they take no more
+    than `store_gb`."""
+    store_gb: NonNegativeFloat = 2.0
+    """Space on disk, in GB, that states=auto may take for the teacher's states."""
     epochs: PositiveInt | None = None
     """Distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from on
     answers alone (the paper's two steps in one run); null: the run itself distils."""

@@ -110,7 +110,7 @@ class Distillation(Strategy):
         self.compare(layers, beside)
         reads = RowTokenizer(Tokenizer.load(tokenizer_at(config.teacher)), teacher.backbone.row_parts)
         stored = None
-        if config.states == "stored":
+        if config.states == "stored" or (config.states == "auto" and self._fits_store(beside, reads, setup)):
             stored, self._teacher = self._store(beside, reads, setup), None
         self.inputs = TeacherInputs(
             RowTokenizer(pipeline.tokenizer, model.backbone.row_parts),
@@ -160,25 +160,42 @@ class Distillation(Strategy):
             self._states = part, self._teacher.states({**part, **teacher})
         return self._states[1]
 
+    def _fits_store(self, teacher: Teacher, reads: RowTokenizer, setup: TrainingSetup) -> bool:
+        """Return whether `states=auto` stores states: they are the same in every epoch, there are several,
+        and they have room, by the lengths of the first examples."""
+        pipeline, unique = setup.pipeline, {e.id: e for e in setup.examples}
+        if pipeline.visual.num_draws or pipeline.config.epochs == 1:
+            return False
+        lengths = self._read_inputs(list(unique.values())[:BATCH], teacher, reads, setup)[1]
+        token_bytes = len(teacher.layers) * teacher.model.backbone.width * (2 if pipeline.bf16 else 4)
+        return sum(lengths) / len(lengths) * len(unique) * token_bytes <= self.config.store_gb * 1e9
+
+    def _read_inputs(
+        self, chunk: Sequence[Example], teacher: Teacher, reads: RowTokenizer, setup: TrainingSetup
+    ) -> tuple[dict[str, Any], list[int]]:
+        """(what the teacher reads of some examples, the tokens of each of its rows)."""
+        pipeline = setup.pipeline
+        pivots = [e._replace(texts=(self.pivots[e.id],)) for e in chunk]
+        visual = load_visual(pivots, pipeline.visual)
+        inputs = encode_inputs(pivots, visual, reads.tokenizer, pipeline.config.length)
+        segments = reads.segments(inputs, teacher.empty)
+        lengths = segments.text.lengths + segments.tags.lengths + segments.regions.lengths
+        return inputs, (lengths + int(teacher.empty)).tolist()
+
     def _store(self, teacher: Teacher, reads: RowTokenizer, setup: TrainingSetup) -> StoredStates:
         """The teacher's states of all examples, made beforehand."""
         pipeline = setup.pipeline
         length, visual, bf16 = pipeline.config.length, pipeline.visual, pipeline.bf16
         if visual.num_draws:
             raise UserError(
-                f"{WHERE}.states=stored: augmented images differ each time; set augment=null, or states=live"
+                f"{WHERE}.states=stored: augmented images differ each time; set augment=null, or states=auto"
             )
         device = next(teacher.model.parameters()).device
 
         def states(chunk: Sequence[Example]) -> tuple[Tensor, list[int]]:
-            pivots = [e._replace(texts=(self.pivots[e.id],)) for e in chunk]
-            inputs = encode_inputs(pivots, load_visual(pivots, visual), reads.tokenizer, length)
-            segments = reads.segments(inputs, teacher.empty)
-            lengths = (
-                segments.text.lengths + segments.tags.lengths + segments.regions.lengths + int(teacher.empty)
-            )
+            inputs, lengths = self._read_inputs(chunk, teacher, reads, setup)
             with autocast(device, bf16):
-                return teacher.states(to_device(inputs, device)), lengths.tolist()
+                return teacher.states(to_device(inputs, device)), lengths
 
         # the folder is named by all that the states depend on: other parts, runs and trials read it too
         facts = (
