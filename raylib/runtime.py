@@ -232,7 +232,10 @@ def set_deterministic(enabled: bool) -> None:
     must be there before a GPU multiplies anything."""
     if enabled:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it once
-    torch.use_deterministic_algorithms(enabled)
+    if (
+        enabled != torch.are_deterministic_algorithms_enabled()
+    ):  # to tell it imports PyTorch's compiler: 1.3 s
+        torch.use_deterministic_algorithms(enabled)
     # filling new tensors would help to find reads of memory that nothing has written; it costs their traffic
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
