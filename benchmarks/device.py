@@ -187,5 +187,14 @@ def simulated_gpu() -> Iterator[None]:
         autocast = Autocast()
         stack.callback(autocast.close)
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", autocast.clear))
-        stack.enter_context(KernelChoice())
+        choice = stack.enter_context(KernelChoice())
+        run_backward = torch.autograd._engine_run_backward
+
+        def run_backward_with_choice(*args, **kwargs):
+            with choice:  # PyTorch leaves it for the time of `backward`, which may compute forwards again
+                return run_backward(*args, **kwargs)
+
+        stack.enter_context(
+            mock.patch.object(torch.autograd, "_engine_run_backward", run_backward_with_choice)
+        )
         yield
