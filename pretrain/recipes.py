@@ -194,9 +194,16 @@ def base() -> PretrainConfig:
 
 
 def small() -> PretrainConfig:
-    """a model for one GPU: 3+3+6 layers of width 384, 192 pixels, 60,000 steps"""
+    """a model for one GPU of 24 GB: 3+3+6 layers of width 384, 192 pixels, 60,000 steps"""
     model = ModelConfig(
-        width=384, heads=6, feedforward=1536, text_layers=3, fusion_layers=3, vision_layers=6, image_size=192
+        width=384,
+        heads=6,
+        feedforward=1536,
+        text_layers=3,
+        fusion_layers=3,
+        vision_layers=6,
+        image_size=192,
+        checkpointing="blocks",  # without, a step takes 33 GB (docs/pretraining.md)
     )
     changes = {"name": "small", "workers": 1, "fit.steps": 60_000, "optim.lr": 3e-4}
     return change_settings(base().model_copy(update={"model": model}), changes)

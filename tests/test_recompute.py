@@ -1,12 +1,9 @@
 """Recomputation in backward: equal losses and gradients, and the memory that it saves."""
 
 import contextlib
-import weakref
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from raylib.errors import UserError
 from raylib.models import BACKBONES, recompute
@@ -15,37 +12,11 @@ from raylib.models.swin import SwinSizes
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.packed import Ragged
 from tests.factories import make_batch, make_model, take_rows
+from tests.live_bytes import LiveBytes
 from tests.workers import assert_workers_equal_one, run_workers
 
 SWIN = {"swin": SwinSizes(width=8, layers=(1, 1), heads=(1, 2)), "patch": 2}
 MODELS = {"vit": {}, "swin": SWIN, "entangled": {"fusion": "entangled"}, "windows": {"vision_window": 8}}
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that are made in the block and still there: `live` now, `peak` at most."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        given = {
-            x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)
-        }
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage not in self.known and storage._cdata not in given:
-                    self.known.add(storage)
-                    self.live += storage.nbytes()
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._free, storage.nbytes())
-        return out
-
-    def _free(self, nbytes):
-        self.live -= nbytes
 
 
 def step(model, batch, config=None, memory=None):
