@@ -6,8 +6,9 @@ from collections import Counter
 import pytest
 import torch
 
-from finetune.batches import encode_texts
+from finetune.batches import encode_texts, read_inputs
 from finetune.formats import Captioned
+from finetune.predict import class_scores
 from finetune.stores.images import precompute_features
 from finetune.tasks import ranking
 from finetune.tasks.ranking import _blocks, _Ranker, match_pairs, retrieve
@@ -16,7 +17,7 @@ from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.randomness import string_key
 from raylib.text import Tokenizer
-from tests.test_finetune import TOKENIZER, captions, pixels, retriever
+from tests.test_finetune import TOKENIZER, captions, pixels, questions, retriever, small_model
 
 
 @pytest.fixture
@@ -161,6 +162,39 @@ def test_retrieval_encodes_images_once_for_all_languages(finetune, tmp_path, mon
     assert code == 0, printed
     assert len(languages) == 2 and languages[0] == languages[1] > 0  # none is encoded by the languages
     assert not list((tmp_path / "once" / "predictions").glob(".*"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("candidates", [None, 4, 0])
+@pytest.mark.parametrize("free", [None, 0], ids=["resident", "from files"])
+def test_retrieval_on_a_gpu_equals_the_cpu(scenes, items, tmp_path, monkeypatch, candidates, free):
+    tokenizer, found = Tokenizer.load(TOKENIZER), {}
+    if free is not None:
+        monkeypatch.setattr("raylib.cache.free_memory", lambda device: free)
+    for device in ("cpu", "cuda"):
+        model = retriever().to(device)
+        found[device] = retrieve(model, items, pixels(scenes), tokenizer, 40, candidates, tmp_path / device)
+    for name, figure in found["cpu"].items():  # pairs that nearly tie may change places
+        assert found["cuda"][name] == pytest.approx(figure, abs=1 / len(items))
+    model, bf16 = retriever().to("cuda"), True
+    rounded = retrieve(model, items, pixels(scenes), tokenizer, 40, candidates, tmp_path / "bf16", bf16)
+    assert rounded["pairs"] == found["cpu"]["pairs"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_predictions_on_a_gpu_wait_once_a_block(scenes, tmp_path):
+    model, tokenizer = small_model().to("cuda"), Tokenizer.load(TOKENIZER)
+    examples = questions(scenes)
+    inputs = [read_inputs(examples[i : i + 8], pixels(scenes), tokenizer, 40) for i in range(0, 32, 8)]
+    with torch.inference_mode():
+        class_scores(model, inputs[0], True)  # the first call of a kernel may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = [class_scores(model, each, True) for each in inputs]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(finite.all()) for _, finite in found)
 
 
 def test_zero_shot_encodes_by_frozen_encoders_once_a_run(retrieval_set, monkeypatch):

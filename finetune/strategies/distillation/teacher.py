@@ -6,7 +6,7 @@ FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from finetune.formats import Example
 from raylib.cache import write_sharded
+from raylib.data.loading import to_host
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError, hub_hint
 from raylib.fileio import read_json
@@ -148,15 +149,23 @@ class _StateShards:
 
     def write(self, examples: Sequence[Example], states: Callable, batch: int) -> None:
         chunks = [examples[start : start + batch] for start in range(0, len(examples), batch)]
-        for chunk in progress(chunks, "states of the teacher", len(examples), "examples", len):
-            values, lengths = states(chunk)
-            # checked as stored: what is finite in float32 may overflow in float16
-            values = values.transpose(0, 1).to(self.dtype).cpu()
-            for example, part in zip(chunk, values.split(lengths), strict=True):
-                if not is_finite(part):
-                    raise NotFinite(
-                        f"the teacher's states of {example.id}: not finite (NaN or infinite) in {self.dtype}"
-                    )
+        all_lengths: list[list[int]] = []
+
+        def computed() -> Iterator[Tensor]:
+            for chunk in progress(chunks, "states of the teacher", len(examples), "examples", len):
+                values, lengths = states(chunk)
+                all_lengths.append(lengths)
+                # before the check: what is finite in float32 may overflow in float16
+                yield values.transpose(0, 1).to(self.dtype)
+
+        for chunk, values in zip(chunks, to_host(computed()), strict=True):
+            lengths = all_lengths.pop(0)
+            if not is_finite(values):
+                parts = zip(chunk, values.split(lengths), strict=True)
+                bad = next(example.id for example, part in parts if not is_finite(part))
+                raise NotFinite(
+                    f"the teacher's states of {bad}: not finite (NaN or infinite) in {self.dtype}"
+                )
             for example, length in zip(chunk, lengths, strict=True):
                 self.index[example.id] = self.number, self.tokens, length
                 self.tokens += length
