@@ -154,7 +154,7 @@ class Counter(TorchDispatchMode):
         out = func(*tree_map(_to_meta, args), **tree_map(_to_meta, kwargs))
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         elements = None
-        if not _is_attention(name) and max(map(Tensor.numel, results)) <= SMALL:
+        if not _is_attention(name) and max(map(Tensor.numel, results), default=0) <= SMALL:
             elements = self._elements(func, args, kwargs)
         known = (
             dict(zip(map(id, results), tree_leaves(elements), strict=False)) if elements is not None else {}

@@ -10,10 +10,12 @@ from benchmarks.device import GPU
 from benchmarks.dry import dry_run
 from raylib.config import override
 from raylib.data.loading import to_device
+from raylib.engine import TorchEngine
 from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel
 from raylib.objectives import FrozenTextCache
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
+from raylib.settings import OptimConfig
 from tests.factories import SMALL, make_batch, make_model
 from tests.reference import slow_terms
 
@@ -277,18 +279,16 @@ def test_objective_user_term_mistakes_are_one_line(tmp_path, change, message):
 
 @pytest.mark.parametrize("name", ["paper", "every third, clean"])
 def test_objective_waits_once_for_a_gpu(name):
-    """For the choice of negatives; all that is planned travels in two copies, before and after it, and the
-    counts in a third."""
+    """For the choice of negatives, in a whole step, optimizer and guard too; all that is planned travels in
+    two copies, before and after it, and the counts in a third."""
     with torch.device("meta"):
         model = UnifiedModel(SMALL)
     batch = make_batch(pairs=6)
     with dry_run() as counter:
         objective = UnifiedObjective(model.to(GPU).train(), ObjectiveConfig(**CONFIGS[name]))
-        on_device = to_device(batch, GPU)
+        engine, on_device = TorchEngine(objective, OptimConfig(), GPU, True, None), to_device(batch, GPU)
         counter.clear()
-        with torch.autocast("cuda", torch.bfloat16):
-            loss, _ = objective(on_device)
-        loss.backward()
+        engine.step(on_device, 0, 1e-4)
     figures = counter.summary()
     assert figures["device_to_host"]["copies"] == 1
     assert list(figures["waits"].values()) == [1], figures["waits"]
@@ -301,24 +301,21 @@ def test_objective_waits_once_for_a_gpu(name):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_objective_on_cuda_waits_once():
-    """As above, by CUDA's own account, and with the losses of the CPU."""
-    model, batch = make_model(dtype=torch.float32), make_batch(pairs=6)
+    """The losses of the CPU; and in a whole step, optimizer and guard too, one wait by CUDA's own account."""
+    model, batch, device = make_model(dtype=torch.float32), make_batch(pairs=6), torch.device("cuda")
     _, expected = UnifiedObjective(model, ObjectiveConfig())(batch)
-    device = torch.device("cuda")
     objective, on_device = UnifiedObjective(model.to(device), ObjectiveConfig()), to_device(batch, device)
-    for _ in range(2):  # kernels are loaded, and weights of autocast made
-        with torch.autocast("cuda", torch.bfloat16):
-            objective(on_device)[0].backward()
-    torch.cuda.synchronize()
+    for name, value in objective(on_device)[1].items():
+        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-3, atol=1e-3, msg=name)
+    engine = TorchEngine(objective, OptimConfig(), device, True, None)
+    for step in range(2):  # kernels are loaded, the optimizer's state is made
+        engine.step(on_device, step, 1e-4)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with torch.autocast("cuda", torch.bfloat16):
-                objective(on_device)[0].backward()
+            engine.step(on_device, 2, 1e-4)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     waits = [str(each.message) for each in caught if "synchroniz" in str(each.message)]
     assert len(waits) == 1, waits
-    for name, value in objective(on_device)[1].items():
-        torch.testing.assert_close(value.cpu(), expected[name], rtol=1e-3, atol=1e-3, msg=name)
