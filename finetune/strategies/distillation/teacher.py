@@ -162,9 +162,9 @@ class _StateShards:
             lengths = all_lengths.pop(0)
             if not is_finite(values):
                 parts = zip(chunk, values.split(lengths), strict=True)
-                bad = next(example.id for example, part in parts if not is_finite(part))
+                bad = next(example for example, part in parts if not is_finite(part))
                 raise NotFinite(
-                    f"the teacher's states of {bad}: not finite (NaN or infinite) in {self.dtype}"
+                    f"the teacher's states of {bad.id}: not finite (NaN or infinite) in {self.dtype}"
                 )
             for example, length in zip(chunk, lengths, strict=True):
                 self.index[example.id] = self.number, self.tokens, length
