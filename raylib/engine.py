@@ -73,9 +73,11 @@ class AdamW(torch.optim.AdamW):
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
-def build_optimizer(groups: Iterable[dict], config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(
+    groups: Iterable[dict], config: OptimConfig, kind: type[torch.optim.AdamW] = AdamW
+) -> torch.optim.AdamW:
     """Return a fused AdamW: a sixth of the time of the foreach one."""
-    return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def set_rate(

@@ -85,7 +85,8 @@ class DeepSpeedEngine(Engine):
                 setattr(parameter, PARAM_COMM_DTYPE_ATTR_NAME, torch.bfloat16)  # read under autocast
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=self.objective,
-            optimizer=build_optimizer(groups, self.config),
+            # PyTorch's own: DeepSpeed warns of any class that it does not list
+            optimizer=build_optimizer(groups, self.config, torch.optim.AdamW),
             config=settings,
             dist_init_required=False,
         )
