@@ -7,6 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from finetune.strategies import StrategiesConfig
 from raylib.config import NameOrFile
+from raylib.memory import next_settings
 from raylib.settings import AugmentConfig, Checkpointing, DecoderConfig, FitConfig, LaunchConfig, OptimConfig
 
 TransferSetting = Literal[
@@ -126,6 +127,22 @@ class FinetuneConfig(LaunchConfig):
                 "augment needs cache_image_states=false: images that are encoded once cannot change"
             )
         return self
+
+    def less_memory(self, workers: int) -> str:
+        """Settings that take less memory in a step, with so many workers."""
+        settings = next_settings("checkpointing", self.checkpointing, self.fit.micro_batches)
+        return (
+            f"set {settings}, or give it more than workers={workers}; a lower batch={self.batch} changes the "
+            "results"
+        )
+
+    @property
+    def less_evaluation_memory(self) -> str:
+        """Settings that take less memory in an evaluation."""
+        return (
+            f"set fit.bf16=true, or lower length={self.length}, candidates={self.candidates} or "
+            f"decoder.candidates={self.decoder.candidates}, or run it on a device that nothing else uses"
+        )
 
     @property
     def trains(self) -> bool:

@@ -34,7 +34,7 @@ from raylib.loop import fit
 from raylib.models import peft
 from raylib.models.base import load_weights
 from raylib.provenance import provenance
-from raylib.runtime import Runtime, peak_memory
+from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_memory
 
 
 class FinetuneJob:
@@ -114,6 +114,7 @@ class FinetuneJob:
             Validation(pipeline, dev, runtime.run, config.eval_each_epoch and self.epochs is None),
             {"run": config.name, "ties": config.select_ties},
             strategies.layer_rates(model.num_layers, epoch_steps, config.epochs),
+            MemoryAdvice(lambda batch: config.less_memory(runtime.world_size), config.less_evaluation_memory),
         )
         return {
             **result,
@@ -199,14 +200,16 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
     config, folder = pipeline.config, run / "predictions"
     task, start = find_task(config), time.perf_counter()
     pipeline = cache_test_states(pipeline, run)
-    figures = task.evaluate(pipeline, test_sets(config), folder)
+    device = next(pipeline.model.parameters()).device
+    with advise_on_memory("the evaluation", device, lambda: config.less_evaluation_memory):
+        figures = task.evaluate(pipeline, test_sets(config), folder)
     seconds = time.perf_counter() - start
     items = sum(values.get("captions", values["n"]) for values in figures.values())
     return {
         "languages": task.test_details(config, figures, folder),
         "evaluation_seconds": seconds,
         "evaluated_per_second": items / seconds,
-        **_runtime_facts(config, next(pipeline.model.parameters()).device),
+        **_runtime_facts(config, device),
     }
 
 

@@ -1,6 +1,7 @@
 """One pretraining run: config, data, model, objective, loop, result."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from raylib.launch import (
     tracked,
 )
 from raylib.loop import fit
+from raylib.memory import GB, StepSize, find_settings, next_settings
 from raylib.models import find_model, find_tokenizer
 from raylib.models.hf_weights import load_text, load_vision, read_config
 from raylib.models.recompute import set_recomputation
@@ -34,7 +36,7 @@ from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
-from raylib.runtime import Reporter, Runtime
+from raylib.runtime import MemoryAdvice, Reporter, Runtime
 from raylib.text import Tokenizer
 
 
@@ -208,7 +210,12 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         tables.append(retrieval(model, bf16))
         return summarize_recall(tables[-1]) | dev_losses()
 
-    result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, {"run": config.name})
+    advice = MemoryAdvice(
+        partial(advise_on_step, config, runtime),
+        "set fit.bf16=true, or data.retrieval to fewer images, or run it on a device that nothing else uses",
+    )
+    describe = {"run": config.name}
+    result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, describe, advice=advice)
     if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint
         objective.eval()
         with torch.inference_mode():
@@ -234,6 +241,37 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         plot_curve(runtime.run)
         write_result(runtime.run / "result.json", result)
     return result
+
+
+def advise_on_step(config: PretrainConfig, runtime: Runtime, batch: dict) -> str:
+    """Settings with which a worker's batch fits the memory of its device, by the estimate where that is a
+    GPU."""
+    workers, sharding = runtime.world_size, config.fit.sharding or runtime.sharding
+    others = f"give it more than workers={workers}"
+    if workers > 1 and sharding == "none":
+        others += " or fit.sharding=zero2"
+    others += "; a lower data.*.batch, or a smaller model, changes the results"
+    plain = next_settings("model.checkpointing", config.model.checkpointing, config.fit.micro_batches)
+    if runtime.device.type != "cuda":
+        return f"set {plain}, or {others}"
+    gpu = torch.cuda.get_device_properties(runtime.device).total_memory
+    found = find_settings(
+        config.model,
+        config.objective,
+        StepSize.of_batch(batch, workers),
+        gpu,
+        sharding=sharding,
+        bf16=config.fit.uses_bf16(runtime.device),
+        residual=config.fit.residual,
+    )
+    current = config.model.checkpointing, config.fit.micro_batches
+    options = [
+        f"model.checkpointing={name} fit.micro_batches={n} (about {estimate.needed / GB:.0f} of "
+        f"{gpu / GB:.0f} GB)"
+        for name, n, estimate in found
+        if (name, n) not in (current, ("none", 1))
+    ]
+    return f"set {' or '.join(options) or plain}, or {others}"
 
 
 def describe_times(result: dict[str, Any]) -> str:

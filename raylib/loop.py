@@ -29,7 +29,7 @@ from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.randomness import hash64
-from raylib.runtime import Runtime, out_of_memory_error, peak_flops, peak_memory
+from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_flops, peak_memory
 from raylib.settings import FitConfig, OptimConfig
 
 
@@ -89,6 +89,7 @@ def fit(
     evaluate: Callable[[Any], dict[str, float]],
     describe: dict[str, Any],
     rates: LayerRates | None = None,
+    advice: MemoryAdvice | None = None,
 ) -> dict[str, Any]:
     """Train `objective` from the run's newest checkpoint, or from the start, to `config.steps`.
 
@@ -99,6 +100,7 @@ def fit(
         describe: what `meta.json` should say besides.
         rates: factor of the learning rate of each depth in each step; then `objective.model` has
             `depth_of(name)`.
+        advice: what to set where a batch, or an evaluation, does not fit the memory.
     Returns:
         {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "samples_replaced": by others
         of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}.
@@ -106,7 +108,7 @@ def fit(
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.
     """
-    start, device = runtime.find_newest(), runtime.device
+    start, device, advice = runtime.find_newest(), runtime.device, advice or MemoryAdvice()
     meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     on_gpu, bf16 = device.type == "cuda", config.uses_bf16(device)
     if (note := config.set_precision(objective, device)) and runtime.rank == 0:
@@ -137,7 +139,7 @@ def fit(
             meter.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
             replay.start(step, batch)
             lr, done = learning_rate(step, config.steps, optim), step + 1
-            terms = _step(engine, batch, step, lr, runtime, meter)
+            terms = _step(engine, batch, step, lr, runtime, meter, advice)
             logs, evaluates, saves = config.due_after(done, last)
             # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed
             # has waited in its step
@@ -153,7 +155,7 @@ def fit(
             if evaluates or saves:
                 monitor.require_usable_weights(done)
             if evaluates:
-                evaluation = _evaluate(objective, evaluate, meter, done, monitor)
+                evaluation = _evaluate(objective, evaluate, meter, done, monitor, advice)
                 progress.log_evaluation(done, evaluation)
             if saves:
                 monitor.last_checkpoint = saver.save(done, losses, evaluation, monitor)
@@ -252,16 +254,24 @@ class _Saver:
 
 
 def _step(
-    engine: Engine, batch: dict, step: int, lr: float, runtime: Runtime, meter: Meter
+    engine: Engine,
+    batch: dict,
+    step: int,
+    lr: float,
+    runtime: Runtime,
+    meter: Meter,
+    advice: MemoryAdvice,
 ) -> dict[str, Tensor]:
+    rows = [f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict)]
+    what = f"step {step}: a worker's part of the batch ({', '.join(rows)})"
     try:
-        with meter.count_flops(batch):
+        with advise_on_memory(what, runtime.device, lambda: advice.step(batch)), meter.count_flops(batch):
             return engine.step(batch, step, lr)
     except RuntimeError as e:
         if torch.are_deterministic_algorithms_enabled() and "deterministic" in str(e):
             what = str(e).partition(",")[0]
             raise UserError(f"step {step}: {what}; fit.deterministic=false goes on without") from e
-        raise out_of_memory_error(e, step, batch, runtime.device, runtime.world_size) from e
+        raise
 
 
 def _all_finite(terms: dict[str, Tensor]) -> dict[str, float]:
@@ -271,7 +281,12 @@ def _all_finite(terms: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _evaluate(
-    objective: Objective, evaluate: Callable, meter: Meter, done: int, monitor: StepMonitor
+    objective: Objective,
+    evaluate: Callable,
+    meter: Meter,
+    done: int,
+    monitor: StepMonitor,
+    advice: MemoryAdvice,
 ) -> dict[str, float]:
     """The scores after `done` steps.
 
@@ -279,8 +294,9 @@ def _evaluate(
         NotFinite: embeddings, logits or a score are not finite (named).
     """
     objective.eval()
+    where = f"step {done}: the evaluation", monitor.guard.device
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), advise_on_memory(*where, lambda: advice.evaluation):
             values = evaluate(objective.model)
         require_finite_values("evaluation", values)
     except NotFinite as e:

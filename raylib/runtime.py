@@ -10,10 +10,11 @@ import re
 import resource
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -256,22 +257,28 @@ def peak_memory(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def out_of_memory_error(
-    error: RuntimeError, step: int, batch: dict, device: torch.device, num_workers: int
-) -> UserError:
-    """Return what to do where `step` ran out of memory. Any other `error` is raised again.
+class MemoryAdvice(NamedTuple):
+    """Settings that a stage has to do with less memory: for a step over a worker's batch, and for its
+    evaluation."""
 
-    Splitting the batch is no way out: it would change the contrastive negatives.
+    step: Callable[[dict], str] = lambda batch: "give it more workers, or a smaller batch"
+    evaluation: str = "run it on a device that nothing else uses"
+
+
+@contextmanager
+def advise_on_memory(what: str, device: torch.device, advise: Callable[[], str]) -> Iterator[None]:
+    """Say what to do where something in the block does not fit the memory of `device`; `advise` names
+    settings that whatever runs there has.
+
+    Raises:
+        UserError: `what` does not fit.
     """
-    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-        raise error
-    sizes = ", ".join(
-        f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict)
-    )
-    return UserError(
-        f"step {step}: a worker's part of the batch ({sizes}) does not fit the memory of {device}; give "
-        f"it more than workers={num_workers}, or lower data.*.batch, or take a smaller model"
-    )
+    try:
+        yield
+    except RuntimeError as e:
+        if not isinstance(e, torch.OutOfMemoryError) and "can't allocate memory" not in str(e):
+            raise
+        raise UserError(f"{what} does not fit the memory of {device}; {advise()}") from e
 
 
 def device_name(device: torch.device) -> str:

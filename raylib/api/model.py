@@ -8,6 +8,7 @@ Shape legend: n images or texts, e width of embeddings.
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from itertools import starmap
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
@@ -34,6 +35,7 @@ from raylib.models.finetuned import FinetuneModel
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.precision import autocast
+from raylib.runtime import advise_on_memory
 from raylib.text import SURROGATE, Tokenizer
 
 T = TypeVar("T")
@@ -56,6 +58,17 @@ class Match(NamedTuple):
     position: int
 
 
+def _advise_on_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a method say what to do where its batches do not fit the memory."""
+
+    @wraps(method)
+    def advised(self: "Model", *args: Any, **named: Any) -> Any:
+        with advise_on_memory(f"{method.__name__}: a batch", self.device, lambda: self.less_memory):
+            return method(self, *args, **named)
+
+    return advised
+
+
 class Model:
     """A model that `polyglance.load` has loaded.
 
@@ -67,6 +80,7 @@ class Model:
     """
 
     show_progress = True
+    less_memory = "lower batch_size="  # what to do where a batch does not fit
 
     def __init__(
         self,
@@ -101,6 +115,7 @@ class Model:
 
     # ---- images and texts apart
 
+    @_advise_on_memory
     def encode_image(
         self, images: Iterable[ImageInput] | ImageInput, *, batch_size: int = BATCH, as_tensor: bool = False
     ) -> Any:
@@ -122,6 +137,7 @@ class Model:
         chunks = _numbered(self._progress(images, batch_size, "encode images", "images"), "image")
         return self._encode(prefetch(starmap(self._pixels, chunks)), encode, as_tensor)
 
+    @_advise_on_memory
     def encode_text(
         self, texts: Iterable[str] | str, *, batch_size: int = 4 * BATCH, as_tensor: bool = False
     ) -> Any:
@@ -157,6 +173,7 @@ class Model:
         cosines = left @ right.T
         return cosines if as_tensor else cosines.numpy()
 
+    @_advise_on_memory
     def rerank(
         self, image: ImageInput, texts: Iterable[str], *, top: int | None = None, batch_size: int = BATCH
     ) -> list[Match]:
@@ -204,6 +221,7 @@ class Model:
         found = self.classify(hypothesis, image, premise=premise, top=len(self.labels), batch_size=batch_size)
         return [dict(answers) for answers in found] if not isinstance(hypothesis, str) else dict(found)
 
+    @_advise_on_memory
     def classify(
         self, text: Any, image: Any = None, *, premise: Any = None, top: int = 3, batch_size: int = BATCH
     ) -> Any:

@@ -38,7 +38,7 @@ from raylib.fileio import read_json
 if TYPE_CHECKING:  # PyTorch, which help needs not
     from raylib.api.model import Model
 
-BATCH, PART = 64, 1000  # inputs at a time; in a file of a Ray worker's
+BATCH, PART = 64, 1000  # inputs at a time, by default; in a file of a Ray worker's
 QUESTIONS = ("question", "hypothesis", "statement", "text")  # what a line may call its text
 
 
@@ -57,6 +57,7 @@ class PredictConfig(Config):
     regions: str | None = None
     texts: tuple[str, ...] = ()
     top: int = 5
+    batch: int = BATCH
 
 
 class Predictor:
@@ -73,7 +74,7 @@ class Predictor:
         """Lines of the items, a batch at a time, in their order."""
         from raylib.data.loading import batched, prefetch
 
-        for batch, images in prefetch(map(self._read, batched(items, BATCH))):
+        for batch, images in prefetch(map(self._read, batched(items, self.config.batch))):
             good = [i for i, found in enumerate(images) if not isinstance(found, UserError)]
             values = self._predict([batch[i] for i in good], [images[i] for i in good]) if good else []
             known = dict(zip(good, values, strict=True))
@@ -84,15 +85,18 @@ class Predictor:
 
     def _predict(self, items: list[dict[str, Any]], images: list[Any]) -> list[dict[str, Any]]:
         c, model = self.config, self.model
+        size = {"batch_size": c.batch}
         if c.task == "texts":
-            return [{"embedding": _floats(v)} for v in model.encode_text([item["text"] for item in items])]
+            return [
+                {"embedding": _floats(v)} for v in model.encode_text([item["text"] for item in items], **size)
+            ]
         if c.task == "questions":
             premises = [item["premise"] for item in items] if "premise" in items[0] else None
             about = None if premises else [each if len(each) > 1 else each[0] for each in images]
             texts = [item[name_of_text(item)] for item in items]
-            found = model.classify(texts, about, premise=premises, top=c.top or len(model.labels))
+            found = model.classify(texts, about, premise=premises, top=c.top or len(model.labels), **size)
             return [{"answers": [answer._asdict() for answer in answers]} for answers in found]
-        vectors = model.encode_image([each[0] for each in images])
+        vectors = model.encode_image([each[0] for each in images], **size)
         if c.task == "images":
             return [{"embedding": _floats(vector)} for vector in vectors]
         return [{"texts": found} for found in best(vectors @ self.texts.T, c.texts, c.top, "text")]
@@ -131,6 +135,7 @@ def open_model(config: PredictConfig) -> "Model":
     methods = {"questions": "classify", "texts": "encode_text"}
     model.require(methods.get(c.task, "encode_image"))
     model.show_progress = False  # the command shows that of all inputs
+    model.less_memory = f"lower --batch {c.batch}, or set --dtype bfloat16"
     return model
 
 
@@ -277,7 +282,7 @@ def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -
                 raise UserError(told)
             print(f"{told}; they are left out", file=sys.stderr)
         names, vectors = [line["image"] for line in good], np.array([line["embedding"] for line in good])
-    for batch in batched(texts, BATCH):
+    for batch in batched(texts, config.batch):
         scores = predictor.model.encode_text(batch) @ vectors.T.astype(np.float32)
         found = best(scores, names, config.top, "image")
         yield [{"text": text, "images": images} for text, images in zip(batch, found, strict=True)]
@@ -314,7 +319,7 @@ def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
             cannot be written.
     """
     now = {
-        "settings": config.model_dump(mode="json", exclude={"model", "device", "images"}),
+        "settings": config.model_dump(mode="json", exclude={"model", "device", "images", "batch"}),
         **hash_model(config),
         "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
     }
@@ -461,6 +466,7 @@ def _parse(arguments: Sequence[str]) -> Any:
         "--by", choices=("images", "texts"), default="images", help="a line for each of these"
     )
     parser.add_argument("--top", type=int, default=5, help="how many are named, the best first; 0: all (5)")
+    parser.add_argument("--batch", type=int, default=BATCH, help=f"inputs at a time ({BATCH})")
     parser.add_argument("--language", help="of a run that trained a model for each")
     parser.add_argument("--backbone", default="unified", help="what published weights become")
     parser.add_argument("--vision", help="the folder of their image encoder")
@@ -483,8 +489,8 @@ def _parse(arguments: Sequence[str]) -> Any:
         raise UserError(f"--out {given.out}: only --ray writes to a URL; give a file, or --ray")
     if given.out and not given.ray and Path(given.out).exists() and not Path(given.out).is_file():
         raise UserError(f"--out {given.out}: no plain file; give another, or --ray for a folder")
-    if given.top < 0 or given.workers < 1:
-        raise UserError("--top is 0 or more, --workers 1 or more")
+    if given.top < 0 or given.workers < 1 or given.batch < 1:
+        raise UserError("--top is 0 or more, --workers and --batch 1 or more")
     return given
 
 
