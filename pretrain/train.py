@@ -264,13 +264,12 @@ def advise_on_step(config: PretrainConfig, runtime: Runtime, batch: dict) -> str
         bf16=config.fit.uses_bf16(runtime.device),
         residual=config.fit.residual,
     )
-    current = config.model.checkpointing, config.fit.micro_batches
-    options = [
-        f"model.checkpointing={name} fit.micro_batches={n} (about {estimate.needed / GB:.0f} of "
-        f"{gpu / GB:.0f} GB)"
-        for name, n, estimate in found
-        if (name, n) not in (current, ("none", 1))
-    ]
+    options = []
+    for checkpointing, micro_batches, estimate in found:
+        changes = [f"model.checkpointing={checkpointing}"] * (checkpointing != config.model.checkpointing)
+        changes += [f"fit.micro_batches={micro_batches}"] * (micro_batches != config.fit.micro_batches)
+        if changes and (checkpointing, micro_batches) != ("none", 1):
+            options.append(f"{' '.join(changes)} (about {estimate.needed / GB:.0f} of {gpu / GB:.0f} GB)")
     return f"set {' or '.join(options) or plain}, or {others}"
 
 

@@ -61,8 +61,8 @@ def test_advice_for_a_gpu_has_figures_of_the_estimate(monkeypatch):
     runtime = SimpleNamespace(world_size=2, device=torch.device("cuda", 0), sharding="none")
     config = base().model_copy(update={"fit": base().fit.model_copy(update={"bf16": True})})
     advice = advise_on_step(config, runtime, make_batch(pairs=512, translations=1024, mono=1024))
-    assert advice.startswith("set model.checkpointing=blocks fit.micro_batches=1 (about 1")
-    assert "of 24 GB) or model.checkpointing=none fit.micro_batches=" in advice
+    assert advice.startswith("set model.checkpointing=blocks (about 1")
+    assert "of 24 GB) or fit.micro_batches=" in advice
     assert "fit.sharding=zero2" in advice
 
 
@@ -85,9 +85,7 @@ def test_evaluation_out_of_memory_names_settings_of_evaluation(finetune, monkeyp
     monkeypatch.setattr(FinetuneModel, "forward", evaluate_too_much)
     code, printed = finetune("scenes_xvnli", "name=large", "runtime=local", "epochs=1")
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
-    assert (
-        code == 2 and ": the evaluation does not fit the memory of cpu; set fit.bf16=true, or lower" in line
-    )
+    assert code == 2 and ": the evaluation does not fit the memory of cpu; set fit.bf16=true, or" in line
 
 
 def test_interface_out_of_memory_names_its_batch_size(model, monkeypatch):
