@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.device import GPU
-from benchmarks.dry import dry_run
+from benchmarks.device import GPU, simulated_gpu
+from benchmarks.dry import Counter
 from benchmarks.step import MEANS, make_batch
 from pretrain.recipes import base, small
 from raylib.config import override
@@ -47,7 +47,7 @@ def count(model, batch, objective=None, micro_batches=1, bf16=True, residual=Non
     torch.manual_seed(0)
     with torch.device("meta"):
         module = UnifiedModel(model)
-    with dry_run():
+    with simulated_gpu(), Counter():
         module = module.to(GPU).train()
         set_recomputation(module, model.checkpointing, micro_batches)
         set_residual(module, residual)
@@ -131,7 +131,8 @@ WHOLE = {
 def test_memory_estimate_of_recipes_is_within_a_tenth_of_counted_bytes(case):
     recipe, changes, micro_batches = case
     model = recipe().model.model_copy(update={"checkpointing": "none", **changes})
-    assert_estimated(model, (512, 2048, 2048), micro_batches=micro_batches)
+    # half of the paper's batch: of more pairs the simulated GPU draws no negatives
+    assert_estimated(model, (256, 1024, 1024), micro_batches=micro_batches)
 
 
 @pytest.mark.parametrize(
