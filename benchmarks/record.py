@@ -20,7 +20,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import ablations, balance, gpu_tables, priors, search, step, unfreezing
+from benchmarks import ablations, balance, gpu_tables, priors, processes, search, step, unfreezing
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
 from finetune.tasks.datasets import TASKS
@@ -92,6 +92,7 @@ def write_pages(root: Path) -> None:
     write_parts(
         root / "docs" / "performance.md",
         speed=speed_tables(),
+        processes=processes.table(read_jsonl(processes.FILE)[-1]),
         gpu=gpu_part(),
         dry=gpu_tables.dry_table(newest(read_jsonl(RESULTS / "dry.jsonl"), "name")),
         unfreezing=unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"]),

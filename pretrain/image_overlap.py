@@ -33,6 +33,7 @@ from raylib.display import markdown_table, percent, progress
 from raylib.errors import UserError
 from raylib.fileio import nfc, write_json
 from raylib.provenance import provenance
+from raylib.runtime import available_cpus
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
 # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
@@ -242,7 +243,7 @@ def report_overlap(
     """Print, and write into the file `to`, how many images of `data`, of those that `annotations` name, are
     in a corpus."""
     source = open_corpus(corpus_path)
-    processes = len(os.sched_getaffinity(0))
+    processes = available_cpus()
     names = set().union(*map(read_names, annotations))
     found_names: set[str] = set()
     test, bad_test = hash_images(_keep(stream_images(data), names, found_names), processes)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
 from raylib.config import override
 from raylib.data.images import AugmentConfig
-from raylib.data.loading import CALIBRATION, BatchStream, StepDataset
+from raylib.data.loading import CALIBRATION, BatchStream, StepDataset, _unpack, to_device
 from raylib.data.shards import ShardWriter, index_folder
 from raylib.errors import UserError
 from raylib.packed import pack_tree, unpack_tree
@@ -210,6 +211,41 @@ def test_loader_processes_do_not_outnumber_what_shared_memory_holds(capsys, monk
     monkeypatch.setattr("raylib.data.loading._free_shared_memory", lambda: 2 * 4 << 20)
     stream = BatchStream(batches, 0, 20, cpus=16)
     assert len(list(stream)) == 20 and stream.workers == 2
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "meta",
+        pytest.param(
+            "cuda",
+            marks=[
+                pytest.mark.gpu,
+                pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+            ],
+        ),
+    ],
+)
+def test_batch_reaches_the_device_in_one_copy_but_for_what_the_host_reads(root, device):
+    class Copies(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            self.count += function is torch.ops.aten._to_copy.default
+            return function(*arguments, **(options or {}))
+
+    batch, other = make(root)[0], torch.device(device)
+    with Copies() as copies:
+        moved = _unpack(*pack_tree(batch), other)
+    assert copies.count == 1
+    text, pairs = moved["parallel"]["source"], moved["image_text"]
+    for there, here in ((text.clean, batch["parallel"]["source"].clean), (pairs["images"], None)):
+        assert there.device.type == device and (here is None or there.shape == here.shape)
+    for host, name in ((text.lengths, "lengths"), (text.positions, "positions")):
+        assert host.equal(getattr(batch["parallel"]["source"], name))
+    assert pairs["index"].equal(batch["image_text"]["index"])
+    if device == "cuda":
+        assert content(to_device(moved, torch.device("cpu"))) == content(batch)
 
 
 def test_step_batches_differ_with_seed(root, whole):

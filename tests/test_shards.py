@@ -2,9 +2,11 @@ import errno
 import io
 import json
 import pickle
+import statistics
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,15 @@ import webdataset
 
 from raylib.data import fetch as fetching
 from raylib.data import index as indexing
-from raylib.data.index import FORMAT, index_path, json_path, list_samples, open_index
+from raylib.data.index import (
+    FORMAT,
+    IndexedSample,
+    index_path,
+    json_path,
+    list_samples,
+    open_index,
+    write_index,
+)
 from raylib.data.shards import BLOCK_ROWS, ShardWriter, index_folder
 from raylib.data.sources import Source
 from raylib.data.tars import FolderSummary, TarScan
@@ -317,6 +327,21 @@ def test_index_is_no_part_of_a_run_s_identity(images):
     before = identity()
     assert Source(images).sample("en", 5).key == "sub/k5" and len(list(images.glob("*.index.bin"))) == 1
     assert identity() == before
+
+
+def test_index_of_ten_thousand_samples_opens_at_once(tmp_path):
+    shard = tmp_path / "en-0.tar"
+    places = ({"jpg": [512 * i, i, 7 * i], "txt": [512 * i + 256, 9]} for i in range(10_000))
+    samples = [IndexedSample(f"{i:09d}", members, 1) for i, members in enumerate(places)]
+    write_index(shard, 1 << 30, samples)
+    times = []
+    for _ in range(20):
+        start = time.process_time()
+        index = open_index(shard, tmp_path)
+        assert index.read(9_999).key == "000009999" and index.read(0).members["jpg"] == [0, 0, 0]
+        times.append(time.process_time() - start)
+    assert statistics.median(times) < 0.002  # 0.1 s to parse its JSON
+    assert index.rows == len(index) == 10_000 and index.shard_bytes == 1 << 30
 
 
 def test_index_is_made_once_by_several_processes(images, tmp_path):
