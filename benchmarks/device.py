@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
@@ -59,38 +58,33 @@ def device_tensor(tensor: Tensor) -> DeviceTensor:
     return DeviceTensor(torch.empty_like(tensor, device=META), None if is_meta else tensor.detach().clone())
 
 
-class KernelChoice(TorchFunctionMode):
-    """Functions whose way C++ chooses by the device: the ways of CUDA."""
+# Functions whose way C++ chooses by the device, of which it sees none: the ways of CUDA
 
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention and isinstance(args[0], DeviceTensor):
-            return self._attention(*args, **kwargs)
-        if func is F.dropout and isinstance(args[0], DeviceTensor):
-            return self._dropout(*args, **kwargs)
-        return func(*args, **kwargs)
 
-    @staticmethod
-    def _dropout(x, p=0.5, training=True, inplace=False):
-        assert not inplace
-        return torch.native_dropout(x, p, training)[0] if training and p else x
+def _dropout(x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not isinstance(x, DeviceTensor):
+        return _on_host["dropout"](x, p, training, inplace)
+    return torch.native_dropout(x, p, training)[0] if training and p else x
 
-    @staticmethod
-    def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-        if query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-            query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
-        if attn_mask is None and query.dtype != torch.float32:
-            out = aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, scale=scale
-            )
-        else:
-            bias = attn_mask
-            if attn_mask is not None and attn_mask.dtype == torch.bool:
-                bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
-            out = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, query.requires_grad, dropout_p, is_causal, scale=scale
-            )
-        return out[0]
+
+def _attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None) -> Tensor:
+    arguments = (dropout_p, is_causal)
+    if not isinstance(query, DeviceTensor):
+        return _on_host["attention"](query, key, value, attn_mask, *arguments, scale=scale)
+    if query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        return aten._scaled_dot_product_flash_attention(query, key, value, *arguments, scale=scale)[0]
+    bias = attn_mask
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        bias = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill(~attn_mask, -torch.inf)
+    saves = query.requires_grad
+    return aten._scaled_dot_product_efficient_attention(
+        query, key, value, bias, saves, *arguments, scale=scale
+    )[0]
+
+
+_on_host = {"dropout": F.dropout, "attention": F.scaled_dot_product_attention}
 
 
 # Of PyTorch's lists of autocast (ATen/autocast_mode.h) what a model here may use: in bf16; in float32; in
@@ -187,14 +181,6 @@ def simulated_gpu() -> Iterator[None]:
         autocast = Autocast()
         stack.callback(autocast.close)
         stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", autocast.clear))
-        choice = stack.enter_context(KernelChoice())
-        run_backward = torch.autograd._engine_run_backward
-
-        def run_backward_with_choice(*args, **kwargs):
-            with choice:  # PyTorch leaves it for the time of `backward`, which may compute forwards again
-                return run_backward(*args, **kwargs)
-
-        stack.enter_context(
-            mock.patch.object(torch.autograd, "_engine_run_backward", run_backward_with_choice)
-        )
+        stack.enter_context(mock.patch.object(F, "dropout", _dropout))
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
         yield

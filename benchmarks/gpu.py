@@ -2,7 +2,7 @@
 
 python -m benchmarks.gpu [--out DIR] [--seconds 480] [--only PART ...]   on a machine with a GPU
 python -m benchmarks.gpu --device cpu                               rehearse it: tiny models, no figure counts
-python -m benchmarks.gpu --dry [--size base] [--batch 64 256 256]   count without a GPU (`benchmarks.dry`)
+python -m benchmarks.gpu --dry [--size base] [--batch 64 256 256] [--set PATH=VALUE ...]   count without a GPU
 python -m benchmarks.gpu --dry --record NAME                        and append it to results/dry.jsonl
 
 The parts of a measurement (`benchmarks.gpu_parts`) run in their order until the seconds are over, and
@@ -22,30 +22,36 @@ import torch
 
 from benchmarks.device import GPU
 from benchmarks.dry import Counter, dry_run
-from benchmarks.gpu_parts import PARTS, Report
+from benchmarks.gpu_parts import PARTS, SIZES, Report
 from benchmarks.gpu_steps import BATCH, Setting
 from benchmarks.gpu_tables import FORMAT
 from benchmarks.results import RESULTS, commit
 from benchmarks.step import make_batch
-from pretrain.recipes import base, small, tiny
+from pretrain.recipes import RECIPES
+from raylib.config import override
 from raylib.data.loading import to_device
 from raylib.display import markdown_table
 from raylib.fileio import append_jsonl, write_json
+from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.precision import set_residual
 
-MODELS = {"tiny": tiny().model, "small": small().model, "base": base().model}
 DRY_FILE = RESULTS / "dry.jsonl"
 
 
-def count(size: str, batch: Sequence[int]) -> Counter:
-    """Count what one step, forward and backward under bf16 autocast, asks of a GPU; its batch is there."""
+def count(size: str, batch: Sequence[int], changes: Sequence[str] = ()) -> Counter:
+    """Count what one step, forward and backward under bf16 autocast, asks of a GPU; its batch is there.
+    `changes`: settings, "path=value"."""
     torch.manual_seed(0)
+    config = override(RECIPES[size]().model_copy(update={"objective": ObjectiveConfig()}), changes)
     with torch.device("meta"):
-        model = UnifiedModel(MODELS[size])
-    on_host = make_batch(MODELS[size], tuple(batch))
+        model = UnifiedModel(config.model)
+    set_residual(model, config.fit.residual)
+    set_recomputation(model, config.model.checkpointing, config.fit.micro_batches)
+    on_host = make_batch(config.model, tuple(batch))
     with dry_run() as counter:
-        objective = UnifiedObjective(model.to(GPU).train(), ObjectiveConfig())
+        objective = UnifiedObjective(model.to(GPU).train(), config.objective)
         on_device = to_device(on_host, GPU)
         counter.clear()
         with torch.autocast("cuda", torch.bfloat16):
@@ -92,7 +98,7 @@ def dry_report(counter: Counter, rows: int = 20) -> str:
 
 def dry(options: argparse.Namespace) -> None:
     """Count, print, and record if asked to."""
-    counter = count(options.size, options.batch)
+    counter = count(options.size, options.batch, options.set)
     print(dry_report(counter))
     if options.record:
         record: dict[str, Any] = {
@@ -136,10 +142,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="*", choices=names, default=(), metavar="PART", help=", ".join(names))
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: a rehearsal")
     parser.add_argument("--dry", action="store_true", help="count, without a GPU")
-    parser.add_argument("--size", choices=MODELS, default="base", help="of --dry")
+    parser.add_argument("--size", choices=SIZES, default="base", help="of --dry")
     parser.add_argument(
         "--batch", type=int, nargs=3, default=BATCH, help="pairs, translations, sentences of --dry"
     )
+    parser.add_argument("--set", nargs="*", default=(), metavar="PATH=VALUE", help="settings of --dry")
     parser.add_argument("--record", metavar="NAME", help="record what --dry counts, by this name")
     options = parser.parse_args(arguments)
     if options.dry:
