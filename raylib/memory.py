@@ -206,7 +206,8 @@ class _Call:
             inputs = (n - 1) * states * self.tokens * share  # of the blocks of a piece
             blocks = full * share + inputs if f.checkpointing != "none" else self._kept(full) * share
             kept += states * (self.tokens + self.memory)
-            return Part(name, kept, blocks + temporary)
+            # gradients of all that comes out, and piece by piece of all that goes in
+            return Part(name, kept, blocks + temporary + states * (self.tokens + self.outputs))
         if f.checkpointing == "blocks":
             kept += states * ((n - 1) * self.tokens + self.memory)
             return Part(name, kept, full + temporary)

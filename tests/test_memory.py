@@ -1,5 +1,7 @@
 """The estimate of a step's memory against counted bytes, and what it says of the recipes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -171,6 +173,31 @@ def needed(recipe, *changes, workers=1, sharding="none", gpu=24):
         gpu=gpu * GB,
     )
     return estimate.needed / GB
+
+
+ROWS = [  # recipe, workers, GB of each one's GPU, settings
+    (small, 1, 24, ()),
+    (small, 1, 24, ("fit.micro_batches=2", "model.checkpointing=none")),
+    (small, 1, 80, ("model.checkpointing=none",)),
+    (base, 8, 80, ()),
+    (base, 8, 24, ("model.checkpointing=blocks",)),
+    (base, 1, 80, ("model.checkpointing=blocks",)),
+    (base, 1, 80, ("fit.micro_batches=2",)),
+    (base, 1, 24, ("model.checkpointing=blocks", "fit.micro_batches=4")),
+]
+
+
+def test_pretraining_page_has_the_estimates():
+    page = (Path(__file__).resolve().parent.parent / "docs" / "pretraining.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- memory -->\n")[2].partition("<!-- /memory -->")[0]
+    rows = ["| recipe | GPUs | settings | about GB each |", "|-|-|-|-:|"]
+    for recipe, workers, gpu, changes in ROWS:
+        sharding = "zero2" if workers > 1 else "none"
+        size = needed(recipe, *changes, workers=workers, sharding=sharding, gpu=gpu)
+        assert size < gpu
+        settings = " ".join(f"`{change}`" for change in changes) or "as it is"
+        rows.append(f"| `{recipe.__name__}` | {workers} x {gpu} GB | {settings} | {size:.0f} |")
+    assert table.splitlines() == rows, "\n".join(rows)
 
 
 def test_small_fits_one_gpu_of_24_gb_as_it_is():
