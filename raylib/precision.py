@@ -5,6 +5,8 @@ Weights, optimizer states and losses are float32 whatever the settings; matrix p
 autocast.
 """
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raylib.errors import UserError
 from raylib.settings import Residual
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -165,9 +168,19 @@ class _ExactAddmm(torch.autograd.Function):
 
 def set_compiler(backend: str | None) -> None:
     """Choose the backend of `torch.compile` for all functions that are `fusible`; None: they run as they are.
-    The setting is the process's."""
+    The setting is the process's.
+
+    Raises:
+        UserError: inductor, and no C++ compiler, without which nothing comes of it on a GPU either.
+    """
     global _compiler
+    compilers = (os.environ.get("CXX") or "g++", "clang++")
+    if backend == "inductor" and not any(map(shutil.which, compilers)):
+        raise UserError("fit.compile: no C++ compiler (g++, clang++ or CXX=) on this machine; leave it out")
     _compiler = backend
+    if backend:
+        # compiled is a part of a block: cut by DDP's buckets, it would be fused less and overlap no more
+        torch._dynamo.config.optimize_ddp = False
 
 
 def fusible(function: Function) -> Function:

@@ -8,6 +8,7 @@ from torch import nn
 from benchmarks.step import make_batch
 from raylib import precision
 from raylib.data.loading import to_device
+from raylib.errors import UserError
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, UnifiedModel
 from raylib.models.vocabulary import _softmax_gradient
@@ -211,6 +212,12 @@ def test_fit_sets_the_precision_of_the_process(compiler):
     assert precision._compiler == "inductor"
     FitConfig().set_precision(model, torch.device("cpu"))
     assert model.text.blocks[0].output_norm.residual is None and precision._compiler is None
+
+
+def test_compiling_without_a_compiler_is_one_line(compiler, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match="no C\\+\\+ compiler"):
+        FitConfig(compile=True).set_precision(model_of(), CPU)
 
 
 @needs_gpu
