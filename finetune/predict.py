@@ -1,8 +1,9 @@
 """Predictions of a classification task and their scores, streamed: memory does not grow with their number.
 
 1. All images are encoded once, by all workers, into a file of states (`raylib.cache`).
-2. Examples are read as a stream and cut into batches; worker r predicts every world-th batch, so that each
-   batch is the same whatever the number of workers, and appends what it predicts to a file of its own.
+2. Examples are read as a stream and cut into batches, of 4,096 of them those about the same image together;
+   worker r predicts every world-th batch, so that each batch is the same whatever the number of workers, and
+   appends what it predicts to a file of its own.
 3. The workers' files become one, in the order of the examples: lines {"id", "prediction", "labels",
    "kind", "images"}, which `score` reads.
 """
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from finetune.batches import read_inputs
 from finetune.formats import Example
-from finetune.stores.images import VisualSource, encoded_images
+from finetune.stores.images import PrecomputedFeatures, SharedFeatures, VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
@@ -34,6 +35,8 @@ from raylib.randomness import Key
 from raylib.text import Tokenizer
 
 BATCH = 64  # examples predicted at a time
+WINDOW = 64 * BATCH  # examples among which those about the same image come together
+NumberedExamples = Sequence[tuple[int, Example]]  # with their places in a window
 BLOCK = 64  # batches whose predictions come from the device, and are written, at a time
 ORDERS = 4  # n-grams of BLEU
 CONFUSED_PAIRS = 5  # that paper 0's table 3 names
@@ -64,11 +67,11 @@ def predict(
     model.eval()
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
         # every world-th batch, and not every world-th example: batches are the same for any world
-        chunks = itertools.islice(batched(examples, BATCH), rank, None, world)
-        read = ((chunk, read_inputs(chunk, visual, tokenizer, length)) for chunk in chunks)
+        chunks = itertools.islice(_batches(examples), rank, None, world)
+        read = ((chunk, read_inputs([e for _, e in chunk], visual, tokenizer, length)) for chunk in chunks)
         share = None if total is None else -(-total // world)
         waited = progress(prefetch(read), f"predict {out.stem}", share, "examples", lambda pair: len(pair[0]))
-        pending: list[tuple[Sequence[Example], Tensor]] = []
+        pending: list[tuple[NumberedExamples, Tensor]] = []
         for chunk, inputs in waited:
             scores, finite = class_scores(model, inputs, bf16)
             pending.append((chunk, scores.argmax(1).masked_fill(~finite, -1)))
@@ -110,15 +113,16 @@ def not_finite_scores(example: str) -> str:
 
 
 def _write_predictions(
-    file: TextIO, batches: Sequence[tuple[Sequence[Example], Tensor]], labels: Sequence[str]
+    file: TextIO, batches: Sequence[tuple[NumberedExamples, Tensor]], labels: Sequence[str]
 ) -> str | None:
     """Write a line an example, of batches with their predicted classes (b,), -1 where scores are not finite.
     Returns the line that names the first such example."""
     if not batches:
         return None
-    examples = [example for chunk, _ in batches for example in chunk]
+    examples = [numbered for chunk, _ in batches for numbered in chunk]
     # the one place where the host waits for the device
-    for example, label in zip(examples, torch.cat([found for _, found in batches]).tolist(), strict=True):
+    found = torch.cat([classes for _, classes in batches]).tolist()
+    for (number, example), label in zip(examples, found, strict=True):
         if label < 0:
             return not_finite_scores(example.id)
         line = {
@@ -128,7 +132,7 @@ def _write_predictions(
             "kind": example.kind,
             "images": list(example.images),
         }
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        file.write(f"{number}\t{json.dumps(line, ensure_ascii=False)}\n")
     return None
 
 
@@ -159,6 +163,8 @@ def evaluate(
                 yield from example.images
 
     with encoded_images(model.backbone, visual, image_names, folder / ".states", bf16) as visual:
+        if isinstance(visual, PrecomputedFeatures):
+            visual = SharedFeatures(visual.states, visual.store)
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"
@@ -168,17 +174,29 @@ def evaluate(
     return results
 
 
+def _batches(examples: Iterable[Example]) -> Iterator[NumberedExamples]:
+    """Batches of examples with their places in a window of `WINDOW`: those about the same image together,
+    which a model then reads and projects once."""
+    for window in batched(examples, WINDOW):
+        yield from batched(sorted(enumerate(window), key=lambda numbered: numbered[1].images), BATCH)
+
+
 def _merge(parts: list[Path], out: Path) -> None:
-    """Batches of the workers' files, in turn."""
+    """Lines of the workers' files, in the order of the examples and without the number before them."""
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(part, encoding="utf-8")) for part in parts]
         whole = stack.enter_context(open(out, "w", encoding="utf-8"))
-        # worker r wrote batches r, r + world, ...: taking BATCH lines from each in turn restores their order
-        for file in itertools.cycle(files):
-            lines = list(itertools.islice(file, BATCH))
-            whole.writelines(lines)
-            if len(lines) < BATCH:
-                break
+
+        def lines() -> Iterator[list[str]]:
+            # worker r wrote batches r, r + world, ...: BATCH lines from each in turn are in their order
+            for file in itertools.cycle(files):
+                batch = list(itertools.islice(file, BATCH))
+                yield from (line.split("\t", 1) for line in batch)
+                if len(batch) < BATCH:
+                    return
+
+        for window in batched(lines(), WINDOW):
+            whole.writelines(line for _, line in sorted(window, key=lambda pair: int(pair[0])))
     for part in parts:
         part.unlink()
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from finetune.batches import encode_texts, read_inputs
-from finetune.formats import Captioned
-from finetune.predict import class_scores
+from finetune.formats import Captioned, Example
+from finetune.predict import class_scores, evaluate
 from finetune.stores.images import precompute_features
 from finetune.tasks import ranking
 from finetune.tasks.ranking import _blocks, _Ranker, match_pairs, retrieve
@@ -195,6 +195,27 @@ def test_predictions_on_a_gpu_wait_once_a_block(scenes, tmp_path):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(bool(finite.all()) for _, finite in found)
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_predictions_read_and_project_an_image_once_for_the_texts_of_a_batch(scenes, tmp_path, num_images):
+    """As xGQA asks 32 questions of an image, in the order of its file."""
+    model, tokenizer = small_model(num_images=num_images), Tokenizer.load(TOKENIZER)
+    names = sorted({name for e in questions(scenes) for name in e.images})[:5]
+    examples = [
+        Example(f"q{i}", (f"is it {i}?",), tuple(names[(i + k) % 5] for k in range(num_images)), {"yes": 1.0})
+        for i in range(150)
+    ]
+    projected = count_rows(model.backbone.fusion.blocks[0].cross_attention.key_value, [])
+    evaluate(model, {"en": examples}, pixels(scenes), tokenizer, 40, tmp_path / "p")
+    tokens = model.backbone.count_image_tokens()
+    assert sum(projected) <= tokens * (5 + 2 * num_images * 2)  # of three batches, and not 150
+    lines = [json.loads(line) for line in (tmp_path / "p" / "en.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == [e.id for e in examples]
+    with torch.inference_mode():
+        for e, line in zip(examples, lines, strict=True):
+            scores = model(read_inputs([e], pixels(scenes), tokenizer, 40))
+            assert line["prediction"] == model.labels[int(scores.argmax())]
 
 
 def test_zero_shot_encodes_by_frozen_encoders_once_a_run(retrieval_set, monkeypatch):

@@ -182,6 +182,18 @@ class PrecomputedFeatures:
         return {"states": self.states.read(names)}
 
 
+class SharedFeatures(PrecomputedFeatures):
+    """States that a model reads once for all texts of a batch that are about the same image."""
+
+    def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
+        """Read {"states": rows (T, d) of the different images, "state_rows": the row of each of `names`}."""
+        place = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        return {
+            "states": self.states.read(list(place)),
+            "state_rows": torch.tensor([place[name] for name in names]),
+        }
+
+
 class RegionFeatures:
     """Detector features with their boxes side by side. `has_tags`: the model reads tags of the objects
     too."""

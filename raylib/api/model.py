@@ -296,7 +296,7 @@ class Model:
         model = cast(FinetuneModel, self.network)
         examples = [Example(texts[-1], texts, ("",) * len(about), {}) for texts, about, _ in chunk]
         if "pixels" in visual:
-            visual = {"states": self._encode_pixels(visual["pixels"]).select_rows(visual["rows"])}
+            visual = {"states": self._encode_pixels(visual["pixels"]), "state_rows": visual["rows"]}
         inputs = encode_inputs(examples, visual, self.tokenizer, self.length)
         scores, finite = class_scores(model, inputs, self.bf16)
         scores = scores.float()

@@ -31,7 +31,7 @@ MUCH_WAITING = 0.1  # share of the time that is worth a warning
 CPU = torch.device("cpu")
 # tensors of a batch by which the host plans the step (`raylib.packed`): reading them on a GPU would make the
 # host wait for it
-CPU_KEYS = ("index", "lengths", "positions", "text_id", "image_id")
+CPU_KEYS = ("index", "lengths", "positions", "text_id", "image_id", "state_rows")
 
 
 class StepDataset(Dataset):

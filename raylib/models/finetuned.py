@@ -28,7 +28,7 @@ from raylib.models.base import (
     save_model,
 )
 from raylib.models.decoder import AnswerDecoder, DecoderConfig
-from raylib.models.layers import init_weights
+from raylib.models.layers import Memory, init_weights
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
@@ -95,12 +95,13 @@ class FinetuneModel(nn.Module):
 
     def forward(self, batch: dict) -> Tensor:
         """Logits (b, labels) of {"text": Ragged ids (b rows)} and what grounds it, of which row i's are rows
-        i c ... i c + c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before),
+        i c ... i c + c - 1: "images" uint8 (b c, H, W, 3), "states" Ragged (of a ViT that ran before; with
+        "state_rows" (b c,) on the CPU, which of them each row's is),
         "regions" Ragged (f + 7 wide), with "tags" Ragged ids where the backbone reads them, or "premise"
         Ragged ids. Of a decoder: log-probabilities, -inf at labels that are no candidates."""
         if isinstance(self.head, AnswerDecoder):
             return self.head.rank(*self._question(batch))
-        return self.head(self.fused_cls(batch["text"], self.memory(batch)))
+        return self.head(self.fused_cls(batch["text"], self._shared_memory(batch)))
 
     def answer_loss(self, batch: dict) -> Tensor:
         """A decoder's loss, summed over the batch: that of `forward` with "scores" (b, labels)."""
@@ -110,7 +111,7 @@ class FinetuneModel(nn.Module):
     def _question(self, batch: dict) -> tuple[UnifiedModel, Ragged]:
         """Return what a decoder reads: the backbone, and the states of the grounded questions."""
         backbone = cast(UnifiedModel, self.backbone)  # no other has cross-attention
-        return backbone, backbone.fused_states(batch["text"], self.memory(batch))
+        return backbone, backbone.fused_states(batch["text"], self._shared_memory(batch))
 
     def memory(self, batch: dict) -> Ragged | None:
         """Return what texts of the batch attend to, as states; None: they are about nothing."""
@@ -128,7 +129,16 @@ class FinetuneModel(nn.Module):
             return batch["premise"].with_values(self.backbone.encode_text(batch["premise"]))
         return None
 
-    def fused_cls(self, text: Ragged, memory: Ragged | None) -> Tensor:
+    def _shared_memory(self, batch: dict) -> Any:
+        """Return `memory`, of a batch with "state_rows" in the rows of its texts; a backbone that attends to
+        it from outside reads and projects what several texts are about once."""
+        memory, rows = self.memory(batch), batch.get("state_rows")
+        if memory is None or rows is None:
+            return memory
+        is_outside = isinstance(self.backbone, UnifiedModel)
+        return Memory(memory, rows) if is_outside else memory.select_rows(rows)
+
+    def fused_cls(self, text: Ragged, memory: Any) -> Tensor:
         """CLS states of each text with each of its c images, side by side: (b, c d)."""
         return self.backbone.fused_cls(text, memory, per_text=self.num_images).view(len(text.lengths), -1)
 

@@ -218,14 +218,14 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         vectors = self.text_projection(cls)
         return F.normalize(vectors, dim=-1) if normalize else vectors
 
-    def fused_cls(self, text: Ragged, memory: Ragged | None, per_text: int = 1) -> Tensor:
+    def fused_cls(self, text: Ragged, memory: Ragged | Memory | None, per_text: int = 1) -> Tensor:
         # each text is encoded once, whatever the number of images that it is about
         states = text.with_values(self.encode_text(text))
         if per_text > 1:
             states = states.select_rows(torch.arange(len(text.lengths)).repeat_interleave(per_text))
         return self.fuse(states, first_tokens(states.lengths), _row_by_row(memory))
 
-    def fused_states(self, text: Ragged, memory: Ragged | None) -> Ragged:
+    def fused_states(self, text: Ragged, memory: Ragged | Memory | None) -> Ragged:
         """As `fused_cls`, with row i of `memory` for row i of `text`, but states of all tokens: rows as
         `text`'s."""
         states = text.with_values(self.encode_text(text))
@@ -273,6 +273,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         return join_rows(self.fused_states(text, memory), memory.with_values(last.output(values)))
 
 
-def _row_by_row(states: Ragged | None) -> Memory | None:
-    """Row i of texts attends to row i of `states`, or to nothing."""
+def _row_by_row(states: Ragged | Memory | None) -> Memory | None:
+    """Row i of texts attends to row i of `states`, or to nothing; of a `Memory`, to what that says."""
+    if isinstance(states, Memory):
+        return states
     return None if states is None else Memory(states, torch.arange(len(states.lengths)))
