@@ -26,6 +26,7 @@ from benchmarks.gpu_steps import (
 )
 from benchmarks.results import ROOT
 from benchmarks.twin import PaddedTwin
+from raylib.memory import GB, StepSize, estimate_memory
 from raylib.runtime import device_name, peak_flops
 
 SIZES = ("base", "small", "tiny")
@@ -96,9 +97,18 @@ def step(report: Report) -> None:
         report.measure("profile", lambda: profile_steps(report.setting, run.step))
 
 
+def _estimated_gb(run: Training) -> float:
+    """Peak of a step as `raylib.memory` estimates it from the settings, to stand beside the measured one."""
+    config, rows = run.config, dict(zip(("image_text", "parallel", "text"), run.batch, strict=True))
+    fit: dict[str, Any] = {"micro_batches": config.fit.micro_batches, "residual": config.fit.residual}
+    size = StepSize.of_rows(rows, 1)
+    return round(estimate_memory(config.model, config.objective, size, **fit).peak / GB, 2)
+
+
 def _whole_step(report: Report, run: Training) -> dict[str, Any]:
-    """Time of a step with loader and optimizer, and what share of the peak its matrix products reach."""
-    figures = time_training(run)
+    """Time of a step with loader and optimizer, what share of the peak its matrix products reach, and the
+    estimate of its memory."""
+    figures = {**time_training(run), "estimated_gb": _estimated_gb(run)}
     tflop = count_flops(run.step)
     rate = 1e3 * tflop / figures["ms"]
     figures |= {"batch": run.batch, "tflop": round(tflop, 3), "tflops": round(rate, 1)}
@@ -226,7 +236,8 @@ def levers(report: Report) -> None:
 
         def measure(changes: list[str] = changes) -> dict[str, Any]:
             with training(report.setting, "base", changes) as run:
-                return time_training(run, None if report.setting.is_rehearsal else 10)
+                figures = time_training(run, None if report.setting.is_rehearsal else 10)
+                return {**figures, "estimated_gb": _estimated_gb(run)}
 
         report.measure(name, measure)
 

@@ -5,6 +5,7 @@ in an engine of the project, as training does. Every batch has lengths of its ow
 them.
 """
 
+import shutil
 import time
 import warnings
 from collections import Counter, defaultdict
@@ -23,7 +24,7 @@ from benchmarks.step import make_batch
 from pretrain.recipes import RECIPES
 from pretrain.train import PretrainConfig
 from raylib.config import override
-from raylib.data.loading import BatchStream, StepDataset
+from raylib.data.loading import PREFETCH, BatchStream, StepDataset
 from raylib.engine import TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.models.recompute import set_recomputation
@@ -63,6 +64,8 @@ class RandomBatches(StepDataset):
     def __init__(self, config: PretrainConfig, batch: Sequence[int], streams: Sequence[str] = ()):
         self.config, self.batch, self.streams = config.model, tuple(batch), tuple(streams)
         self.images: Tensor | None = None
+        texts = sum(self.batch) * 64 * 40  # bytes of ids, at most
+        self.batch_bytes = 3 * config.model.image_size**2 * self.batch[0] + texts
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         batch = make_batch(self.config, self.batch, step, fresh=True, images=self.images)
@@ -94,7 +97,10 @@ class Training:
         engine = DeepSpeedEngine if fit.sharding == "zero2" else TorchEngine
         self.engine = engine(self.objective, self.config.optim, device, fit.uses_bf16(device), None)
         data = RandomBatches(self.config, self.batch, streams)
-        self.stream = BatchStream(data, 0, 10**6, setting.workers, device)
+        # large batches and little shared memory leave room for fewer loader processes
+        room = shutil.disk_usage("/dev/shm").free // (PREFETCH * data.batch_bytes)
+        self.loader_workers = min(setting.workers, room)
+        self.stream = BatchStream(data, 0, 10**6, self.loader_workers, device, is_quiet=True)
         self.num_steps = 0
 
     def next_batch(self) -> dict[str, Any]:
@@ -155,7 +161,8 @@ def time_steps(setting: Setting, step: Callable[[], Any], num: int | None = None
 def time_training(run: Training, num: int | None = None) -> dict[str, Any]:
     """`time_steps` of whole steps, with samples a second."""
     figures = time_steps(run.setting, run.step, num)
-    return {**figures, "samples_per_second": round(1e3 * sum(run.batch) / figures["ms"], 1)}
+    rate = round(1e3 * sum(run.batch) / figures["ms"], 1)
+    return {**figures, "samples_per_second": rate, "loader_workers": run.loader_workers}
 
 
 def count_flops(step: Callable[[], Any]) -> float:

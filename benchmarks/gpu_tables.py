@@ -48,13 +48,24 @@ def tables(record: dict) -> str:
         if key in machine
     )
     lines = [f"{record['date']}, commit {record['commit']}: {machine['device']}, {versions}; {rates}.", ""]
-    rows = [["training step", "batch", "ms", "samples/s", "% of data sheet", "% of products here", "GB"]]
+    rows = [
+        [
+            "training step",
+            "batch",
+            "ms",
+            "samples/s",
+            "% of data sheet",
+            "% of products here",
+            "GB",
+            "estimated",
+        ]
+    ]
     for label, figures in _steps(parts):
         batch = "/".join(map(str, figures.get("batch", parts["step"]["base"]["batch"])))
         rates_of = (figures.get("share_of_data_sheet"), figures.get("share_of_measured_peak"))
         memory = "" if figures["peak_gb"] is None else f"{figures['peak_gb']:.1f}"
         row = [label, batch, f"{figures['ms']:.1f}", f"{figures['samples_per_second']:,.0f}"]
-        rows.append([*row, *map(percent, rates_of), memory])
+        rows.append([*row, *map(percent, rates_of), memory, f"{figures['estimated_gb']:.1f}"])
     lines += [markdown_table(rows, words=2), ""]
     peers = [["beside peers", "ours, ms", "peer, ms", "ratio"]]
     for part, names in parts.items():

@@ -145,7 +145,13 @@ def test_step_asks_no_more_of_a_gpu_than_it_did(dry_figures, name):
 
 def gpu_record() -> dict:
     """A line as `benchmarks.gpu` writes it."""
-    step = {"ms": 100.0, "samples_per_second": 5760.0, "batch": [64, 256, 256], "peak_gb": 20.0}
+    step = {
+        "ms": 100.0,
+        "samples_per_second": 5760.0,
+        "batch": [64, 256, 256],
+        "peak_gb": 20.0,
+        "estimated_gb": 19.0,
+    }
     shares = {"share_of_measured_peak": 0.5, "share_of_data_sheet": 0.36}
     profile = {"kernels": 4000, "ms": 101.0, "busy_ms": 95.0, "host_ms": 60.0, "kinds_ms": {"matmul": 60.0}}
     return {
