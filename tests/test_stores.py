@@ -118,6 +118,17 @@ def test_image_store_matches_any_unicode_form(tmp_path, kind, stored):
         assert not store.has(asked[0].replace("t", "d"))
 
 
+def test_image_store_tells_names_of_one_hash_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.stores.images.string_key", len)
+    for number in range(20):
+        path = tmp_path / "p" / f"{number:02d}.png"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(cv2.imencode(".png", np.full((4, 4, 3), number, np.uint8))[1].tobytes())
+    store = pickle.loads(pickle.dumps(open_images(tmp_path / "p")))
+    assert [int(store.read(f"{number:02d}")[0, 0, 0]) for number in range(20)] == list(range(20))
+    assert not store.has("99") and not store.has("1") and not store.has("\ud83d.png")
+
+
 def test_image_store_follows_links_in_a_tar(folder, tmp_path):
     os.link(folder / "a.png", folder / "b.png")
     (folder / "c.png").symlink_to("a.png")

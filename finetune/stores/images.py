@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from finetune.formats import Captioned, Example
+from finetune.formats.items import ItemList
 from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
@@ -48,7 +49,12 @@ class ImageStore:
 
     def __init__(self, path: Path, files: dict[str, list[ImageFile]]):
         """files: {id without folder and ending: images of this name}."""
-        self.path, self.files = path, files
+        self.path = path
+        # in the order of hashes of their names: found by bisection, and shared by all processes, as arrays
+        # are and a dict is not
+        by_hash = sorted((_name_hash(name), name) for name in files)
+        self.hashes = np.array([value for value, _ in by_hash], np.int64)
+        self.files = ItemList((name, files[name]) for _, name in by_hash)
         self._opened: tuple[int, int] | None = None  # (process, descriptor) of the tar
         self._identities: dict[str, int] = {}
 
@@ -90,10 +96,20 @@ class ImageStore:
         return os.pread(self._tar(image.file), image.size, image.offset)
 
     def _find(self, name: str) -> list[ImageFile]:
-        found, folders = self.files.get(stem(name), []), folders_of(name)
+        found, folders = self._images_called(stem(name)), folders_of(name)
         if len(found) > 1:
             return [image for image in found if folders <= folders_of(image.path)]
         return [image for image in found if may_hold(name, folders_of(image.path))]
+
+    def _images_called(self, name: str) -> list[ImageFile]:
+        value = _name_hash(name)
+        place = int(self.hashes.searchsorted(value))
+        while place < len(self.hashes) and self.hashes[place] == value:
+            other, images = self.files[place]
+            if other == name:
+                return images
+            place += 1
+        return []
 
     def _tar(self, file: str) -> int:
         # a descriptor shared with a parent would be closed by it
@@ -103,6 +119,10 @@ class ImageStore:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": None}
+
+
+def _name_hash(name: str) -> int:
+    return string_key(name.encode(errors="surrogatepass"))  # a file's name need not be UTF-8
 
 
 def open_images(path: Path | str) -> ImageStore:
