@@ -9,6 +9,7 @@ from raylib.errors import UserError
 from raylib.models import BACKBONES, recompute
 from raylib.models.recompute import set_recomputation
 from raylib.models.swin import SwinSizes
+from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.packed import Ragged
 from tests.factories import make_batch, make_model, take_rows
@@ -170,3 +171,30 @@ def test_recomputation_of_a_foreign_encoder_is_refused():
     for settings in (("blocks", 1), ("none", 2)):
         with pytest.raises(UserError, match="Linear has no encoder of ours"):
             set_recomputation(model, *settings)
+
+
+def test_recomputation_of_frozen_layers_changes_no_bit():
+    """As scheduled unfreezing leaves them: layers that get no gradient for now, below some that do."""
+    model = make_model(dtype=torch.float32, dropout=0.2)
+    model.embedding.requires_grad_(False)
+    model.text.blocks[0].requires_grad_(False)
+    model.vision.blocks[1].requires_grad_(False)
+    loss, _, gradients, _ = step(model, make_batch())
+    assert "text.blocks.0.output.weight" not in gradients and "text.blocks.1.output.weight" in gradients
+    for checkpointing in ("blocks", "all"):
+        set_recomputation(model, checkpointing)
+        again, _, recomputed, _ = step(model, make_batch())
+        assert torch.equal(loss, again) and gradients.keys() == recomputed.keys()
+        assert all(torch.equal(recomputed[name], gradient) for name, gradient in gradients.items())
+
+
+def test_finetuning_recomputes_as_its_settings_say(finetune, tmp_path):
+    losses = []
+    for name, settings in (("plain", ()), ("pieces", ("checkpointing=blocks", "fit.micro_batches=3"))):
+        given = ("runtime=local", "epochs=1", "run_test=false", "head_dropout=0", *settings)
+        code, printed = finetune("scenes_xvnli", f"name={name}", *given)
+        assert code == 0, printed
+        losses.append(
+            [record["loss/task"] for record in read_metrics(tmp_path / name) if "loss/task" in record]
+        )
+    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-3)
