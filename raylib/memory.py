@@ -287,6 +287,9 @@ def _parts(
     rows = max(MIN_LOGIT_ROWS, gpu * LOGITS_SHARE / (2 * f.activation * c.vocabulary))
     head = masked * d * (2 * f.stream + (0 if f.is_split else 3 * f.activation))
     logits = 2 * f.activation * c.vocabulary * min(masked, rows)
+    if masked > rows:  # the gradients of several chunks add up in float32
+        logits += 2 * table
+        table = 4 * c.vocabulary * d
     # the gradient of the vocabulary takes the place of its copy
     return (*parts, Part("head", head + table, logits))
 

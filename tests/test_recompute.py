@@ -190,11 +190,10 @@ def test_recomputation_of_frozen_layers_changes_no_bit():
 
 def test_finetuning_recomputes_as_its_settings_say(finetune, tmp_path):
     losses = []
-    for name, settings in (("plain", ()), ("pieces", ("checkpointing=blocks", "fit.micro_batches=3"))):
-        given = ("runtime=local", "epochs=1", "run_test=false", "head_dropout=0", *settings)
-        code, printed = finetune("scenes_xvnli", f"name={name}", *given)
+    for name in ("none", "blocks"):
+        settings = ("runtime=local", "epochs=1", "run_test=false", f"checkpointing={name}")
+        code, printed = finetune("scenes_xvnli", f"name={name}", *settings)
         assert code == 0, printed
-        losses.append(
-            [record["loss/task"] for record in read_metrics(tmp_path / name) if "loss/task" in record]
-        )
-    assert losses[0] and losses[0] == pytest.approx(losses[1], rel=1e-3)
+        records = read_metrics(tmp_path / name)
+        losses.append([record["loss/task"] for record in records if "loss/task" in record])
+    assert losses[0] and losses[0] == losses[1]

@@ -166,6 +166,8 @@ def _lean_gradients(
             grad = chunk_grad if size >= len(labels) else chunk_grad.to(weight.dtype)
         else:
             grad += chunk_grad
+        # or the next chunk's logits would be made beside them
+        del logits_grad, chunk_grad
     if grad is None:
         grad = weight.new_zeros(num_words, 8 + width)
     return losses, states_grad, grad[:, 8:] if needed[1] else None, grad[:, :2].sum(1, dtype=bias.dtype)
