@@ -121,7 +121,7 @@ def measure(device: torch.device, folder: Path, seconds: float, only: Sequence[s
         if only and name not in {"machine", *only}:
             continue
         start = time.monotonic()
-        report.ends = min(start + limit, ends)
+        report.ends = ends if report.setting.is_rehearsal else min(start + limit, ends)
         try:
             if report.has_time("part"):
                 part(report)
