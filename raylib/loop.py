@@ -262,16 +262,17 @@ def _step(
     meter: Meter,
     advice: MemoryAdvice,
 ) -> dict[str, Tensor]:
-    rows = [f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict)]
-    what = f"step {step}: a worker's part of the batch ({', '.join(rows)})"
     try:
-        with advise_on_memory(what, runtime.device, lambda: advice.step(batch)), meter.count_flops(batch):
+        with meter.count_flops(batch):
             return engine.step(batch, step, lr)
     except RuntimeError as e:
         if torch.are_deterministic_algorithms_enabled() and "deterministic" in str(e):
             what = str(e).partition(",")[0]
             raise UserError(f"step {step}: {what}; fit.deterministic=false goes on without") from e
-        raise
+        rows = [f"{name} {len(part['index'])}" for name, part in batch.items() if isinstance(part, dict)]
+        what = f"step {step}: a worker's part of the batch ({', '.join(rows)})"
+        with advise_on_memory(what, runtime.device, lambda: advice.step(batch)):
+            raise
 
 
 def _all_finite(terms: dict[str, Tensor]) -> dict[str, float]:
