@@ -26,7 +26,7 @@ from raylib.models.finetuned import find_fit
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
-from raylib.runtime import local_device, peak_memory
+from raylib.runtime import MemoryAdvice, advise_on_memory, local_device, peak_memory
 from raylib.settings import FitConfig
 from raylib.text import (
     BadCaption,
@@ -261,7 +261,8 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
         data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions
     )
     start = time.perf_counter()
-    with torch.inference_mode():
+    advice = MemoryAdvice().evaluation
+    with torch.inference_mode(), advise_on_memory("the evaluation", device, lambda: advice):
         scores = retrieval(unified, fit.uses_bf16(device))
     end = time.perf_counter()
     files = fingerprint_files(

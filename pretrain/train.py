@@ -36,7 +36,7 @@ from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
-from raylib.runtime import MemoryAdvice, Reporter, Runtime
+from raylib.runtime import MemoryAdvice, Reporter, Runtime, advise_on_memory
 from raylib.text import Tokenizer
 
 
@@ -218,7 +218,8 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, describe, advice=advice)
     if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint
         objective.eval()
-        with torch.inference_mode():
+        where = "the evaluation", runtime.device, lambda: advice.evaluation
+        with torch.inference_mode(), advise_on_memory(*where):
             evaluate(model)
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     replaced = result.pop("samples_replaced")

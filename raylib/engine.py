@@ -307,9 +307,10 @@ class TorchEngine(Engine):
             if set_rate(group, group["params"], self.rates, step, lr):
                 for parameter in group["params"]:
                     self.optimizer.state.pop(parameter, None)
+        # before the forward pass, whose activations take the place of the last step's gradients
+        self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.bf16):
             loss, terms = self.module(batch)
-        self.optimizer.zero_grad(set_to_none=True)
         self.guard.check_loss(loss, terms).backward()
         norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
         # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from finetune.config import FinetuneConfig
+from pretrain.evaluate import evaluate_folder
 from pretrain.recipes import base
 from pretrain.train import advise_on_step
 from raylib.api import load
@@ -86,6 +87,12 @@ def test_evaluation_out_of_memory_names_settings_of_evaluation(finetune, monkeyp
     code, printed = finetune("scenes_xvnli", "name=large", "runtime=local", "epochs=1")
     (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
     assert code == 2 and ": the evaluation does not fit the memory of cpu; set fit.bf16=true, or" in line
+
+
+def test_evaluation_of_an_export_out_of_memory_is_one_line(model, retrieval_set, monkeypatch):
+    monkeypatch.setattr(UnifiedModel, "encode_images", run_out_of_memory)
+    with pytest.raises(UserError, match="the evaluation does not fit the memory of cpu; run it on a device"):
+        evaluate_folder(model, retrieval_set)
 
 
 def test_interface_out_of_memory_names_its_batch_size(model, monkeypatch):
