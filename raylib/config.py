@@ -22,7 +22,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WrapValidator, field_validator
 
 from raylib.errors import UserError
-from raylib.renames import MODULES, rename_settings
+from raylib.renames import MODULES, rename_path, rename_settings
 
 
 class UserSource(NamedTuple):
@@ -136,7 +136,10 @@ def change_settings(config: ConfigT, changes: Mapping[str, Any], where: str = "s
     values, known = config.model_dump(), setting_paths(type(config))
     for path, value in changes.items():
         if not is_setting(type(config), path):
-            raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
+            # an old name is best answered by its new one, which may not be like it at all
+            new = rename_path(config.stored_as, path)
+            advice = suggest(path, known) if new == path else f"; it is {new} now"
+            raise UserError(f"unknown setting '{path}'{advice}")
         *parents, name = path.split(".")
         node = values
         for parent in parents:

@@ -1,7 +1,7 @@
 """Settings that have been renamed since a config was stored: one table, and the function through which every
 reader of a stored config passes its values.
 
-A renamed setting is one line here. On the command line the old name is unknown, the error names near ones.
+A renamed setting is one line here. On the command line the old name is unknown, the error tells the new one.
 """
 
 from collections.abc import Iterator

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from finetune import formats
+from pretrain.recipes import tiny
 from raylib import objectives, renames
-from raylib.config import Config, load_config, load_user_file
+from raylib.config import Config, load_config, load_user_file, override
+from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.renames import MODULES, rename_settings
 
@@ -99,3 +101,8 @@ def test_users_file_of_a_stored_run_imports_modules_by_their_old_names(tmp_path,
     )
     module = load_user_file(tmp_path / "mine.py")
     assert module.read_examples is formats.read_examples and module.LossPart is objectives.LossPart
+
+
+def test_old_name_on_the_command_line_is_answered_by_the_new_one():
+    with pytest.raises(UserError, match="unknown setting 'fit.zero'; it is fit.sharding now"):
+        override(tiny(), ["fit.zero=true"])
