@@ -238,6 +238,7 @@ class Engine(ABC):
     """
 
     name: str
+    waits = False  # for the device, in each step
     optimizer: Any
 
     def __init__(

@@ -24,6 +24,7 @@ class DeepSpeedEngine(Engine):
     loading."""
 
     name = "deepspeed"
+    waits = True
 
     def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
         for i, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):

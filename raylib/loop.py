@@ -114,23 +114,17 @@ def fit(
     if (note := config.set_precision(objective, device)) and runtime.rank == 0:
         print(note, flush=True)
     meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
-    counts = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0), meta.get("interval")
-    guard = StepGuard(device, config.max_skipped, *counts)
-    zero = (config.sharding or runtime.sharding) == "zero2"
-    engine = (DeepSpeedEngine if zero else TorchEngine)(
-        objective, optim, device, bf16, start, rates, guard, config.gradient_dtype
-    )
+    engine = _build_engine(objective, runtime, config, optim, start, meta, rates)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     metrics_log = MetricsLog(runtime.run, first) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
     saver = _Saver(runtime, engine, describe, meter, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
-    monitor = StepMonitor(guard, engine, replay, start)
+    monitor = StepMonitor(engine.guard, engine, replay, start)
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
-    is_quiet = runtime.rank > 0
-    stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, is_quiet)
+    stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
     with StallWatch(runtime) as watch:
         for step in range(first, last):
             watch.start(step)
@@ -143,13 +137,13 @@ def fit(
             logs, evaluates, saves = config.due_after(done, last)
             # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed
             # has waited in its step
-            if logs or evaluates or saves or zero or not on_gpu:
+            if logs or evaluates or saves or engine.waits or not on_gpu:
                 monitor.read()
             meter.lap("step")
             watch.stop()
             if logs:
                 losses = _all_finite(terms) or losses
-                means = guard.interval.means(ends=done % config.log_every == 0)
+                means = engine.guard.interval.means(ends=done % config.log_every == 0)
                 stream.warn_of_waiting(done, progress.log(done, lr, means, monitor.counts.skipped))
             # weights are looked at before they are evaluated or kept, never after
             if evaluates or saves:
@@ -166,6 +160,24 @@ def fit(
         "samples_per_second": progress.mean_rate(last),
         **saver.summary(losses, evaluation, monitor),
     }
+
+
+def _build_engine(
+    objective: Objective,
+    runtime: Runtime,
+    config: FitConfig,
+    optim: OptimConfig,
+    start: Path | None,
+    meta: dict[str, Any],
+    rates: LayerRates | None,
+) -> Engine:
+    """The engine that the settings name, as it was in the checkpoint `start`, of which `meta` tells."""
+    device = runtime.device
+    counts = meta.get("skipped_steps", 0), meta.get("skipped_in_a_row", 0), meta.get("interval")
+    guard = StepGuard(device, config.max_skipped, *counts)
+    kind = DeepSpeedEngine if (config.sharding or runtime.sharding) == "zero2" else TorchEngine
+    bf16 = config.uses_bf16(device)
+    return kind(objective, optim, device, bf16, start, rates, guard, config.gradient_dtype)
 
 
 class _Replay:
