@@ -15,11 +15,13 @@ from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel
 from raylib.objectives import FrozenTextCache
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
+from raylib.packed import Ragged, first_tokens
 from raylib.settings import OptimConfig
-from tests.factories import SMALL, make_batch, make_model
+from tests.factories import SMALL, make_batch, make_model, make_sentences
 from tests.reference import slow_terms
 
 TERMS = list(TermWeights.model_fields)
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 CONFIGS = {
     "paper": {},
     "masked ucl": {"ucl_text": "masked"},
@@ -159,6 +161,21 @@ def test_objective_frozen_encoder_encodes_each_sentence_once():
     for name, value in gradients.items():
         torch.testing.assert_close(value, slow_gradients[name])
     assert sum(calls) < sum(slow_calls) and len(slow_calls) == 2
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+def test_objective_frozen_states_do_not_depend_on_the_batch(device):
+    """A resumed run computes a sentence's state among others than before: to the bit the same."""
+    model = make_model(dtype=torch.float32, width=64, feedforward=256).to(device)
+    objective = UnifiedObjective(model, ObjectiveConfig(train_embeddings=False, frozen_text_layers=2))
+    sentences = make_sentences(torch.arange(40) % 9 + 3, torch.Generator().manual_seed(0))
+    rows = Ragged(sentences.clean.to(device), sentences.lengths)
+    whole = objective._encode_cls(rows, torch.arange(40))
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    for part in order.split([1, 7, 32]):
+        assert objective._encode_cls(rows, part).equal(whole[part.to(device)])
+    together = model.encode_text(rows, first_tokens(rows.lengths))
+    torch.testing.assert_close(whole, together, rtol=1e-4, atol=1e-5)
 
 
 def test_frozen_text_cache_respects_its_limit():

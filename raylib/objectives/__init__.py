@@ -79,11 +79,8 @@ def term(
 
 class FrozenTextCache:
     """CLS states of sentences after a text encoder that never changes, each computed once; no more than
-    `LIMIT`.
-
-    A state is computed among the sentences of its first batch. A resumed run meets it first in another one,
-    where sums of floats may come out otherwise in the last bits: it is the same run to rounding, not to the
-    bit.
+    `LIMIT`. A resumed run, which begins with none, meets a sentence first in another batch: it is the same to
+    the bit because a state does not depend on the batch that it is computed in (`UnifiedObjective`).
     """
 
     LIMIT = 2**17

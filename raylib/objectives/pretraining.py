@@ -56,9 +56,11 @@ from raylib.objectives import (
 )
 from raylib.objectives.encoding import EncoderCall, EncoderRows, StreamEncoding
 from raylib.objectives.sigmoid import sigmoid_contrast
-from raylib.packed import Ragged, Sentences, Upload, Uploads, first_tokens, row_starts
+from raylib.packed import Ragged, Sentences, Upload, Uploads, first_tokens, row_starts, upload
 from raylib.precision import exact_linear
 from raylib.settings import ObjectiveConfig, TermWeights, Version
+
+FROZEN_TOKENS = 512  # that a GPU encodes together of a frozen encoder
 
 # ---- plan, encode, contrast, negatives, fuse: a step of each stream
 
@@ -420,9 +422,22 @@ class UnifiedObjective(Objective):
 
     @torch.no_grad()
     def _encode_cls(self, sentences: Ragged, rows: Tensor) -> Tensor:
-        """CLS states (n, d) of some sentences, of an encoder that never changes."""
-        ids = sentences.select_rows(rows)
-        return self.model.encode_text(ids, first_tokens(ids.lengths))
+        """CLS states (n, d) of some sentences, of an encoder that never changes. Each follows from its own
+        tokens alone, to the bit, whatever it is computed with."""
+        # A product rounds by its shape, not by what else is in it. On a CPU a sentence is computed alone; on
+        # a GPU, which a single one would leave idle, among equally long ones, as many each time.
+        lengths, on_cpu = sentences.lengths[rows], sentences.values.device.type == "cpu"
+        states: Tensor | None = None
+        for length in lengths.unique().tolist():
+            size = 1 if on_cpu else max(1, FROZEN_TOKENS // length)
+            for places in (lengths == length).nonzero().squeeze(1).split(size):
+                filled = torch.cat([places, places[:1].expand(size - len(places))])
+                ids = sentences.select_rows(rows[filled])
+                found = self.model.encode_text(ids, first_tokens(ids.lengths))[: len(places)]
+                states = found.new_empty(len(rows), found.shape[1]) if states is None else states
+                states.index_copy_(0, upload(places, found.device), found)
+        assert states is not None, "the cache asks for new sentences alone"
+        return states
 
     # ---- weigh
 
