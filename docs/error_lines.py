@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "troubleshooting.md"
-ERRORS = ("UserError", "NotFinite")
+ERRORS = ("UserError", "MachineError", "NotFinite")
 AREAS = {  # heading: where the code lies; the first that fits
     "Settings and command lines": ("raylib/config", "raylib/command", "raylib/renames"),
     "Runs, checkpoints, Ray": (

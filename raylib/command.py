@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 from raylib import __version__
 from raylib.config import Config, dump_config, load_config, lookup, override, suggest
-from raylib.errors import UserError, disk_full_error
+from raylib.errors import UserError, error_line
 from raylib.help import recipe_list, settings_page, table, wrap
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
@@ -33,9 +33,10 @@ PROGRAM = "polyglance"
 
 
 def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
-    """Make `main(arguments)` an entry point: without arguments it takes the process's. A `UserError`, or a
-    full disk, is one line on stderr and exit code 2; Ctrl-C is one, with `restart_hint`, and exit code
-    130. SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process, is taken for Ctrl-C."""
+    """Make `main(arguments)` an entry point: without arguments it takes the process's. A mistake in the input
+    is one line on stderr and exit code 2, a failure of the machine (a full disk) one and exit code 1
+    (`raylib.errors`); Ctrl-C is one, with `restart_hint`, and exit code 130. SIGTERM, by which Slurm,
+    Kubernetes and `ray job stop` end a process, is taken for Ctrl-C."""
 
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
@@ -53,15 +54,26 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
                     raise
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
                 return 141  # as the shell says of SIGPIPE
-            except (UserError, OSError) as e:
-                # any other error of the system is a bug or a broken machine: it keeps its traceback
-                line = f"error: {disk_full_error(e) if isinstance(e, OSError) else e}"
-                print(spell_commands(line), file=sys.stderr)
-                return 2
+            except Exception as e:
+                line = error_line(e)
+                if line is None:  # a bug: it keeps its traceback
+                    raise
+                _drop_unwritable_output()
+                print(spell_commands(f"error: {line}"), file=sys.stderr)
+                return line.exit_code
 
         return run
 
     return decorate
+
+
+def _drop_unwritable_output() -> None:
+    """Let go of an output that cannot be written, such as a file on a full disk: the interpreter would end
+    with another error, and another exit code, for it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _is_read() -> bool:

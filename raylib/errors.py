@@ -1,10 +1,18 @@
-"""The one exception that means: the user can fix this."""
+"""Exceptions that one line tells wholly. `UserError`: a mistake in the input; `MachineError`: a failure of
+the machine, in whichever library it was felt."""
 
 import errno
 import importlib
+import os
+import pwd
 import re
+import resource
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
@@ -14,6 +22,15 @@ FILE_NAME = re.compile(r"\.(py|json|jsonl|txt|model|safetensors|bin|pt|pth|th|ta
 
 class UserError(Exception):
     """A mistake in the input, in one line: what, where, what to do. Entry points print it and exit with 2."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class MachineError(Exception):
+    """A failure of the machine, in one line: a full disk, a quota, no permission, a lost connection. The same
+    start may succeed later. Entry points print it and exit with 1."""
+
+    exit_code: ClassVar[int] = 1
 
 
 class NotFinite(UserError):
@@ -43,12 +60,167 @@ def hub_hint(path: Path | str) -> str:
     return f"; if it is a model of the Hugging Face Hub, download it: hf download {name} --local-dir {name}"
 
 
-def disk_full_error(error: OSError) -> UserError:
-    """Return the line for a run that fills the disk. Any other `error` is raised again."""
-    if error.errno != errno.ENOSPC:
-        raise error
-    where = f" for {error.filename}" if error.filename else ""
-    return UserError(
-        f"no space left on the disk{where}; free some and start again: a run goes on from its newest "
-        "checkpoint"
+# What an error of the operating system means, and what to do: of the machine, and of what was given
+FREE_SPACE = "free some and start again: a run goes on from its newest checkpoint"
+MACHINE_ERRORS = {
+    errno.ENOSPC: f"no space left on the disk{{room}}; {FREE_SPACE}",
+    errno.EDQUOT: f"the quota of {{user}} is used up{{room}}; {FREE_SPACE}",
+    errno.EFBIG: "the file is larger than the file system, or `ulimit -f`, allows",
+    errno.EROFS: "the file system is read-only; give another folder, or mount it to be written",
+    errno.EACCES: "permission denied for {user}; give another path, or change its rights (chmod, chown)",
+    errno.EPERM: "not permitted for {user}; give another path, or change its rights (chmod, chown, chattr)",
+    errno.EMFILE: "too many open files (at most {files}); raise the limit: ulimit -n 65536",
+    errno.ENFILE: "too many open files on this machine; end other processes, or raise fs.file-max",
+    errno.EIO: "input/output error: the disk, or the connection to it, fails; see the kernel's log (dmesg)",
+    errno.ENXIO: "no such device: the disk is gone; see the kernel's log (dmesg)",
+    errno.ENODEV: "no such device: the disk is gone; see the kernel's log (dmesg)",
+    errno.ESTALE: "stale file handle: its server has lost it; mount the file system anew and start again",
+    errno.ENOTCONN: "the connection to its file system is lost; mount it anew and start again",
+    errno.ENOLCK: "the file system cannot lock files; mount it with locks (NFS: a lock server)",
+    errno.ENOMEM: "the machine has no memory left; end other processes, or take a machine with more",
+    errno.EAGAIN: "no process or memory can be had now; end other processes, or raise `ulimit -u`",
+    errno.EBUSY: "in use by another process, or a mount point; end what uses it",
+    errno.ETXTBSY: "in use by another process; end what uses it",
+}
+INPUT_ERRORS = {
+    errno.ENOENT: "no such file or folder; it may have been removed meanwhile",
+    errno.ENOTDIR: "not a folder: a part of this path is a file; give a folder",
+    errno.EISDIR: "a folder, where a file is needed; give a file",
+    errno.EEXIST: "a file lies where a folder is needed, or the reverse; move it away, or give another path",
+    errno.ENOTEMPTY: "the folder is not empty; move away what is in it, or give another path",
+    errno.ENAMETOOLONG: "too long: a name has 255 bytes at most, a path 4,096; give a shorter one",
+    errno.ELOOP: "symbolic links that lead in a circle; mend them, or give another path",
+    errno.EXDEV: "on another file system than its target; give a path on the same one",
+}
+# Errors of the network; others of it have no number (`ConnectionError`, `TimeoutError`, `socket.gaierror`)
+NETWORK_ERRORS = (
+    errno.EHOSTUNREACH,
+    errno.ENETUNREACH,
+    errno.ENETDOWN,
+    errno.EADDRNOTAVAIL,
+    errno.EADDRINUSE,
+)
+# These explain whatever another library has made of them; a missing file, for one, may have been expected
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE)
+NUMBER = re.compile(r"\(os error (\d+)\)|[Ee]rrno (\d+)\]|Os \{ code: (\d+)")  # of Rust, of Python, of C++
+QUOTED_PATH = re.compile(r"""["']((?:/|\.{0,2}/)[^"']+)["']""")
+# PyTorch's writer tells that bytes did not get into a file, and not why
+TORCH_WRITER = re.compile(r"inline_container\.cc.*(unexpected pos|failed writing|file write failed)")
+
+
+def error_line(
+    error: BaseException, path: Path | str | None = None, needed: int | None = None
+) -> UserError | MachineError | None:
+    """Return the one line that `error` comes to, as an exception; None: it is a bug, which keeps its
+    traceback.
+
+    Args:
+        path: what was being written or read, where the error does not name it.
+        needed: bytes that were to be written.
+    """
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, UserError | MachineError):
+            return cause if cause is error else None
+        number = _error_number(cause)
+        if number is not None and (cause is error or number in DISK_ERRORS):
+            return _system_error(cause, number, path, needed)
+        if cause is error and (network := _network_error(cause)):
+            return network
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+@contextmanager
+def name_errors(
+    path: Path | str, needed: int | None = None, temporary: Path | str | None = None
+) -> Iterator[None]:
+    """Name `path` in the line of an error of the operating system that something in the block meets, such as
+    a full disk, in whichever library.
+
+    Args:
+        needed: bytes that the block writes.
+        temporary: name under which it writes what will be `path`.
+    Raises:
+        MachineError: a failure of the machine.
+    """
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno is not None and e.filename in (None, str(temporary)):
+            e.filename, e.filename2 = str(path), None
+        line = error_line(e, path, needed)
+        if line is e or not isinstance(line, MachineError):
+            raise
+        raise line from e
+
+
+def _error_number(error: BaseException) -> int | None:
+    """Return the number of an error of the operating system that `error` is, or whose words it has."""
+    if isinstance(error, OSError) and error.errno in {*MACHINE_ERRORS, *INPUT_ERRORS}:
+        return error.errno
+    text = str(error)
+    if found := NUMBER.search(text):
+        number = int(next(filter(None, found.groups())))
+        return number if number in {*MACHINE_ERRORS, *INPUT_ERRORS} else None
+    if TORCH_WRITER.search(text):
+        return errno.ENOSPC
+    # a library's own exception that has the system's words
+    if isinstance(error, OSError | RuntimeError) or type(error) is Exception:
+        return next((number for number in DISK_ERRORS if os.strerror(number) in text), None)
+    return None
+
+
+def _system_error(
+    error: BaseException, number: int, path: Path | str | None, needed: int | None
+) -> UserError | MachineError:
+    names = [error.filename, error.filename2] if isinstance(error, OSError) else []
+    quoted = QUOTED_PATH.findall(str(error))
+    if number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):  # of a copy, the target is what cannot be written
+        names, quoted = names[::-1], quoted[::-1]
+    found = [n for n in (*names, path, *quoted) if isinstance(n, bytes | str | Path) and n != ""]
+    name = os.fsdecode(found[0]) if found else None
+    if name and number == errno.ENAMETOOLONG and len(name) > 100:
+        name = f"{name[:60]}... ({len(os.fsencode(name)):,} bytes)"
+    where = f"{name}: " if name else ""
+    if number in INPUT_ERRORS:
+        return UserError(f"{where}{INPUT_ERRORS[number]}")
+    facts = {
+        "room": _describe_room(name, needed),
+        "user": _user_name(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+    }
+    return MachineError(f"{where}{MACHINE_ERRORS[number].format(**facts)}")
+
+
+def _describe_room(name: str | None, needed: int | None) -> str:
+    """Return " (... MB needed, ... MB free)" of the disk where `name` lies or should lie."""
+    parts = [f"{needed / 1e6:,.1f} MB needed"] if needed is not None else []
+    path = Path(name).absolute() if name else None
+    place = next((p for p in (path, *path.parents) if p.exists()), None) if path else None
+    with suppress(OSError):
+        if place is not None:
+            parts.append(f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free")
+            if os.statvfs(place).f_files and not os.statvfs(place).f_favail:
+                parts.append("no inode free: too many files")
+    return f" ({', '.join(parts)})" if parts else ""
+
+
+def _user_name() -> str:
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user without a name
+        return f"user {os.geteuid()}"
+
+
+def _network_error(error: BaseException) -> MachineError | None:
+    is_network = isinstance(error, ConnectionError | TimeoutError | socket.gaierror) or (
+        isinstance(error, OSError) and error.errno in NETWORK_ERRORS
     )
+    # a pipe is no network: it stays an error of its own
+    if not is_network or isinstance(error, BrokenPipeError):
+        return None
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return MachineError(f"no connection ({reason}); is the network up, and the address right?")

@@ -24,7 +24,7 @@ from typing import Any, TextIO, cast
 
 import ijson
 
-from raylib.errors import UserError
+from raylib.errors import UserError, name_errors
 
 CHUNK = 1 << 16  # characters of JSON read at a time
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -32,14 +32,20 @@ URL_SAFE = bytes.maketrans(b"-_", b"+/")
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary name in the block, renamed to `path` after it: readers see the old file or the new one."""
+    """A temporary name in the block, renamed to `path` after it: readers see the old file or the new one.
+
+    Raises:
+        MachineError: the file cannot be written: a full disk, no permission.
+    """
     # several processes, perhaps on several machines, may write the same file at once: each renames its own
     temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with name_errors(path, temporary=temporary):
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # it was renamed; or the error above says more
+                temporary.unlink()
 
 
 @contextmanager
@@ -87,7 +93,7 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
         ValueError: a float in it is not finite; nothing is written.
     """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    with open(path, "a+b") as file:
+    with name_errors(path), open(path, "a+b") as file:
         if file.tell():  # a crash may have cut off the last line: this one must not become its end
             file.seek(-1, os.SEEK_END)
             line = line if file.read() == b"\n" else f"\n{line}"

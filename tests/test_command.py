@@ -1,6 +1,7 @@
-"""Ends of command lines: well, by a mistake of the user, by a full disk, by Ctrl-C."""
+"""Ends of command lines: well, by a mistake of the user, by a failure of the machine, by Ctrl-C."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -8,28 +9,112 @@ import sys
 import pytest
 
 from raylib.command import RESUME_HINT, entry_point
-from raylib.errors import UserError
+from raylib.errors import FREE_SPACE, INPUT_ERRORS, MACHINE_ERRORS, MachineError, UserError
 
 
 @pytest.mark.parametrize(
     ("trouble", "code", "said"),
     [
         (UserError("a.json: no such file"), 2, "error: a.json: no such file\n"),
-        (
-            OSError(errno.ENOSPC, "full", "a.bin"),
-            2,
-            "error: no space left on the disk for a.bin; free some and start again: "
-            "a run goes on from its newest checkpoint\n",
-        ),
+        (MachineError("no disk"), 1, "error: no disk\n"),
+        (OSError(errno.ENOSPC, "full"), 1, f"error: no space left on the disk; {FREE_SPACE}\n"),
+        (ConnectionRefusedError("a:1"), 1, "error: no connection (a:1); is the network up, and the address "),
         (KeyboardInterrupt(), 130, f"interrupted; {RESUME_HINT}\n"),
     ],
 )
-def test_command_user_error_full_disk_and_interrupt_are_one_line(trouble, code, said, capsys):
+def test_command_user_error_machine_error_and_interrupt_are_one_line(trouble, code, said, capsys):
     @entry_point(RESUME_HINT)
     def main(arguments):
         raise trouble
 
-    assert main([]) == code and capsys.readouterr().err == said
+    assert main([]) == code
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [*MACHINE_ERRORS, *INPUT_ERRORS])
+def test_command_error_of_the_system_is_one_line_with_its_path(number, tmp_path, capsys):
+    path = tmp_path / "file"
+
+    @entry_point()
+    def main(arguments):
+        raise OSError(number, os.strerror(number), str(path))
+
+    assert main([]) == (1 if number in MACHINE_ERRORS else 2)
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {path}: ") and err.count("\n") == 1 and "{" not in err
+
+
+def _save_pytorch(path):
+    import torch
+
+    torch.save(torch.zeros(1 << 16), path)
+
+
+def _save_safetensors(path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1 << 16)}, path)
+
+
+def _save_arrow(path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"a": list(range(1 << 16))}), path)
+
+
+def _save_tokenizer(path):
+    import tokenizers
+
+    vocabulary = {str(i): i for i in range(1 << 14)}
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, "0")).save(str(path))
+
+
+def _save_atomically(path):
+    from raylib.fileio import write_atomically
+
+    write_atomically(path, "x" * (1 << 18))
+
+
+@pytest.mark.parametrize(
+    "save", [_save_pytorch, _save_safetensors, _save_arrow, _save_tokenizer, _save_atomically]
+)
+def test_command_full_disk_is_one_line_in_whichever_library_it_is_felt(save, tmp_path):
+    """The limit of a file's size is a full disk that needs no mount: EFBIG in place of ENOSPC."""
+    script = (
+        "import resource, signal, sys\n"
+        "from raylib.command import entry_point\n"
+        "from raylib.errors import name_errors\n"
+        f"from tests.test_command import {save.__name__}\n"
+        "from pathlib import Path\n"
+        "@entry_point()\n"
+        "def main(arguments):\n"
+        f"    path = Path('{tmp_path}/file')\n"
+        "    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "    with name_errors(path):\n"
+        f"        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"        {save.__name__}(path)\n"
+        "raise SystemExit(main())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ended.returncode == 1, ended.stderr
+    line = ended.stderr.splitlines()[-1]
+    assert line.startswith(f"error: {tmp_path}/file: ") and "Traceback" not in ended.stderr
+
+
+def test_command_whose_output_is_on_a_full_disk_is_one_line():
+    script = (
+        "from raylib.command import entry_point\n"
+        "@entry_point()\n"
+        "def main(arguments):\n"
+        "    print('x' * 100_000)\n"
+        "raise SystemExit(main())\n"
+    )
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", script], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 1 and ended.stderr == f"error: no space left on the disk; {FREE_SPACE}\n"
 
 
 def test_command_takes_sigterm_for_ctrl_c_and_leaves_the_signal_as_it_was(capsys):

@@ -332,7 +332,7 @@ def test_finetune_full_disk_is_one_line_and_run_resumes(finetune, tmp_path, monk
 
     monkeypatch.setattr(checkpoint, "write_json", full)
     code, printed = finetune("scenes_marvl", "name=full", *settings)
-    assert code == 2 and "error: no space left on the disk" in printed, printed
+    assert code == 1 and ": no space left on the disk" in printed, printed
     monkeypatch.setattr(checkpoint, "write_json", write)
     assert finetune("scenes_marvl", "name=full", *settings)[0] == 0
     assert result(tmp_path, "full")["accuracy"] == result(tmp_path, "whole")["accuracy"]
