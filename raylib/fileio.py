@@ -18,7 +18,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TextIO, cast
 
@@ -86,28 +86,127 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def append_jsonl(path: Path, record: dict[str, Any]) -> None:
-    """Append a record as a line of JSON.
+def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:
+    """Append a record as a line of JSON; `durable`: it is on the disk, not in the system's memory alone, when
+    this returns.
 
     Raises:
         ValueError: a float in it is not finite; nothing is written.
+        OSError: the disk is full, or broken; what was written of the line is taken back.
     """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
-    with name_errors(path), open(path, "a+b") as file:
-        if file.tell():  # a crash may have cut off the last line: this one must not become its end
-            file.seek(-1, os.SEEK_END)
-            line = line if file.read() == b"\n" else f"\n{line}"
-        file.write(f"{line}\n".encode())
+    with name_errors(path), open(path, "a+b", buffering=0) as file:
+        # a crash may have cut off the last line: this one must not become its end
+        end, last = _last_line(file)
+        if last and _parse_record(last) is None:
+            file.truncate(end)
+            last = b""
+        data = memoryview(f"{line}\n".encode() if not last else f"\n{line}\n".encode())
+        try:
+            while data:  # a disk that is nearly full takes a part first
+                data = data[file.write(data) :]
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(end + len(last))
+            raise
+
+
+def _last_line(file: io.FileIO) -> tuple[int, bytes]:
+    """Return (where the last newline ends, what stands behind it)."""
+    end, last = file.seek(0, os.SEEK_END), b""
+    while end:
+        start = max(0, end - CHUNK)
+        file.seek(start)
+        before, newline, behind = file.read(end - start).rpartition(b"\n")
+        last = behind + last
+        if newline:
+            return start + len(before) + 1, last
+        end = start
+    return 0, last
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read all records that `append_jsonl` wrote, in order, but for one that a crash cut off; none of a file
-    that is not there."""
+    """Read all records that `append_jsonl` wrote, in order; none of a file that is not there. A last line that
+    is not whole is left out: a crash cut it off (`repair_jsonl` says so), or it is being written.
+
+    Raises:
+        UserError: another line is no JSON object; names it.
+    """
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        with suppress(ValueError):
-            records.append(json.loads(line))
+    # no str.splitlines: it would split at U+2028 and others, which JSON need not escape
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    for number, line in enumerate(lines, 1):
+        record = _parse_record(line)
+        if record is not None:
+            records.append(record)
+        elif line.strip() and number < len(lines):
+            raise UserError(
+                f"{path}:{number}: no JSON object ({line[:40]!r}); restore the file, or take that line out"
+            )
     return records
+
+
+def repair_jsonl(path: Path, key: str) -> list[str]:
+    """Take out of a file of JSON lines, all of which have `key`, what a crash left: a line that was cut off,
+    also where a later one follows on the same line, and zero bytes, as file systems leave them after a power
+    failure. Return in words what was dropped. Whoever appends to a file calls this before.
+
+    Raises:
+        UserError: a line that no crash leaves; names it.
+    """
+    data = path.read_bytes() if path.is_file() else b""
+    lines, kept, notes = data.split(b"\n"), [], []
+    for number, line in enumerate(lines, 1):
+        found, rest = _split_records(line.strip(b"\0"), key)
+        kept += found
+        if not rest and (found or not line):
+            continue
+        if rest and not _may_be_cut_off(rest):
+            raise UserError(
+                f"{path}:{number}: no JSON object with '{key}' ({rest[:40]!r}); restore the file, or take that "
+                "line out"
+            )
+        what = "its last line" if number == len(lines) else f"line {number}"
+        if found:
+            what = f"the beginning of line {number}"
+        notes.append(f"{path}: {what} was cut off by a crash and is dropped")
+    repaired = b"".join(record + b"\n" for record in kept)
+    if repaired != data:
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(repaired)
+    return notes
+
+
+def _split_records(line: bytes, key: str) -> tuple[list[bytes], bytes]:
+    """Return (the records with `key` that end a line, what stands before them)."""
+    records: list[bytes] = []
+    start = 0 if key in (_parse_record(line) or {}) else line.rfind(b"{")
+    while start >= 0:
+        if key in (_parse_record(line[start:]) or {}):
+            records, line, start = [line[start:], *records], line[:start], len(line)
+        start = line.rfind(b"{", 0, start)
+    return records, line.strip(b"\0")
+
+
+def _parse_record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _may_be_cut_off(line: bytes) -> bool:
+    """Return whether a line is zero bytes, or may be the beginning of a JSON object."""
+    text = line.replace(b"\0", b"").decode(errors="replace")
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as e:
+        # where the text ends, or in a word (`-Infinity`) or a number that does not end there
+        is_early = e.pos < len(text) - len("-Infinity") and not e.msg.startswith("Unterminated string")
+        return not text.strip() or (text.startswith("{") and not is_early and e.msg != "Extra data")
+    return False
 
 
 @contextmanager

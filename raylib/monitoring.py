@@ -18,7 +18,7 @@ import torch
 
 from raylib.data.loading import StepDataset
 from raylib.distributed import all_gather
-from raylib.fileio import append_jsonl, read_jsonl, write_atomically
+from raylib.fileio import append_jsonl, read_jsonl, repair_jsonl, write_atomically
 from raylib.finite import finite_values
 from raylib.runtime import Runtime, peak_memory
 
@@ -32,6 +32,8 @@ class MetricsLog:
 
     def __init__(self, run: Path, start: int):
         self.path, self.name = run / "metrics.jsonl", run.name
+        for note in repair_jsonl(self.path, "step"):
+            print(note, flush=True)
         # a run that crashed has logged steps after its newest checkpoint, which come again
         lines = [json.dumps(finite_values(r)) + "\n" for r in read_metrics(run) if r["step"] <= start]
         write_atomically(self.path, "".join(lines))

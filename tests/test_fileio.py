@@ -11,6 +11,7 @@ from raylib.fileio import (
     atomic_folder,
     file_lock,
     read_jsonl,
+    repair_jsonl,
     sha256_file,
     stream_json,
     write_json,
@@ -52,6 +53,66 @@ def test_jsonl_without_the_line_that_a_crash_cut_off(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         append_jsonl(path, {"n": float("inf")})
     assert len(read_jsonl(path)) == 2
+
+
+def test_jsonl_keeps_a_last_line_that_lacks_its_newline_alone(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2, "text": "\u2028 \x85"}', encoding="utf-8")
+    append_jsonl(path, {"n": 3}, durable=True)
+    assert [record["n"] for record in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_jsonl_broken_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2, "te\n{"n": 3}\n')
+    with pytest.raises(UserError, match=r"log.jsonl:2: no JSON object .*take that line out"):
+        read_jsonl(path)
+
+
+LINES = [b'{"n": 1, "in": {"n": 5}}', '{"n": 2, "text": "\u2028\xe4"}'.encode()]
+
+
+@pytest.mark.parametrize("cut", range(len(LINES[1])))
+@pytest.mark.parametrize("behind", [b"", b'{"n": 3}\n', b'\n{"n": 3}\n', b"\0\0\0", b'\0\0\n{"n": 3}\n'])
+def test_jsonl_repair_drops_what_a_crash_left_and_says_so(tmp_path, cut, behind):
+    """A line cut off after each of its bytes, at the end, before another line, on the same line, or with the
+    zero bytes of a power failure."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(LINES[0] + b"\n" + LINES[1][:cut] + behind)
+    notes = repair_jsonl(path, "n")
+    assert [record["n"] for record in read_jsonl(path)] == ([1, 3] if b"3" in behind else [1])
+    assert path.read_bytes().endswith(b"\n") and b"\0" not in path.read_bytes()
+    assert all("cut off by a crash and is dropped" in note for note in notes)
+    assert len(notes) == bool(cut or b"\0" in behind)
+    if cut and not behind:
+        assert notes == [f"{path}: its last line was cut off by a crash and is dropped"]
+    assert repair_jsonl(path, "n") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["n = 2", '{"n": 2} {"m": 3}', "[1, 2]", '{"m": 2}', '{"n": 2,, "m": 3456789012}']
+)
+def test_jsonl_repair_names_a_line_that_no_crash_leaves(tmp_path, line):
+    path = tmp_path / "log.jsonl"
+    path.write_text(f'{{"n": 1}}\n{line}\n')
+    with pytest.raises(UserError, match="log.jsonl:2: no JSON object with 'n'"):
+        repair_jsonl(path, "n")
+    assert path.read_text() == f'{{"n": 1}}\n{line}\n'
+
+
+def test_jsonl_repair_splits_whole_records_on_one_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"n": 1, "in": {"n": 5}}{"n": 2}{"n": 3}\n')
+    assert repair_jsonl(path, "n") == [] and [record["n"] for record in read_jsonl(path)] == [1, 2, 3]
+
+
+def test_jsonl_line_that_a_full_disk_cuts_off_is_taken_back(tmp_path, monkeypatch):
+    path = tmp_path / "log.jsonl"
+    append_jsonl(path, {"n": 1})
+    monkeypatch.setattr(fileio.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(OSError, match="No space"):
+        append_jsonl(path, {"n": 2}, durable=True)
+    assert path.read_text() == '{"n": 1}\n'
 
 
 def test_file_lock_says_whether_it_could_be_had(tmp_path):
