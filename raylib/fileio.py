@@ -87,12 +87,12 @@ def read_json(path: Path) -> Any:
 
 
 def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:
-    """Append a record as a line of JSON; `durable`: it is on the disk, not in the system's memory alone, when
-    this returns.
+    """Append a record as a line of JSON; `durable`: it is on the disk, not in the system's memory alone,
+    when this returns.
 
     Raises:
         ValueError: a float in it is not finite; nothing is written.
-        OSError: the disk is full, or broken; what was written of the line is taken back.
+        MachineError: the disk is full, or broken; what was written of the line is taken back.
     """
     line = json.dumps(record, ensure_ascii=False, allow_nan=False)
     with name_errors(path), open(path, "a+b", buffering=0) as file:
@@ -127,8 +127,8 @@ def _last_line(file: io.FileIO) -> tuple[int, bytes]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Read all records that `append_jsonl` wrote, in order; none of a file that is not there. A last line that
-    is not whole is left out: a crash cut it off (`repair_jsonl` says so), or it is being written.
+    """Read all records that `append_jsonl` wrote, in order; none of a file that is not there. A last line
+    that is not whole is left out: a crash cut it off (`repair_jsonl` says so), or it is being written.
 
     Raises:
         UserError: another line is no JSON object; names it.

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from raylib import fileio
-from raylib.errors import UserError
+from raylib.errors import MachineError, UserError
 from raylib.fileio import (
     append_jsonl,
     atomic_file,
@@ -110,7 +110,7 @@ def test_jsonl_line_that_a_full_disk_cuts_off_is_taken_back(tmp_path, monkeypatc
     path = tmp_path / "log.jsonl"
     append_jsonl(path, {"n": 1})
     monkeypatch.setattr(fileio.os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(MachineError, match="log.jsonl: no space left on the disk"):
         append_jsonl(path, {"n": 2}, durable=True)
     assert path.read_text() == '{"n": 1}\n'
 
