@@ -18,7 +18,7 @@ import unicodedata
 import zipfile
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TextIO, cast
 
@@ -164,8 +164,8 @@ def repair_jsonl(path: Path, key: str) -> list[str]:
             continue
         if rest and not _may_be_cut_off(rest):
             raise UserError(
-                f"{path}:{number}: no JSON object with '{key}' ({rest[:40]!r}); restore the file, or take that "
-                "line out"
+                f"{path}:{number}: no JSON object with '{key}' ({rest[:40]!r}); restore the file, or take "
+                "that line out"
             )
         what = "its last line" if number == len(lines) else f"line {number}"
         if found:
