@@ -408,9 +408,7 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
             part = trained_config(part, run)
         pipeline = build_pipeline(part, build_strategies(part))
         if config.trains:
-            load_weights(
-                pipeline.model, checkpoint.find_trained(run, config.select, checkpoint.find_newest(run))
-            )
+            load_weights(pipeline.model, checkpoint.find_trained(run, config.select))
         done = run / "part.json"
         before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():

@@ -72,7 +72,7 @@ class FinetuneJob:
             if not result["finished"] or self.epochs:
                 return result
             barrier()  # the first worker has written the checkpoint
-            trained = checkpoint.find_trained(runtime.run, config.select, runtime.find_newest())
+            trained = checkpoint.find_trained(runtime.run, config.select)
             load_weights(model, trained)
             if model.backbone.tuning and runtime.rank == 0:
                 peft.save_tuned(model, trainable.keys(), runtime.run / "tuned.safetensors")

@@ -1,32 +1,79 @@
-"""Checkpoint folders: what is in one, whether it is whole, which one a run goes on from.
+"""Checkpoint folders: what is in one, whether it is whole, which ones a run has, which one it goes on from.
 
-    runs/NAME/checkpoints/step_000100/
-        meta.json              step, workers, engine, score, seconds, losses
-        model.safetensors, config.json   the model alone, for evaluation, export and other engines
-        files-00000.json       size and sha256 of every file that worker 0 wrote; one such list a worker
-        ...                    the engine's own files, one shard a worker; none after `keep_optimizer=false`
-    runs/NAME/best/            the checkpoint with the best score so far (hard links, where the disk allows)
+    runs/NAME/checkpoints/
+        registry.json          {"checkpoints": ["step_000050", ...], "best": {"checkpoint", "score"} or null}
+        step_000100/
+            meta.json          step, workers, engine, score, seconds, losses
+            model.safetensors, config.json   the model alone, for evaluation, export and other engines
+            files-00000.json   size and sha256 of every file that worker 0 wrote; one such list a worker
+            ...                the engine's own files, one shard a worker; none after `keep_optimizer=false`
 
-A checkpoint exists once it is *registered*: in Ray Train's snapshot, or in `registry.json` without Ray. A
-folder that is not registered is a leftover of a crash: it is ignored, and overwritten when its step comes
-again.
+A checkpoint exists once it is *registered*, and the registry is written whole: whatever is killed at whatever
+moment leaves the checkpoints that were there before, or these and the new one. A folder that is not
+registered is the leftover of a crash: nobody reads it, and the run's next start removes it (`settle`).
+
+Earlier versions kept a list in `registry.json`, Ray Train's snapshot beside it, and the best checkpoint in a
+folder of its own, `runs/NAME/best`: they are read as they are; a run that goes on has them in its registry
+from then on.
 """
 
 import json
-import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import read_json, sha256_file, write_json
+from raylib.fileio import read_json, remove_temporaries, sha256_file, sync_folder, write_json
 from raylib.finite import is_finite, require_finite_values
 
-OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")  # what engines write, to train on
-FOLDER, BEST, REGISTRY, START = "checkpoints", "best", "registry.json", "start.json"
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's
+OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")  # what earlier engines wrote
+FOLDER, REGISTRY = "checkpoints", "registry.json"
+# of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
+OLD_BEST, OLD_START, OLD_SNAPSHOT = "best", "start.json", "checkpoint_manager_snapshot.json"
+
+
+class Best(NamedTuple):
+    """The registered checkpoint with the highest score."""
+
+    checkpoint: str
+    score: float
+
+
+class Registry(NamedTuple):
+    """The checkpoints of a run, oldest first, with those that are kept as the best; and `aside`, those that
+    `rewind` is moving away: {name: folder of the run}."""
+
+    checkpoints: Sequence[str] = ()
+    best: Best | None = None
+    aside: Mapping[str, str] = {}
+
+
+def read_registry(run: Path) -> Registry:
+    """Return what the run has registered, also where an earlier version did it."""
+    path, snapshot = run / FOLDER / REGISTRY, run / FOLDER / OLD_SNAPSHOT
+    stored = read_json(path) if path.is_file() else []
+    if isinstance(stored, dict):
+        best = Best(**stored["best"]) if stored["best"] else None
+        return Registry(stored["checkpoints"], best, stored.get("aside", {}))
+    # a run of an earlier version may have parts with and without Ray: both registers count
+    if snapshot.is_file():
+        values = read_json(snapshot)
+        results = [*values["checkpoint_results"], values["latest_checkpoint_result"]]
+        stored = [*stored, *(result["checkpoint_dir_name"] for result in results if result)]
+    return Registry(sorted(set(stored)))
+
+
+def _write_registry(run: Path, registry: Registry) -> None:
+    values: dict[str, Any] = {
+        "checkpoints": list(registry.checkpoints),
+        "best": registry.best and registry.best._asdict(),
+    }
+    if registry.aside:
+        values["aside"] = dict(registry.aside)
+    write_json(run / FOLDER / REGISTRY, values, durable=True)
 
 
 def step_name(step: int) -> str:
@@ -83,20 +130,34 @@ def read_meta(folder: Path) -> dict:
 
 
 def find_newest(run: Path) -> Path | None:
-    """Return the newest registered checkpoint of a run, else the one that `rewind` set, else None."""
+    """Return the newest registered checkpoint of a run; None: there is none yet."""
     folder = run / FOLDER
-    names: list[str] = []
-    # a run may have parts with and without Ray: both registers are read
-    if (folder / REGISTRY).is_file():
-        names += read_json(folder / REGISTRY)
-    if (folder / SNAPSHOT).is_file():
-        latest = read_json(folder / SNAPSHOT)["latest_checkpoint_result"]
-        names += [latest["checkpoint_dir_name"]] if latest else []
-    if names:
-        return folder / max(names)
-    if (folder / START).is_file():
-        return run / read_json(folder / START)
+    if names := read_registry(run).checkpoints:
+        return folder / names[-1]
+    if (folder / OLD_START).is_file():
+        return run / read_json(folder / OLD_START)
     return None
+
+
+def find_best(run: Path) -> Path | None:
+    """Return the checkpoint of a run that has the best score; None: none has a score."""
+    best = read_registry(run).best
+    if best and (found := run / FOLDER / best.checkpoint).is_dir():
+        return found
+    return run / OLD_BEST if (run / OLD_BEST).is_dir() else None
+
+
+def find_trained(run: Path, select: str) -> Path:
+    """Find the checkpoint that results come from: with `select` "best", the best on the dev set if there is
+    one, else the newest.
+
+    Raises:
+        UserError: there is none yet.
+    """
+    source = (find_best(run) if select == "best" else None) or find_newest(run)
+    if source is None:
+        raise UserError(f"{run}: no checkpoint to evaluate; finish the run first")
+    return source
 
 
 def hint_if_unsaved(run: Path) -> str:
@@ -107,93 +168,161 @@ def hint_if_unsaved(run: Path) -> str:
 
 
 def register(run: Path, name: str, keep: int) -> None:
-    """Enter a folder that is now whole, without Ray; drop all but the newest `keep`."""
-    registry = run / FOLDER / REGISTRY
-    names = sorted({*(read_json(registry) if registry.is_file() else []), name})
-    # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
-    write_json(registry, names[-keep:])
-    for old in names[:-keep]:
-        shutil.rmtree(run / FOLDER / old)
-
-
-def keep_best(run: Path, name: str) -> None:
-    """Make `best/` this checkpoint if its score is the highest so far; as high as `best/`'s only if its meta
-    data say "ties": "last". One that is there, but not finite, as earlier versions kept it, gives way, and a
-    line says so.
+    """Enter a folder that is now whole on the disk; then drop all but the newest `keep` and the best one.
 
     Raises:
-        NotFinite: the score of this checkpoint.
+        NotFinite: the score of this checkpoint; it is not entered.
     """
-    source, best = run / FOLDER / name, run / BEST
-    meta = read_meta(source)
-    score = meta["score"]
-    if score is None:
-        return
-    if not is_finite(score):
+    source = run / FOLDER / name
+    score = read_meta(source)["score"]
+    if score is not None and not is_finite(score):
         raise NotFinite(
-            f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot become {best}"
+            f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot be compared"
         )
-    if best.is_dir():
-        if bad := _not_finite_of(best):
-            print(f"{best}: {bad} is not finite (NaN or infinite); {name} takes its place", flush=True)
-        elif (highest := read_meta(best)["score"]) > score or (
-            highest == score and meta.get("ties") != "last"
-        ):
-            return
-    # copied beside, then renamed: a crash leaves the old best, the new one or only the copy, never a half
-    fresh = run / f".{BEST}.new"
-    shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(source, fresh, copy_function=_link)
-    if best.is_dir():
-        shutil.rmtree(best)
-    fresh.rename(best)
+    names = sorted({*read_registry(run).checkpoints, name})
+    best = _best_of(run, names)
+    kept = [each for each in names if each in names[-keep:] or (best and each == best.checkpoint)]
+    # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
+    _write_registry(run, Registry(kept, best))
+    for each in names:
+        if each not in kept:
+            remove_folder(run / FOLDER / each)
 
 
-def _not_finite_of(best: Path) -> str | None:
-    """Name what is not finite of the best checkpoint so far."""
+def _best_of(run: Path, names: Sequence[str]) -> Best | None:
+    """The checkpoint with the highest score of `names`; of equal ones the first, or the last if its meta data
+    say "ties": "last". One that is not finite, as earlier versions kept it, is passed over."""
+    # read again each time, so that it is the same after a kill at any moment: the best so far is among them
+    best: Best | None = None
+    for name in names:
+        folder = run / FOLDER / name
+        if not (folder / "meta.json").is_file():
+            continue  # the user removed it; if it is the newest, the next start says so (`verify`)
+        meta = read_meta(folder)
+        score = meta["score"]
+        if score is None or _not_finite_of(folder):
+            continue
+        if best is None or score > best.score or (score == best.score and meta.get("ties") == "last"):
+            best = Best(name, score)
+    return best
+
+
+def settle(run: Path) -> None:
+    """Bring a run's checkpoints in order, before it starts: finish what a killed start left half done, remove
+    what it left behind, choose the best one anew. One process at a time calls it."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    registry = read_registry(run)
+    for name, place in registry.aside.items():
+        _set_aside(folder / name, run / place)
+    names = set(registry.checkpoints)
+    if not any((folder / each).is_file() for each in (REGISTRY, OLD_SNAPSHOT, OLD_START)):
+        # a registry that was lost: a folder has its name only since it was whole
+        names = {path.name for path in folder.glob("step_*") if (path / "meta.json").is_file()}
+        if names:
+            print(f"{folder}/{REGISTRY} was gone; registered again: {', '.join(sorted(names))}", flush=True)
+    for path in (*folder.glob("step_*"), *folder.glob(".step_*"), run / f".{OLD_BEST}.new"):
+        if path.name not in names:
+            remove_folder(path)
+    remove_temporaries(run)
+    names |= _adopt_best(run, sorted(names))
+    _write_registry(run, Registry(sorted(names), _best_of(run, sorted(names))))
+
+
+def _adopt_best(run: Path, names: Sequence[str]) -> set[str]:
+    """Make the folder `best` of an earlier version one of the run's checkpoints; returns its name. One that
+    is newer than all of them, from before the run was rewound, stays where it is."""
+    best = run / OLD_BEST
+    if not best.is_dir() or not names:
+        return set()
     meta = read_meta(best)
+    if (name := step_name(meta["step"])) > names[-1]:
+        return set()
+    if bad := _not_finite_of(best):
+        print(f"{best}: {bad} is not finite (NaN or infinite); it is not kept", flush=True)
+        remove_folder(best)
+        return set()
+    # entered before it is moved: a crash between the two leaves a name whose folder is still `best`, which
+    # `find_best` and the next start look for
+    _write_registry(run, Registry(sorted({*names, name}), Best(name, meta["score"])))
+    if (run / FOLDER / name).is_dir():
+        remove_folder(best)  # the same files, under two names
+    else:
+        best.rename(run / FOLDER / name)
+        sync_folder(run / FOLDER)
+    return {name}
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a checkpoint, or a leftover of one, if it is there: under a name that nobody looks for, since it
+    takes a while."""
+    doomed = folder
+    if folder.is_dir() and folder.suffix != ".removed":
+        doomed = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+    if doomed.is_dir():
+        shutil.rmtree(doomed)
+
+
+def _not_finite_of(folder: Path) -> str | None:
+    """Name what is not finite of a checkpoint with a score."""
+    meta = read_meta(folder)
     if not is_finite(meta["score"]):
         return f"its score {meta['score']}"
     if "skipped_steps" in meta:  # saved by a version that keeps finite weights alone
         return None
-    with safe_open(best / "model.safetensors", "pt") as file:
+    with safe_open(folder / "model.safetensors", "pt") as file:
         names: list[str] = file.keys()
         return next((f"tensor {name}" for name in names if not is_finite(file.get_tensor(name))), None)
 
 
-def _link(source: str, to: str) -> None:
-    try:
-        os.link(source, to)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, to)
-
-
 def rewind(run: Path, name: str) -> Path:
-    """Set all checkpoints aside and let the run go on from `name` ("step_000050" or "best"). Nothing is
+    """Let the run go on from `name` ("step_000050" or "best"): newer checkpoints are set aside. Nothing is
     deleted.
 
     Raises:
         UserError: there is no such checkpoint (names those there are); it is not whole, or has weights alone.
     """
-    folder = run / FOLDER
-    target = run / BEST if name == BEST else folder / name
-    if not target.is_dir():
-        names = sorted(p.name for p in folder.glob("step_*")) + ([BEST] if (run / BEST).is_dir() else [])
-        raise UserError(f"{run}: no checkpoint '{name}'; there are: {', '.join(names) or 'none'}")
-    verify(target)
-    require_optimizer(target)
-    # whatever is newer than the target must not be found again, and steps that come again need their names
-    old_folder = run / f"{FOLDER}.before-{len(list(run.glob(f'{FOLDER}.before-*'))) + 1}"
-    folder.rename(old_folder)
-    folder.mkdir()
-    start = target if name == BEST else old_folder / name
-    write_json(folder / START, str(start.relative_to(run)))
-    return start
+    names, best, _ = read_registry(run)
+    target = best.checkpoint if best and name == "best" else name
+    if target not in names:
+        known = ", ".join([*names, *(["best"] if best else [])])
+        raise UserError(f"{run}: no checkpoint '{name}'; there are: {known or 'none'}")
+    verify(run / FOLDER / target)
+    require_optimizer(run / FOLDER / target)
+    older = [each for each in names if each <= target]
+    if newer := [each for each in names if each > target]:
+        # whatever is newer must not be found again, and steps that come again need its names. The registry
+        # says first what is moved where: after a crash in between, the next start moves the rest
+        place = f"{FOLDER}.before-{len(list(run.glob(f'{FOLDER}.before-*'))) + 1}"
+        (run / place).mkdir()
+        aside = dict.fromkeys(newer, place)
+        _write_registry(run, Registry(older, _best_of(run, older), aside))
+        for each in newer:
+            _set_aside(run / FOLDER / each, run / place)
+    _write_registry(run, Registry(older, _best_of(run, older)))
+    return run / FOLDER / target
+
+
+def _set_aside(folder: Path, place: Path) -> None:
+    place.mkdir(exist_ok=True)
+    if folder.is_dir():
+        folder.rename(place / folder.name)
+
+
+def is_for_training(name: str) -> bool:
+    """Return whether a file of a checkpoint, by its path in there, is of use to train on alone."""
+    first = Path(name).parts[0]
+    return first.startswith("optimizer-") or first in OLD_OPTIMIZER
 
 
 def has_optimizer(folder: Path) -> bool:
     """Return whether training can go on from a checkpoint."""
-    return any((folder / name).exists() for name in OPTIMIZER[:2])
+    listing = folder / "files-00000.json"
+    # by the list and not by the files: `drop_optimizers` shortens it first
+    names = read_json(listing) if listing.is_file() else [path.name for path in folder.iterdir()]
+    return any(map(is_for_training, names))
 
 
 def require_optimizer(folder: Path) -> None:
@@ -214,16 +343,14 @@ def drop_optimizers(run: Path) -> None:
     """Remove what only training needs from the checkpoints of a finished run and of its parts; the weights
     stay. Those that `rewind` set aside stay as they are."""
     steps = [step for folder in run.rglob(FOLDER) for step in folder.glob("step_*")]
-    for folder in (*steps, *run.rglob(BEST)):
+    for folder in (*steps, *run.rglob(OLD_BEST)):
         # the lists first: a crash between leaves files that no list has, never a list of what is not there
-        for listing in folder.glob("files-*.json"):
-            files = {k: v for k, v in read_json(listing).items() if Path(k).parts[0] not in OPTIMIZER}
-            write_json(listing, files)
-        for name in OPTIMIZER:
-            if (folder / name).is_dir():
-                shutil.rmtree(folder / name)
-            else:
-                (folder / name).unlink(missing_ok=True)
+        for listing in sorted(folder.glob("files-*.json")):
+            files = {k: v for k, v in read_json(listing).items() if not is_for_training(k)}
+            write_json(listing, files, durable=True)
+        for path in list(folder.iterdir()):
+            if is_for_training(path.name):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def copy_from(run: Path, source: Path) -> None:
@@ -233,9 +360,13 @@ def copy_from(run: Path, source: Path) -> None:
         UserError: `source` is not whole.
     """
     name = step_name(verify(source)["step"])
-    for part in (FOLDER, BEST):
-        shutil.rmtree(run / part, ignore_errors=True)
-    shutil.copytree(source, run / FOLDER / name)
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_registry(run, Registry())
+    settle(run)
+    partial = folder / f".{name}.partial"
+    shutil.copytree(source, partial)
+    partial.rename(folder / name)
     register(run, name, 1)
 
 
@@ -248,17 +379,3 @@ def read_evaluation(folder: Path) -> dict[str, float]:
     values = read_meta(folder)["evaluation"]
     require_finite_values(f"{folder}/meta.json", values)
     return values
-
-
-def find_trained(run: Path, select: str, newest: Path | None) -> Path:
-    """Find the checkpoint that results come from: with `select` "best", the best on the dev set if there is
-    one, else the newest.
-
-    Raises:
-        UserError: there is none yet.
-    """
-    best = run / BEST
-    source = best if select == "best" and best.is_dir() else newest
-    if source is None:
-        raise UserError(f"{run}: no checkpoint to evaluate; finish the run first")
-    return source

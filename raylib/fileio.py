@@ -13,7 +13,9 @@ import io
 import json
 import lzma
 import os
+import re
 import shutil
+import time
 import unicodedata
 import zipfile
 import zlib
@@ -28,11 +30,13 @@ from raylib.errors import UserError, name_errors
 
 CHUNK = 1 << 16  # characters of JSON read at a time
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
+DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
     """A temporary name in the block, renamed to `path` after it: readers see the old file or the new one.
+    `durable`: it is on the disk when the block has ended, also if the machine loses its power then.
 
     Raises:
         MachineError: the file cannot be written: a full disk, no permission.
@@ -42,10 +46,56 @@ def atomic_file(path: Path) -> Iterator[Path]:
     with name_errors(path, temporary=temporary):
         try:
             yield temporary
+            if durable:
+                sync_file(temporary)
             os.replace(temporary, path)
+            if durable:
+                sync_folder(path.parent)
         finally:
             with suppress(OSError):  # it was renamed; or the error above says more
                 temporary.unlink()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what processes that are no more have left of `atomic_file`, at any depth: those of this machine,
+    and of others, whose processes nobody here can see, what nothing was written to for a day."""
+    own = f".{os.uname().nodename}."
+    for path in folder.rglob(".*"):
+        before, _, pid = path.name.rpartition(".")
+        if not pid.isdigit() or not path.is_file():
+            continue
+        if f"{before}.".endswith(own):
+            is_left = not _is_running(int(pid))
+        else:
+            named = re.match(r"\..+\.(json|jsonl|yaml|txt|csv|md|png|npz|pt|safetensors)\..+\.", path.name)
+            is_left = bool(named) and time.time() - path.stat().st_mtime > DAY
+        if is_left:
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def sync_file(path: Path) -> None:
+    """Wait until a file's content is on the disk."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk, as after a file in it was renamed."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -59,14 +109,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
-    with atomic_file(path) as temporary:
+def write_atomically(path: Path, text: str, durable: bool = False) -> None:
+    """Write a UTF-8 file, whole or not at all; `durable` as of `atomic_file`."""
+    with atomic_file(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, compact: bool = False) -> None:
-    """Write `value` as JSON, whole or not at all.
+def write_json(path: Path, value: Any, compact: bool = False, durable: bool = False) -> None:
+    """Write `value` as JSON, whole or not at all; `durable` as of `atomic_file`.
 
     Raises:
         ValueError: a float in it is not finite, for which JSON has no word.
@@ -78,7 +128,7 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
         indent=None if compact else 1,
         separators=(",", ":") if compact else None,
     )
-    write_atomically(path, text + "\n")
+    write_atomically(path, text + "\n", durable)
 
 
 def read_json(path: Path) -> Any:

@@ -93,6 +93,7 @@ def open_run(
     write_atomically(stored, dump_config(config) + "\n")
     for file in code:
         (run / file.name).write_bytes(file.read_bytes())  # which may be the copy itself
+    checkpoint.settle(run)
     if config.resume != "newest":
         checkpoint.rewind(run, config.resume)
     elif start := checkpoint.find_newest(run):
@@ -173,11 +174,10 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
             num_workers=config.workers, use_gpu=gpu, resources_per_worker=worker
         ),
         run_config=train.RunConfig(
-            name=checkpoint.FOLDER,
+            name="ray",  # Train's own files; checkpoints are not among them
             storage_path=str(run),
             callbacks=[reporter.train_callback()] if reporter else [],
             failure_config=train.FailureConfig(max_failures=config.max_failures),
-            checkpoint_config=train.CheckpointConfig(num_to_keep=config.fit.keep),
             logging_config=train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
         ),
     )
@@ -335,7 +335,8 @@ def _run_worker(loop_config: dict[str, Any]) -> dict:
     cache.share_opened(loop_config["opened_files"])
     set_deterministic(loop_config["config"].fit.deterministic)
     try:
-        return loop_config["main"](RayRuntime(run), loop_config["config"])
+        config = loop_config["config"]
+        return loop_config["main"](RayRuntime(run, config.fit.keep), config)
     except UserError as e:
         write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
         raise

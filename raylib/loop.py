@@ -2,6 +2,7 @@
 step."""
 
 import copy
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
 from raylib.data.loading import BatchStream, StepDataset, to_device
-from raylib.distributed import all_reduce
+from raylib.distributed import all_reduce, barrier, broadcast_from_rank0
 from raylib.engine import (
     Engine,
     LayerRates,
@@ -108,7 +109,9 @@ def fit(
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.
     """
-    start, device, advice = runtime.find_newest(), runtime.device, advice or MemoryAdvice()
+    # on a shared disk, workers may see files at different times
+    start = broadcast_from_rank0(checkpoint.find_newest(runtime.run))
+    device, advice = runtime.device, advice or MemoryAdvice()
     meta: dict[str, Any] = checkpoint.read_meta(start) if start else {"step": 0, "times": {}}
     on_gpu, bf16 = device.type == "cuda", config.uses_bf16(device)
     if (note := config.set_precision(objective, device)) and runtime.rank == 0:
@@ -260,9 +263,39 @@ class _Saver:
                 write_json(folder / "meta.json", meta | {"times": self.meter.seconds})
 
         report = {"step": step, "steps": self.steps, "ready": self.first_batch_time, **evaluation}
-        self.runtime.save(step, write, report | {f"loss/{k}": v for k, v in losses.items()})
+        self._write(step, write)
+        folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
+        self.runtime.report(report | {f"loss/{k}": v for k, v in losses.items()}, folder)
         self.meter.lap("checkpoint")
-        return self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
+        return folder
+
+    def _write(self, step: int, write: Callable[[Path], None]) -> None:
+        """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its
+        own."""
+        name, rank = checkpoint.step_name(step), self.runtime.rank
+        partial = self.runtime.run / checkpoint.FOLDER / f".{name}.partial"
+        if rank == 0:
+            checkpoint.remove_folder(partial)
+            partial.mkdir()
+        barrier()
+        # each worker lists the files that it wrote, so it writes into a folder of its own first; then all of
+        # them move together, since ZeRO's workers have files in one folder
+        folder = partial / f".worker-{rank}"
+        folder.mkdir()
+        write(folder)
+        checkpoint.write_file_list(folder, rank)
+        for path in list(filter(Path.is_file, folder.rglob("*"))):
+            target = partial / path.relative_to(folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.rename(target)
+        shutil.rmtree(folder)
+        barrier()
+        if rank == 0:
+            final = partial.with_name(name)
+            checkpoint.remove_folder(final)  # an unregistered leftover of a crash
+            partial.rename(final)
+            checkpoint.register(self.runtime.run, name, self.runtime.keep)
+        barrier()
 
 
 def _step(

@@ -1,15 +1,13 @@
 """Runtimes of the training loop: `LocalRuntime` (this process, or one of torchrun's) and `RayRuntime` (a Ray
 Train worker); the device of a worker: which one it is, what it can, its memory.
 
-Both runtimes tell the loop who it is and register its checkpoints. No other module that a loop sees knows
+Both runtimes tell the loop who it is, and report its checkpoints. No other module that a loop sees knows
 about Ray.
 """
 
 import os
 import re
 import resource
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -19,8 +17,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.distributed as dist
 
-from raylib import checkpoint
-from raylib.distributed import barrier
 from raylib.errors import UserError
 from raylib.settings import Sharding
 
@@ -41,75 +37,45 @@ class Reporter(Protocol):
 
 class LocalRuntime:
     """One process on one device; or, under torchrun, one of several that talk through gloo or NCCL.
-    `report(metrics, checkpoint)` is told of each checkpoint.
+    `reporter(metrics, checkpoint)` is told of each checkpoint. keep: newest checkpoints that stay.
 
     cpus: that this worker may use, for itself and for its loader processes.
     """
 
     sharding: Sharding = "none"  # unless `fit.sharding` says otherwise
 
-    def __init__(self, run: Path, keep: int, report: Reporter | None = None):
-        self.run, self.keep, self.report = run, keep, report
+    def __init__(self, run: Path, keep: int, reporter: Reporter | None = None):
+        self.run, self.keep, self.reporter = run, keep, reporter
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = local_device()
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=30))
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        given = _ray_cpus() if report else None  # a trial's process
+        given = _ray_cpus() if reporter else None  # a trial's process
         self.cpus = given or available_cpus() / neighbours
-
-    def find_newest(self) -> Path | None:
-        """Return the checkpoint to go on from."""
-        return checkpoint.find_newest(self.run)
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Show `metrics` nowhere: no cluster's dashboard watches this process."""
 
-    def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
-        """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its
-        own."""
-        name = checkpoint.step_name(step)
-        partial = self.run / checkpoint.FOLDER / f".{name}.partial"
-        if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        barrier()
-        # each worker lists the files that it wrote, so it writes into a folder of its own first; then all of
-        # them move together, since ZeRO's workers have files in one folder
-        folder = partial / f".worker-{self.rank}"
-        folder.mkdir()
-        write(folder)
-        checkpoint.write_file_list(folder, self.rank)
-        for path in list(filter(Path.is_file, folder.rglob("*"))):
-            target = partial / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        shutil.rmtree(folder)
-        barrier()
-        if self.rank == 0:
-            final = partial.with_name(name)
-            shutil.rmtree(final, ignore_errors=True)  # an unregistered leftover of a crash
-            partial.rename(final)
-            checkpoint.register(self.run, name, self.keep)
-            checkpoint.keep_best(self.run, name)
-            if self.report:
-                self.report(metrics, final)
-        barrier()
+    def report(self, metrics: dict[str, Any], checkpoint: Path) -> None:
+        """Report a checkpoint that is registered, and what it came to, to the search that this is a trial of.
+        All workers call it."""
+        if self.reporter and self.rank == 0:
+            self.reporter(metrics, checkpoint)
 
 
 class RayRuntime:
-    """A Ray Train worker. Ray owns the process group and moves every worker's files into one registered
-    checkpoint. cpus: as of `LocalRuntime`."""
+    """A Ray Train worker. Ray owns the process group. keep, cpus: as of `LocalRuntime`."""
 
     sharding: Sharding = "zero2"
 
-    def __init__(self, run: Path):
+    def __init__(self, run: Path, keep: int):
         from ray import train
         from ray.train.torch import get_device
 
         context = train.get_context()
-        self.run = run
+        self.run, self.keep = run, keep
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self.cpus = _ray_cpus() or available_cpus() / context.get_local_world_size()
@@ -118,27 +84,12 @@ class RayRuntime:
             torch.set_num_threads(1)
         self.gauges: dict[str, Any] = {}
 
-    def find_newest(self) -> Path | None:
-        """Return Ray's newest registered checkpoint, which after a worker's death is newer than what the run
-        began with."""
+    def report(self, metrics: dict[str, Any], checkpoint: Path) -> None:
+        """As `LocalRuntime.report`, to Ray Train, whose callback reports to a search. The checkpoint itself
+        is no affair of Ray's: a run goes on from it without Ray too."""
         from ray import train
 
-        registered = train.get_checkpoint()
-        return Path(registered.path) if registered else checkpoint.find_newest(self.run)
-
-    def save(self, step: int, write: Callable[[Path], None], metrics: dict) -> None:
-        """As `LocalRuntime.save`. Retention of the newest is Ray's (`CheckpointConfig.num_to_keep`)."""
-        from ray import train
-
-        name = checkpoint.step_name(step)
-        with tempfile.TemporaryDirectory(prefix="polyglance-") as folder:
-            write(Path(folder))
-            checkpoint.write_file_list(Path(folder), self.rank)
-            train.report(
-                metrics, checkpoint=train.Checkpoint.from_directory(folder), checkpoint_dir_name=name
-            )
-        if self.rank == 0:
-            checkpoint.keep_best(self.run, name)
+        train.report(metrics)
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Show `metrics` as Ray's gauges, such as "polyglance_loss_itm", in its Prometheus endpoints, with

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 
 from finetune.__main__ import main
 from raylib.api.export import export_model
+from raylib.checkpoint import find_best
 from raylib.errors import UserError
 from raylib.models import BACKBONES, find_backbone, stored_backbone
 from raylib.models.base import FusionBackbone, RegionBackbone, RetrievalBackbone, read_description
@@ -140,7 +141,7 @@ def start(tmp_path_factory):
 
 
 def stored(folder):
-    values = json.loads((folder / "best/config.json").read_text())
+    values = json.loads((find_best(folder) / "config.json").read_text())
     return values.get("backbone", values["model_type"])
 
 
@@ -231,7 +232,9 @@ def test_user_backbone_is_stored_with_its_code_and_gone_on_from(finetune, tmp_pa
     monkeypatch.chdir(tmp_path)
     settings = [f"model={tmp_path / 'siglip'}", "use_itm_head=false", "backbone=mine.py"]
     assert gone_on_from(finetune, tmp_path, "xflickrco", settings, "mine.py") == ("polyglance-siglip",) * 2
-    assert json.loads((tmp_path / "english/best/config.json").read_text())["code"] == "mine.py:Siglip"
+    assert (
+        json.loads((find_best(tmp_path / "english") / "config.json").read_text())["code"] == "mine.py:Siglip"
+    )
     (tmp_path / "mine.py").unlink()
     export_model(tmp_path / "few/ru", tmp_path / "elsewhere/model")
     code = "import sys; from raylib.models import finetuned as f; print(f.load_backbone(*sys.argv[1:]).kind)"
@@ -272,7 +275,7 @@ def test_user_fusion_backbone_run_is_evaluated_by_its_checkpoint_alone(
     code, printed = finetune("scenes_xvnli", "name=two", model, "setting=few_shot", "batch=3", *few)
     assert code == 0, printed
     settings = json.loads((tmp_path / "two/ru/config.json").read_text())
-    assert settings["backbone"] == f"{tmp_path / 'one/best/my_vilt.py'}:Vilt"
+    assert settings["backbone"] == f"{find_best(tmp_path / 'one') / 'my_vilt.py'}:Vilt"
     Path("my_vilt.py").write_text("raise ValueError('the edited file ran')")
     shutil.rmtree("vilt")
     monkeypatch.chdir(tmp_path)

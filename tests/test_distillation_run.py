@@ -15,6 +15,7 @@ from finetune.build import build_model
 from finetune.recipes import RECIPES
 from finetune.strategies import STRATEGIES
 from finetune.strategies.distillation.teacher import Teacher
+from raylib.checkpoint import find_best
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel
@@ -175,7 +176,7 @@ def test_distillation_teacher_head_is_copied_and_frozen(distil, teacher, tmp_pat
     code, printed = distil("name=headed", CLS, "strategies.distillation.classifier=teacher", "select=best")
     assert code == 0, printed
     trained = weights(tmp_path / "headed")
-    there = load_file(next((teacher / "best").glob("model.safetensors")))
+    there = load_file(find_best(teacher) / "model.safetensors")
     assert all(trained[name].equal(value) for name, value in there.items() if name.startswith("head."))
     before = (tmp_path / "headed" / "ru" / "predictions" / "ru.jsonl").read_text()
     assert main(["evaluate", str(tmp_path / "headed")]) == 0
@@ -334,7 +335,7 @@ def test_distillation_two_stages_as_separate_runs(finetune, distil, parallel, tm
         and found["coverage"]["ru"] < 1
     )
     assert found["unknown_training_answers"] > 0 and found["method"] == "head first (epochs 1)"
-    assert (tmp_path / "second" / "ru" / "best").is_dir()
+    assert find_best(tmp_path / "second" / "ru").is_dir()
     code, printed = finetune("scenes_xgqa", "name=bad", *second)
     assert code == 2 and "set freeze=vision" in printed
 
@@ -442,7 +443,11 @@ def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp
     run = tmp_path / "trial" / "ru"
     heads = [
         load_file(path / "model.safetensors")["head.output.weight"]
-        for path in (run / "distilled/checkpoints/step_000003", run / "checkpoints/step_000003", run / "best")
+        for path in (
+            run / "distilled/checkpoints/step_000003",
+            run / "checkpoints/step_000003",
+            find_best(run),
+        )
     ]
     torch.manual_seed(int(hash64(0, "head")) >> 1)
     assert heads[0].equal(build_model(config).head.output.weight)  # as the seed drew it

@@ -109,7 +109,7 @@ def test_finetune_on_region_features_runs_end_to_end(finetune, tmp_path, scenes,
     assert set(found["accuracy"]) == {"en", "ru"} and all(
         c["predictions"] == c["n"] > 0 for c in found["counts"].values()
     )
-    weights = load_file(next((tmp_path / "run" / "best").glob("model.safetensors")))
+    weights = load_file(checkpoint.find_best(tmp_path / "run") / "model.safetensors")
     assert weights["regions.feature.weight"].shape[1] == WIDTH
     before = found["accuracy"]
     assert main(["evaluate", str(tmp_path / "run")]) == 0
@@ -183,7 +183,7 @@ def test_finetune_from_hugging_face_folders(finetune, tmp_path, kind, task, laye
     assert found, printed
     assert set(found.get("accuracy") or found["retrieval"]) == {"en", "ru"}
     ours, peer_weights = (
-        load_file(tmp_path / "run" / "best" / "model.safetensors"),
+        load_file(checkpoint.find_best(tmp_path / "run") / "model.safetensors"),
         load_file(vision / "model.safetensors"),
     )
     kernels = [value for name, value in ours.items() if name.endswith("vision.patch_embedding.bias")]

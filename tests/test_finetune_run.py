@@ -18,6 +18,7 @@ from finetune.recipes import RECIPES
 from finetune.stores import images
 from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.tasks.datasets import TASKS
+from raylib.checkpoint import find_best
 from raylib.config import override
 from raylib.monitoring import read_metrics
 from raylib.sample import DATA
@@ -119,7 +120,7 @@ def test_finetune_frozen_encoder_is_unchanged_and_encodes_once(finetune, tmp_pat
     code, printed = finetune("scenes_xgqa", "name=frozen", 'freeze=["embeddings","text","vision"]')
     assert code == 0, printed
     before = load_file(model / "model.safetensors")
-    after = load_file(tmp_path / "frozen" / "best" / "model.safetensors")
+    after = load_file(find_best(tmp_path / "frozen") / "model.safetensors")
     for name, value in before.items():
         if name.startswith(("embedding.", "text.", "vision.")):
             assert value.equal(after[f"backbone.{name}"])

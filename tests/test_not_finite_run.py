@@ -74,7 +74,7 @@ def run(folder, faults, optim=OPTIM, evaluate=lambda model: {}, rank=0, world=1,
 
 
 def checkpoints(folder):
-    return json.loads((folder / checkpoint.FOLDER / checkpoint.REGISTRY).read_text())
+    return json.loads((folder / checkpoint.FOLDER / checkpoint.REGISTRY).read_text())["checkpoints"]
 
 
 def weights(folder, name):
@@ -323,31 +323,39 @@ def test_non_finite_score_ends_run_before_it_is_kept(tmp_path):
     with pytest.raises(NotFinite, match="step 20: evaluation: score not finite"):
         run(tmp_path, {}, evaluate=lambda model: {"score": next(scores)}, eval_every=10, save_every=10)
     assert checkpoints(tmp_path) == ["step_000010"]
-    assert checkpoint.read_meta(tmp_path / checkpoint.BEST)["score"] == 0.5
+    assert checkpoint.read_registry(tmp_path).best == ("step_000010", 0.5)
 
 
 def old_best(folder: Path, score: float, bad: bool) -> None:
-    """`best/` as an earlier version left it."""
-    best = folder / checkpoint.BEST
+    """A run of an earlier version, with `best/` and a list of checkpoints."""
+    best = folder / checkpoint.OLD_BEST
     best.mkdir(parents=True)
     save_file({"a": torch.tensor([math.nan if bad else 1.0])}, best / "model.safetensors")
     (best / "meta.json").write_text(json.dumps({"step": 1, "score": score}))
+    newest = folder / checkpoint.FOLDER / "step_000002"
+    newest.mkdir(parents=True)
+    (newest / "meta.json").write_text(json.dumps({"step": 2, "score": None}))
+    (folder / checkpoint.FOLDER / checkpoint.REGISTRY).write_text('["step_000002"]')
 
 
 @pytest.mark.parametrize(
     ("score", "bad", "words"), [(math.nan, False, "its score nan"), (1.0, True, "tensor a")]
 )
-def test_non_finite_stored_best_is_replaced(tmp_path, capsys, score, bad, words):
+def test_non_finite_stored_best_is_not_kept(tmp_path, capsys, score, bad, words):
     old_best(tmp_path, score, bad)
-    run(tmp_path, {}, evaluate=lambda model: {"score": 0.25}, steps=4, eval_every=4, save_every=4)
-    assert checkpoint.read_meta(tmp_path / checkpoint.BEST)["score"] == 0.25
-    assert f"{words} is not finite (NaN or infinite); step_000004 takes its place" in capsys.readouterr().out
+    checkpoint.settle(tmp_path)
+    assert f"best: {words} is not finite (NaN or infinite); it is not kept" in capsys.readouterr().out
+    assert checkpoint.read_registry(tmp_path) == (["step_000002"], None, {})
+    assert checkpoint.find_best(tmp_path) is None and not (tmp_path / checkpoint.OLD_BEST).exists()
 
 
 def test_finite_stored_best_is_kept(tmp_path):
     old_best(tmp_path, 0.75, bad=False)
-    run(tmp_path, {}, evaluate=lambda model: {"score": 0.25}, steps=4, eval_every=4, save_every=4)
-    assert checkpoint.read_meta(tmp_path / checkpoint.BEST)["score"] == 0.75
+    assert checkpoint.find_best(tmp_path) == tmp_path / checkpoint.OLD_BEST
+    checkpoint.settle(tmp_path)
+    assert checkpoint.read_registry(tmp_path) == (["step_000001", "step_000002"], ("step_000001", 0.75), {})
+    assert checkpoint.find_best(tmp_path) == tmp_path / checkpoint.FOLDER / "step_000001"
+    assert (checkpoint.find_best(tmp_path) / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("what", ["exp_avg", "weight"])

@@ -17,6 +17,7 @@ from finetune.stores.images import precompute_features
 from finetune.tasks.ranking import retrieve
 from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import ZeroShotRetrieval, write_result
+from raylib.checkpoint import find_best
 from raylib.display import open_pyplot
 from raylib.errors import NotFinite, UserError
 from raylib.metrics import recall_hits
@@ -225,9 +226,7 @@ def test_diverging_learning_rate_ends_in_one_line_error(finetune, tmp_path, reci
     assert code == 2 and last_line(printed).startswith("error: step "), printed
     assert "not finite" in last_line(printed) and "lower optim.lr" in last_line(printed)
     assert "100.0" not in printed and not (tmp_path / "nan" / "result.json").exists()
-    assert not (tmp_path / "nan" / "best").exists() and not list(
-        (tmp_path / "nan" / "checkpoints").glob("step_*")
-    )
+    assert not list((tmp_path / "nan" / "checkpoints").glob("step_*"))
     assert main(["evaluate", str(tmp_path / "nan")]) == 2
 
 
@@ -265,14 +264,14 @@ def test_non_finite_finetune_model_is_refused_everywhere(finetune, tmp_path, cap
     assert finetune("scenes_xflickrco", "name=old")[0] == 0
     assert finetune("scenes_xvnli", "name=english")[0] == 0
     for run in ("old", "english"):
-        for folder in (tmp_path / run / "best", *(tmp_path / run / "checkpoints").glob("step_*")):
-            if (folder / "model.safetensors").stat().st_nlink == 1 or folder.name == "best":
-                name = poison(folder)
+        for folder in (tmp_path / run / "checkpoints").glob("step_*"):
+            name = poison(folder)
+    best = {run: f"{find_best(tmp_path / run)}/model.safetensors" for run in ("old", "english")}
     before = (tmp_path / "old" / "result.json").read_text()
     for command in (["evaluate"], ["analyse"]):
         assert main([*command, str(tmp_path / "old")]) == 2
         line = last_line(capsys.readouterr().err)
-        assert "old/best/model.safetensors: tensor fusion.blocks.0.output.weight is not finite" in line, line
+        assert f"{best['old']}: tensor fusion.blocks.0.output.weight is not finite" in line, line
     assert (tmp_path / "old" / "result.json").read_text() == before
     code, printed = finetune(
         "scenes_xvnli",
@@ -283,11 +282,9 @@ def test_non_finite_finetune_model_is_refused_everywhere(finetune, tmp_path, cap
         'languages=["ru"]',
         "batch=4",
     )
-    assert code == 2 and f"english/best/model.safetensors: tensor {name} is not finite" in last_line(
-        printed
-    ), printed
+    assert code == 2 and f"{best['english']}: tensor {name} is not finite" in last_line(printed), printed
     code, printed = finetune("scenes_xflickrco", "name=next", f"model={tmp_path / 'old'}")
-    assert code == 2 and "old/best/model.safetensors: tensor" in last_line(printed), printed
+    assert code == 2 and f"{best['old']}: tensor" in last_line(printed), printed
 
 
 def test_non_finite_pretrained_weights_are_refused_everywhere(model, retrieval_set, tmp_path, capsys):

@@ -112,10 +112,9 @@ def test_checkpoint_whose_optimizer_is_half_dropped_is_whole(tmp_path, monkeypat
     (folder / "zero").mkdir(parents=True)
     for name in ("model.safetensors", "zero/a.pt", "zero/b.pt", "latest"):
         (folder / name).write_text(name)
-    (folder / "meta.json").write_text(json.dumps({"step": 3, "workers": 1, "score": 0.5}))
+    (folder / "meta.json").write_text(json.dumps({"step": 3, "workers": 1, "score": 0.5, "skipped_steps": 0}))
     checkpoint.write_file_list(folder, 0)
     checkpoint.register(tmp_path, folder.name, 1)
-    checkpoint.keep_best(tmp_path, folder.name)
 
     def killed(path):
         raise KeyboardInterrupt
@@ -123,14 +122,13 @@ def test_checkpoint_whose_optimizer_is_half_dropped_is_whole(tmp_path, monkeypat
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(shutil, "rmtree", killed)
         checkpoint.drop_optimizers(tmp_path)
-    assert checkpoint.verify(folder)["step"] == checkpoint.verify(tmp_path / "best")["step"] == 3
+    assert checkpoint.verify(folder)["step"] == 3 and checkpoint.find_best(tmp_path) == folder
     (folder / "zero" / "a.pt").unlink()
     assert checkpoint.verify(folder) and checkpoint.find_newest(tmp_path) == folder
     checkpoint.drop_optimizers(tmp_path)
-    for whole in (folder, tmp_path / "best"):
-        names = sorted(path.name for path in whole.iterdir())
-        assert names == ["files-00000.json", "meta.json", "model.safetensors"]
-        assert checkpoint.verify(whole)["step"] == 3
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["files-00000.json", "meta.json", "model.safetensors"]
+    assert checkpoint.verify(folder)["step"] == 3
 
 
 USER_TERM = """
@@ -289,13 +287,11 @@ def test_pretrain_loader_processes_change_nothing(mini):
 
 def test_pretrain_keeps_best_and_newest_checkpoints(mini, tmp_path):
     run(mini("name=kept", *LOCAL, "fit.keep=2", "fit.save_every=1", "fit.eval_every=1"))
-    assert sorted(p.name for p in (tmp_path / "kept" / "checkpoints").glob("step_*")) == [
-        "step_000005",
-        "step_000006",
-    ]
+    kept = sorted(p.name for p in (tmp_path / "kept" / "checkpoints").glob("step_*"))
     scores = {r["step"]: r["eval/score"] for r in read_metrics(tmp_path / "kept") if "eval/score" in r}
-    best = checkpoint.verify(tmp_path / "kept" / "best")
+    best = checkpoint.verify(checkpoint.find_best(tmp_path / "kept"))
     assert best["score"] == max(scores.values()) == scores[best["step"]]
+    assert kept == sorted({"step_000005", "step_000006", checkpoint.step_name(best["step"])})
 
 
 def test_pretrain_skips_damaged_checkpoints_without_ray(mini, tmp_path):

@@ -16,6 +16,7 @@ from finetune.build import test_split as split_of_test
 from finetune.formats import Captioned, Example, answers, stream_jsonl, stream_members
 from finetune.recipes import FEW_SHOT_RATES, RECIPES
 from finetune.tasks.datasets import TASKS
+from raylib.checkpoint import find_best
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.text import Tokenizer
@@ -366,7 +367,7 @@ def test_few_shot_recipes_start_from_english(finetune, tmp_path, task, shots):
         f"iglue_few_shot_{task}", "name=few", f"model={tmp_path / 'english'}", f"shots={shots}", *small
     )
     assert code == 0, printed
-    evaluated = json.loads((tmp_path / "few/ru/best/meta.json").read_text())["evaluation"]
+    evaluated = json.loads((find_best(tmp_path / "few/ru") / "meta.json").read_text())["evaluation"]
     assert list(evaluated) == (["dev/ru", "score"] if task == "xgqa" else ["dev/en", "score"])
     found = json.loads((tmp_path / "few/result.json").read_text())
     counts = {"xgqa": 0, "xvnli": 3, "marvl": 4, "xflickrco": shots}

@@ -135,7 +135,7 @@ def test_ray_killed_worker_is_replaced_without_trace(mini):
     assert losses(undisturbed) == losses(killed)
     kept = sorted(p.name for p in (Path(killed.runs) / "killed" / "checkpoints").glob("step_*"))
     assert kept == ["step_000050", "step_000060"]
-    assert (Path(killed.runs) / "killed" / "best").is_dir()
+    assert checkpoint.find_best(Path(killed.runs) / "killed").is_dir()
     tracked = EventAccumulator(str(Path(killed.runs) / "killed" / "tensorboard"), {"scalars": 0}).Reload()
     assert [event.step for event in tracked.Scalars("loss/itm")] == list(range(1, 61))
 

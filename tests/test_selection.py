@@ -105,8 +105,8 @@ def keep(run, scores, ties):
         (folder / "meta.json").write_text(
             json.dumps({"step": step, "score": score, "skipped_steps": 0, **ties})
         )
-        checkpoint.keep_best(run, folder.name)
-    return checkpoint.read_meta(run / checkpoint.BEST)["step"]
+        checkpoint.register(run, folder.name, 1)
+    return checkpoint.read_meta(checkpoint.find_best(run))["step"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,9 @@ def test_selection_run_keeps_last_of_ties(finetune, tmp_path):
         code, printed = finetune(
             "scenes_xvnli", f"name={ties}", "optim.lr=1e-30", "epochs=3", f"select_ties={ties}"
         )
-        assert code == 0 and checkpoint.read_meta(tmp_path / ties / "best")["step"] == step, printed
+        assert code == 0 and checkpoint.read_meta(checkpoint.find_best(tmp_path / ties))["step"] == step, (
+            printed
+        )
 
 
 def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes):
@@ -140,9 +142,9 @@ def test_selection_of_retrieval_uses_requested_score(finetune, tmp_path, scenes)
     for metric in ("mean_recall", "recall_at_1"):
         code, printed = finetune("scenes_xflickrco", f"name={metric}", f"select_metric={metric}", *settings)
         assert code == 0, printed
-        found[metric] = checkpoint.read_meta(tmp_path / metric / "best")
+        found[metric] = checkpoint.read_meta(checkpoint.find_best(tmp_path / metric))
     config = load_config(FinetuneConfig, tmp_path / "recall_at_1" / "config.json")
-    model = UnifiedModel.from_pretrained(tmp_path / "recall_at_1" / "best").eval()
+    model = UnifiedModel.from_pretrained(checkpoint.find_best(tmp_path / "recall_at_1")).eval()
     tokenizer = Tokenizer.load(tokenizer_at(config.model))
     items, images = (
         merge_captions(list(read_split(config, "dev", "en"))),

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune.__main__ import main
+from raylib.checkpoint import find_best
 from raylib.sample import DATA
 from tests import published
 from tests.test_finetune_models import error, regions_of, text_folder, write_regions
@@ -50,7 +51,7 @@ def test_single_stream_from_text_folder_runs_end_to_end(
     found, printed = finetune(task, f"model={text}", *settings, 'freeze=["embeddings"]')
     assert found, printed
     assert set(found["accuracy"]) == {"en", "ru"} and found["trainable"] < found["params"]
-    weights = load_file(tmp_path / "run" / "best" / "model.safetensors")
+    weights = load_file(find_best(tmp_path / "run") / "model.safetensors")
     assert weights["backbone.regions.feature.weight"].shape[1] == 6 and not any(
         name.startswith("regions.") for name in weights
     )

@@ -169,9 +169,7 @@ def load_finished_run(folder: Path, options: Options) -> FinishedRun:
         trained = trained_config(config, folder) if config.trains else config
         _, model, tokenizer, _ = build_pipeline(trained, build_strategies(trained))
         if config.trains:
-            load_weights(
-                model, checkpoint.find_trained(folder, config.select, checkpoint.find_newest(folder))
-            )
+            load_weights(model, checkpoint.find_trained(folder, config.select))
         model = model.to(device).eval()
     return FinishedRun(folder, config, result, model, tokenizer, config.fit.uses_bf16(device), options)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raylib.checkpoint import BEST
+from raylib import checkpoint
 from raylib.config import user_files, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json
@@ -252,7 +252,7 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
 
 def find_run(path: Path, folder: Path) -> Path | None:
     """The run that the model in `folder`, found at `path`, is of; None of an export."""
-    # a checkpoint is RUN/best, or RUN/checkpoints/STEP
+    # a checkpoint is RUN/checkpoints/STEP, of earlier versions also RUN/best
     for place in (path, folder.parent, folder.parent.parent):
         if (place / "config.json").is_file() and "fit" in read_description(place):
             return place
@@ -288,9 +288,8 @@ def find_evaluated(path: Path | str) -> Path:
     """Return the folder of `find_model`; of a fine-tuning run, the checkpoint that its results come from."""
     path = Path(path)
     # a run that chose its best epoch went on training after it
-    if (path / BEST).is_dir() and read_description(path).get("select") == "best":
-        return path / BEST
-    return find_model(path)
+    best = checkpoint.find_best(path)
+    return best if best and read_description(path).get("select") == "best" else find_model(path)
 
 
 def weights_of(path: Path | str) -> Path:

@@ -247,7 +247,7 @@ def trial_progress(job: SearchJob, config: LaunchConfig, epoch: float) -> TrialP
 
 def drop_checkpoints(run: Path) -> None:
     """Delete the checkpoints of a run whose scores alone are needed: they are most of its bytes."""
-    for folder in [*run.rglob(checkpoint.FOLDER), *run.rglob(checkpoint.BEST)]:
+    for folder in [*run.rglob(checkpoint.FOLDER), *run.rglob(checkpoint.OLD_BEST)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 

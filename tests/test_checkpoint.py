@@ -1,0 +1,229 @@
+"""The registry of a run's checkpoints: a kill at every single file operation, and folders of earlier
+versions."""
+
+import json
+import os
+import shutil
+import sys
+import time
+
+import pytest
+
+from raylib import checkpoint
+from raylib.errors import NotFinite, UserError
+from raylib.fileio import remove_temporaries, write_json
+
+OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
+KILLED = 9
+countdown: list[int] = []  # operations that this process may still begin
+
+
+@sys.addaudithook
+def _count(event, arguments):
+    if countdown and event in OPERATIONS:
+        # files that are only read change nothing
+        if event == "open" and not (
+            isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        ):
+            return
+        countdown[0] -= 1
+        if countdown[0] < 0:
+            os._exit(KILLED)
+
+
+def killed_everywhere(tmp_path, action):
+    """Yield copies of the folder `tmp_path`/"run", in each of which `action(copy)` was killed before another
+    of its file operations, and last the one where it was not."""
+    for number in range(200):
+        run = tmp_path / f"run{number}"
+        shutil.copytree(tmp_path / "run", run, symlinks=True)
+        if (child := os.fork()) == 0:
+            countdown.append(number)
+            action(run)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert code in (0, KILLED)
+        yield run
+        if code == 0:
+            assert number > 3  # or nothing was counted
+            return
+
+
+def write_checkpoint(run, step, score=None, name=None, **meta):
+    """A small whole checkpoint that nobody has registered yet."""
+    folder = run / checkpoint.FOLDER / (name or checkpoint.step_name(step))
+    folder.mkdir(parents=True)
+    for file in ("model.safetensors", "optimizer-00000.safetensors", "optimizer-00000.json"):
+        (folder / file).write_text(f"{file} of step {step}")
+    values = {"step": step, "workers": 1, "score": score, "skipped_steps": 0, **meta}
+    (folder / "meta.json").write_text(json.dumps(values))
+    checkpoint.write_file_list(folder, 0)
+    return folder
+
+
+def make_run(run, scores, keep=2):
+    for step, score in scores.items():
+        write_checkpoint(run, step, score)
+        checkpoint.register(run, checkpoint.step_name(step), keep)
+
+
+def names(run):
+    return sorted(path.name for path in (run / checkpoint.FOLDER).iterdir() if path.is_dir())
+
+
+def steps(*numbers):
+    return [checkpoint.step_name(number) for number in numbers]
+
+
+def test_register_keeps_newest_and_best(tmp_path):
+    make_run(tmp_path, {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3, 5: None})
+    assert checkpoint.read_registry(tmp_path) == (steps(2, 4, 5), ("step_000002", 0.9), {})
+    assert names(tmp_path) == steps(2, 4, 5)
+    assert checkpoint.find_newest(tmp_path).name == "step_000005"
+    assert checkpoint.find_best(tmp_path) == checkpoint.find_trained(tmp_path, "best")
+    assert checkpoint.find_trained(tmp_path, "last").name == "step_000005"
+    assert json.loads((tmp_path / "checkpoints/registry.json").read_text()) == {
+        "checkpoints": steps(2, 4, 5),
+        "best": {"checkpoint": "step_000002", "score": 0.9},
+    }
+
+
+def test_register_refuses_score_that_is_not_finite(tmp_path):
+    make_run(tmp_path, {1: 0.1})
+    write_checkpoint(tmp_path, 2, float("nan"))
+    with pytest.raises(NotFinite, match="step_000002/meta.json: score nan is not finite"):
+        checkpoint.register(tmp_path, "step_000002", 1)
+    assert checkpoint.read_registry(tmp_path) == (steps(1), ("step_000001", 0.1), {})
+
+
+def test_register_killed_anywhere_leaves_old_or_new_registered(tmp_path):
+    make_run(tmp_path / "run", {1: 0.5, 2: 0.1})
+    write_checkpoint(tmp_path / "run", 3, 0.7)
+    found = set()
+    for run in killed_everywhere(tmp_path, lambda run: checkpoint.register(run, "step_000003", 1)):
+        checkpoint.settle(run)
+        registry = checkpoint.read_registry(run)
+        assert registry in ((steps(1, 2), ("step_000001", 0.5), {}), (steps(3), ("step_000003", 0.7), {}))
+        assert names(run) == registry.checkpoints and not list(run.rglob(".*"))
+        assert checkpoint.verify(checkpoint.find_newest(run)) and checkpoint.verify(checkpoint.find_best(run))
+        found.add(registry.best)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("name", ["step_000002", "best"])
+def test_rewind_killed_anywhere_deletes_nothing(tmp_path, name):
+    make_run(tmp_path / "run", {1: 0.1, 2: 0.9, 3: 0.2, 4: 0.3}, keep=9)
+    for run in killed_everywhere(tmp_path, lambda run: checkpoint.rewind(run, name)):
+        checkpoint.settle(run)
+        if checkpoint.find_newest(run).name != "step_000002":
+            assert checkpoint.read_registry(run) == (steps(1, 2, 3, 4), ("step_000002", 0.9), {})
+        assert checkpoint.rewind(run, name) == checkpoint.find_newest(run) == run / "checkpoints/step_000002"
+        assert checkpoint.read_registry(run) == (steps(1, 2), ("step_000002", 0.9), {})
+        folders = sorted(path.name for path in run.glob("**/step_*"))
+        assert folders == steps(1, 2, 3, 4) and len(list(run.glob("checkpoints.before-*/step_*"))) == 2
+
+
+def test_rewind_behind_the_best_chooses_another(tmp_path):
+    make_run(tmp_path, {1: 0.3, 2: 0.2, 3: 0.9}, keep=9)
+    checkpoint.rewind(tmp_path, "step_000002")
+    assert checkpoint.read_registry(tmp_path).best == ("step_000001", 0.3)
+    with pytest.raises(
+        UserError, match="no checkpoint 'step_000003'; there are: step_000001, step_000002, best"
+    ):
+        checkpoint.rewind(tmp_path, "step_000003")
+
+
+def test_drop_optimizers_killed_anywhere_leaves_whole_checkpoints(tmp_path):
+    make_run(tmp_path / "run", {1: 0.9, 2: 0.1})
+    for run in killed_everywhere(tmp_path, checkpoint.drop_optimizers):
+        for name in steps(1, 2):
+            folder = run / checkpoint.FOLDER / name
+            checkpoint.verify(folder)
+            if checkpoint.has_optimizer(folder):  # all of it
+                assert (folder / "optimizer-00000.safetensors").read_text() and (
+                    folder / "optimizer-00000.json"
+                ).read_text()
+        checkpoint.drop_optimizers(run)
+        assert not list(run.rglob("optimizer-*"))
+
+
+def test_copy_from_killed_anywhere_is_done_by_the_next(tmp_path):
+    make_run(tmp_path / "run", {1: 0.9, 2: 0.1})
+    source = write_checkpoint(tmp_path / "other", 2, 0.4, loss=1)
+    for run in killed_everywhere(tmp_path, lambda run: checkpoint.copy_from(run, source)):
+        if newest := checkpoint.find_newest(run):
+            checkpoint.verify(newest)
+        checkpoint.copy_from(run, source)
+        assert checkpoint.read_registry(run) == (steps(2), ("step_000002", 0.4), {})
+        assert checkpoint.read_meta(checkpoint.find_newest(run))["loss"] == 1
+        assert names(run) == steps(2)
+
+
+def make_old_run(run, with_ray):
+    """A run of an earlier version: with a list or Ray Train's snapshot, and the best in its own folder."""
+    for step in (3, 4):
+        write_checkpoint(run, step, 0.1)
+    if with_ray:
+        results = [{"checkpoint_dir_name": name, "metrics": {}} for name in steps(3, 4)]
+        snapshot = {"checkpoint_results": results, "latest_checkpoint_result": results[-1]}
+        write_json(run / "checkpoints/checkpoint_manager_snapshot.json", snapshot)
+    else:
+        write_json(run / "checkpoints/registry.json", steps(3, 4))
+    write_checkpoint(run, 2, 0.8).rename(run / "best")
+
+
+@pytest.mark.parametrize("with_ray", [True, False])
+def test_old_run_is_read_and_settled_killed_anywhere(tmp_path, with_ray):
+    make_old_run(tmp_path / "run", with_ray)
+    assert checkpoint.find_newest(tmp_path / "run").name == "step_000004"
+    assert checkpoint.find_best(tmp_path / "run") == tmp_path / "run/best"
+    for run in killed_everywhere(tmp_path, checkpoint.settle):
+        assert checkpoint.verify(checkpoint.find_best(run))["step"] == 2
+        assert checkpoint.verify(checkpoint.find_newest(run))["step"] == 4
+        checkpoint.settle(run)
+        assert checkpoint.read_registry(run) == (steps(2, 3, 4), ("step_000002", 0.8), {})
+        assert names(run) == steps(2, 3, 4) and not (run / "best").exists()
+
+
+def test_settle_removes_leftovers_and_nothing_else(tmp_path):
+    make_run(tmp_path, {1: 0.5})
+    leftovers = [
+        write_checkpoint(tmp_path, 7),  # never registered
+        write_checkpoint(tmp_path, 8, name=".step_000008.partial"),
+        write_checkpoint(tmp_path, 5, name=".step_000005.removed"),
+    ]
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    host, other = os.uname().nodename, "pod-x7.cluster"
+    gone = [f".result.json.{host}.{dead}", f"part/.metrics.jsonl.{host}.{dead}", f".config.json.{other}.3"]
+    kept = [
+        f".result.json.{host}.{os.getpid()}",
+        f".part.json.{other}.4",
+        ".notes.2024",
+        ".old.json",
+        "a.json.3",
+    ]
+    (tmp_path / "part").mkdir()
+    for name in (*gone, *kept):
+        (tmp_path / name).write_text("x")
+        if name != f".part.json.{other}.4":
+            os.utime(tmp_path / name, (time.time() - 1e6,) * 2)
+    checkpoint.settle(tmp_path)
+    assert not [path for path in leftovers if path.exists()]
+    assert sorted(
+        path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".safetensors"
+    )
+    assert not [name for name in gone if (tmp_path / name).exists()]
+    assert all((tmp_path / name).exists() for name in kept)
+    remove_temporaries(tmp_path)
+    assert checkpoint.verify(checkpoint.find_newest(tmp_path))["step"] == 1
+
+
+def test_settle_registers_again_what_a_lost_registry_had(tmp_path, capsys):
+    make_run(tmp_path, {1: 0.5, 2: 0.1})
+    (tmp_path / "checkpoints/registry.json").unlink()
+    checkpoint.settle(tmp_path)
+    assert "registry.json was gone; registered again: step_000001, step_000002" in capsys.readouterr().out
+    assert checkpoint.read_registry(tmp_path) == (steps(1, 2), ("step_000001", 0.5), {})
