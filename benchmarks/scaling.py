@@ -294,7 +294,8 @@ def _work(rank: int, folder: str, steps: int) -> None:
         for name, engine in engines.items():
             batch = make_batch(sizes, (32, 128, 128), 2 * step + rank)
             for stream in ("image_text", "parallel", "text"):
-                batch[stream]["index"] = batch[stream]["index"] * 2 + rank
+                part = batch[stream]
+                part |= {"size": 2 * part["size"], "index": part["index"] + rank * part["size"]}
             dist.barrier()
             start = time.perf_counter()
             engine.step(batch, step, 1e-4)

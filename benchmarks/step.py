@@ -114,6 +114,7 @@ def make_batch(
     return {
         "step": 0,
         "image_text": {
+            "size": pairs,
             "index": torch.arange(pairs),
             "images": images,
             "image_id": torch.arange(pairs),
@@ -121,11 +122,12 @@ def make_batch(
             "negative_uniforms": torch.rand(pairs, 2, generator=g),
         },
         "parallel": {
+            "size": translations,
             "index": torch.arange(translations),
             "source": make_sentences(lengths["parallel"], v, g),
             "target": make_sentences(translated, v, g),
         },
-        "text": {"index": torch.arange(mono), "text": make_sentences(lengths["text"], v, g)},
+        "text": {"size": mono, "index": torch.arange(mono), "text": make_sentences(lengths["text"], v, g)},
     }
 
 

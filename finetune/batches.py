@@ -15,6 +15,7 @@ import torch
 from finetune.formats import Captioned, Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
 from raylib.data.loading import StepDataset
+from raylib.distributed import worker_rows
 from raylib.errors import UserError
 from raylib.packed import Ragged, Sentences
 from raylib.randomness import permutation, uniform, uniform_float32
@@ -53,7 +54,7 @@ class EpochBatches(StepDataset):
         self.size = min(order.size, len(examples))
         if self.size < world:
             raise UserError(
-                f"{len(examples)} examples are fewer than workers={world}; set workers={len(examples)}"
+                f"a batch of {self.size} examples is smaller than workers={world}; set workers={self.size}"
             )
         last = len(examples) % self.size if order.keep_last else 0
         if 0 < last < world:
@@ -68,14 +69,16 @@ class EpochBatches(StepDataset):
         """Return the epochs that so many steps are."""
         return steps / self.epoch_steps
 
-    def rows(self, step: int) -> tuple[int, np.ndarray, np.ndarray]:
-        """(epoch, index in the global batch of this worker's rows, the examples that fill them)."""
+    def rows(self, step: int) -> tuple[int, dict[str, Any], np.ndarray]:
+        """(epoch, {"size": of the global batch, "index": this worker's rows in it}, the examples that fill
+        them)."""
         epoch, place = divmod(step, self.epoch_steps)
         if self._permutation[0] != epoch:
             self._permutation = epoch, permutation(len(self.examples), self.order.seed, "order", epoch)
         size = min(self.size, len(self.examples) - place * self.size)
-        index = np.arange(self.order.rank, size, self.order.world)
-        return epoch, index, self._permutation[1][place * self.size + index]
+        rows = worker_rows(size, self.order.rank, self.order.world)
+        places = {"size": size, "index": torch.arange(rows.start, rows.stop)}
+        return epoch, places, self._permutation[1][place * self.size :][rows.start : rows.stop]
 
     def changed_examples(self, epoch: int, numbers: np.ndarray) -> list[Any]:
         """The examples `numbers`, as strategies change them in this epoch: drawn from (seed, epoch, the
@@ -92,9 +95,9 @@ class EpochBatches(StepDataset):
 
 
 class ExampleBatches(EpochBatches):
-    """Batches of a classification task: {"step", "samples", "examples": {"index", "text": Ragged ids, what
-    grounds it (`FinetuneModel.forward`), "answer" (b,) class with the highest score, "scores" (b, labels) if
-    `soft`}}."""
+    """Batches of a classification task: {"step", "samples", "examples": {"size", "index", "text": Ragged
+    ids, what grounds it (`FinetuneModel.forward`), "answer" (b,) class with the highest score, "scores" (b,
+    labels) if `soft`}}."""
 
     def __init__(
         self,
@@ -118,13 +121,13 @@ class ExampleBatches(EpochBatches):
         self.classes = {label: i for i, label in enumerate(labels)}
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        epoch, index, numbers = self.rows(step)
+        epoch, places, numbers = self.rows(step)
         examples = self.changed_examples(epoch, numbers)
         images = np.arange(len(examples[0].images))
         draws = self.augmentation(self.visual, epoch, numbers[:, None, None], images[:, None])
         visual = load_visual(examples, self.visual, draws)
         part = {
-            "index": torch.from_numpy(index),
+            **places,
             **encode_inputs(examples, visual, self.tokenizer, self.length),
         }
         if self.extra:
@@ -138,7 +141,7 @@ class ExampleBatches(EpochBatches):
         part["answer"] = scores.argmax(1)
         if self.soft:
             part["scores"] = scores
-        return {"step": step, "samples": self.size, "tokens": self.count_tokens(part), "examples": part}
+        return {"step": step, "samples": places["size"], "tokens": self.count_tokens(part), "examples": part}
 
 
 def read_inputs(
@@ -224,8 +227,8 @@ def encode_texts(texts: Sequence[str], tokenizer: Tokenizer, length: int) -> Rag
 
 class CaptionBatches(EpochBatches):
     """Batches of a retrieval task, an example being an image and one of its captions, as `UnifiedObjective`
-    takes them: {"step", "samples", "image_text": {"index", "images" or "states", "image_id", "text", "draws",
-    "pivot" if any}}."""
+    takes them: {"step", "samples", "image_text": {"size", "index", "images" or "states", "image_id",
+    "text", "draws", "pivot" if any}}."""
 
     def __init__(
         self,
@@ -240,13 +243,13 @@ class CaptionBatches(EpochBatches):
         self.visual, self.tokenizer, self.length, self.extra = visual, tokenizer, length, extra
 
     def __getitem__(self, step: int) -> dict[str, Any]:
-        epoch, index, numbers = self.rows(step)
+        epoch, places, numbers = self.rows(step)
         pairs = self.changed_examples(epoch, numbers)
         names = [pair.image for pair in pairs]
         negatives = uniform_float32(self.order.seed, epoch, "negative", numbers[:, None], np.arange(2))
         visual = self.visual.read(names, self.augmentation(self.visual, epoch, numbers[:, None]))
         part = {
-            "index": torch.from_numpy(index),
+            **places,
             **visual,
             # annotations may name one image in several ways: 42.jpg, COCO_val2014_000000000042
             "image_id": torch.tensor([self.visual.store.identity(name) for name in names]),
@@ -257,7 +260,12 @@ class CaptionBatches(EpochBatches):
             part["pivot"] = encode_texts([pair.pivots[0] for pair in pairs], self.tokenizer, self.length)
         if self.extra:
             part |= self.extra(pairs, visual, part)
-        return {"step": step, "samples": self.size, "tokens": self.count_tokens(part), "image_text": part}
+        return {
+            "step": step,
+            "samples": places["size"],
+            "tokens": self.count_tokens(part),
+            "image_text": part,
+        }
 
 
 class _Pairs(Sequence[Captioned]):

@@ -1,7 +1,7 @@
 """The data of a step: `StepBatches(...)[step]` is one worker's part of the global batch, a pure function of
 (seed, step) whatever the number of workers, loader processes or restarts.
 
-    1. `Lanes` says which samples a step takes; this worker serves every world-th lane.
+    1. `Lanes` says which samples a step takes; this worker serves its run of lanes (`list_step_draws`).
     2. `Source` reads them: images and captions, or packed ids.
     3. Images are decoded and augmented, captions tokenised, sentences get specials and masks. Whatever is
        drawn is drawn from (seed, step, index in the global batch).
@@ -41,15 +41,14 @@ class StepBatches(StepDataset):
     negatives.
 
     A batch is {"step", "samples": of all streams and workers, "tokens", "bad": samples replaced here,
-    "image_text": {"index" (b,), "images" uint8 (b, H, W, 3), "image_id" (b,), "text": Sentences,
-    "negative_uniforms" (b, 2)}, "parallel": {"index", "source": Sentences (English), "target": Sentences},
-    "text": {"index", "text": Sentences}}.
+    "image_text": {"size": of the global batch, "index" (b,) in it, "images" uint8 (b, H, W, 3), "image_id"
+    (b,), "text": Sentences, "negative_uniforms" (b, 2)}, "parallel": {"size", "index", "source": Sentences
+    (English), "target": Sentences}, "text": {"size", "index", "text": Sentences}}.
 
     augments: False shows images whole, as an evaluation does.
 
     Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language
-    without data, workers that do not divide the lanes or lanes that do not divide the batch, no stream at
-    all.
+    without data, lanes that do not divide the batch, no stream at all.
     """
 
     def __init__(
@@ -132,6 +131,7 @@ class _Stream:
         self.draws = list_step_draws(stream.lanes, stream.batch, rank, world)
         self.draws_per_lane = stream.batch // stream.lanes
         self.global_index = np.array([draw.global_index for draw in self.draws])
+        self.places = {"size": stream.batch, "index": torch.from_numpy(self.global_index)}
         # at most: clean and masked ids, positions, labels, and room for the rest, in int64
         self.sample_bytes = stream.length * self.source.sides * 5 * 8
 
@@ -155,7 +155,7 @@ class _PackedStream(_Stream):
         names = ("text",) if self.source.sides == 1 else ("source", "target")
         sides = zip(names, zip(*rows, strict=True), strict=True)
         masked = {name: self.mask_sentences(side, step, name) for name, side in sides}
-        return {"index": torch.from_numpy(self.global_index), **masked}
+        return self.places | masked
 
 
 class _ImageTextStream(_Stream):
@@ -185,8 +185,7 @@ class _ImageTextStream(_Stream):
             identities.append(identity)
             captions.append(caption)
         negatives = uniform_float32(*keys, "negative", rows, np.arange(2))
-        return {
-            "index": torch.from_numpy(self.global_index),
+        return self.places | {
             "images": torch.from_numpy(images),
             "image_id": torch.tensor(identities),
             "text": self.mask_sentences(self.tokenizer.encode(captions), step),
@@ -205,7 +204,7 @@ class _ImageTextStream(_Stream):
                 return self._decode_sample(sample, *pick)
             except (BadImage, BadCaption) as error:
                 self._count_bad(str(error))
-            # of the same lane, so that no worker reads another's shards
+            # of the same lane, whose shards this worker reads in any case
             first, last = self.lanes.span(draw.lane, language)
             number = first + int(integers(last - first, *keys, "replace", draw.global_index, attempt))
             pick = uniform(*keys, "pick", draw.global_index, attempt, np.arange(2))

@@ -1,11 +1,11 @@
 """Everything that a pretraining run depends on. It is read without importing PyTorch (`raylib.settings`)."""
 
-import math
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from raylib.config import Config
+from raylib.errors import UserError
 from raylib.settings import (
     AugmentConfig,
     FitConfig,
@@ -30,7 +30,8 @@ class StreamConfig(Config):
     alpha: float = Field(0.3, ge=0)
     """Exponent of language sampling, q ~ p^alpha: 1 as often as in the data, 0 all alike (paper 2: 0.3)."""
     lanes: PositiveInt = 8
-    """Parallel walks over the shards, of which a step takes equal shares; a multiple of the workers."""
+    """Parallel walks over the shards, of which a step takes equal shares. Where the workers divide them, each
+    reads the shards of its own lanes alone."""
     block: PositiveInt = 4096
     """Samples that a lane shuffles at a time."""
 
@@ -119,13 +120,27 @@ class PretrainConfig(LaunchConfig):
             raise ValueError(
                 f"model.positions={self.model.positions} is less than the longest data length {longest}"
             )
-        for name in ("image_text", "parallel"):
-            stream = self.data.streams[name]
-            share, every = stream.batch // stream.lanes, self.objective.fuse_every
-            if share % every:
+        for name, every in self._fused_share().items():
+            if every > (batch := self.data.streams[name].batch):
                 raise ValueError(
-                    f"objective.fuse_every={every} must divide the {share} samples of data.{name} from each "
-                    f"lane; set it to {math.gcd(share, every)}, or data.{name}.batch to a multiple of "
-                    f"{every * stream.lanes}"
+                    f"objective.fuse_every={every} is more than data.{name}.batch={batch}; set it to "
+                    f"{batch} or less"
                 )
         return self
+
+    def _fused_share(self) -> dict[str, int]:
+        """By each stream in use, of how many samples in a row one reaches the unified encoder."""
+        streams = {name: stream for name, stream in self.data.streams.items() if stream.batch}
+        return {name: 1 if name == "text" else self.objective.fuse_every for name in streams}
+
+    def check_workers(self, workers: int) -> None:
+        """Raises UserError: one of so many workers would have no sample of a stream, or none that is
+        fused."""
+        for name, every in self._fused_share().items():
+            batch = self.data.streams[name].batch
+            if workers * every > batch:
+                fused = f", of which one in {every} is fused (objective.fuse_every)" if every > 1 else ""
+                raise UserError(
+                    f"{workers} workers and data.{name}.batch={batch}{fused}: a worker would have none; set "
+                    f"workers={batch // every} or fewer"
+                )

@@ -18,6 +18,7 @@ from raylib.display import open_pyplot, save_figure
 from raylib.errors import UserError
 from raylib.launch import (
     config_hash,
+    count_workers,
     drop_unneeded,
     is_main_process,
     launch,
@@ -52,8 +53,9 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
         check_init(config.init)
     for _, term in config.objective.terms.items():
         term.load()  # a broken file of the user's is told before the run has a folder
+    config.check_workers(count_workers(config))
     data = resolve_data(config)
-    shape = config.model.image_size, config.fit.seed, 0, config.workers
+    shape = config.model.image_size, config.fit.seed
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     config = with_vocabulary(config, data)
     folder, log = run_folder(config), print if is_main_process(config) else no_log

@@ -1,9 +1,13 @@
 """Communication between workers inside a step. With one process every function is the identity.
 
+A global batch lies on the workers as `worker_rows` deals it: one run of rows each, in rank order, as equal as
+can be. So rows that are gathered are in the order of the batch, and every worker knows how many each has.
+
 Convention: each worker's loss is its own share times the number of workers, so that the engines' averaging of
 gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
@@ -72,10 +76,31 @@ def all_reduce(x: Tensor) -> Tensor:
     return x
 
 
-def all_gather(x: Tensor) -> Tensor:
-    """Gather (b, ...) of each worker as (W b, ...) in rank order, with gradient: each worker gets back the
-    sum of what all workers' losses owe to its rows."""
-    return _Gather.apply(x) if world_size() > 1 else x
+def worker_rows(size: int, rank: int, world: int) -> range:
+    """Return the rows of a global batch of `size` that a worker has: as many as every other, or one more."""
+    return range(rank * size // world, (rank + 1) * size // world)
+
+
+def count_rows(size: int, every: int = 1) -> list[int]:
+    """Return how many rows of a global batch of `size` each worker has, of those whose index is a multiple of
+    `every`."""
+    world = world_size()
+    ends = [-(-(worker * size // world) // every) for worker in range(world + 1)]
+    return [end - start for start, end in itertools.pairwise(ends)]
+
+
+def all_gather(x: Tensor, counts: list[int] | None = None) -> Tensor:
+    """Gather (b, ...) of each worker as (B, ...) in rank order, with gradient: each worker gets back the sum
+    of what all workers' losses owe to its rows.
+
+    counts: rows of each worker (`count_rows`); None: they are asked, for which the host waits.
+    """
+    if world_size() == 1:
+        return x
+    if counts is None:
+        num_rows = torch.tensor([len(x)], device=x.device)
+        counts = _gather_rows(num_rows, [1] * world_size()).tolist()
+    return _Gather.apply(x, counts)
 
 
 class RowExchange(NamedTuple):
@@ -94,26 +119,30 @@ class RowExchange(NamedTuple):
     rows: Tensor
 
 
-def plan_exchange(needed: Tensor, rank: int, num_rows: int) -> RowExchange:
+def plan_exchange(needed: Tensor, rank: int, counts: list[int]) -> RowExchange:
     """Plan which rows travel.
 
     Args:
-        needed: (W, n) what each worker needs, by positions among all workers' rows in rank order; on the CPU.
+        needed: (B,) the row that each row of each worker needs, by positions among all workers' rows in rank
+            order; on the CPU.
         rank: of this worker.
-        num_rows: that each worker has.
+        counts: rows of each worker.
     """
-    total = len(needed) * num_rows
+    total, num_rows = len(needed), counts[rank]
+    workers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # whose each row is
     # each worker's needs once, in the order of workers and positions, in which owners follow each other too:
     # sender and receiver agree on the order of rows without a word
-    asked = (torch.arange(len(needed))[:, None] * total + needed).unique()
+    asked = (workers * total + needed).unique()
     reader, position = asked // total, asked % total
-    owner = position // num_rows
+    owner = workers[position]
     sends, comes = (owner == rank) & (reader != rank), (owner != rank) & (reader == rank)
+    first = sum(counts[:rank])
+    local = slice(first, first + num_rows)
     place = torch.full((total,), -1)
-    place[rank * num_rows : (rank + 1) * num_rows] = torch.arange(num_rows)
+    place[local] = torch.arange(num_rows)
     place[position[comes]] = num_rows + torch.arange(int(comes.sum()))
     return RowExchange(
-        position[sends] % num_rows, reader[sends], position[comes], owner[comes], place[needed[rank]]
+        position[sends] - first, reader[sends], position[comes], owner[comes], place[needed[local]]
     )
 
 
@@ -122,7 +151,7 @@ def exchange_rows(x: Ragged, lengths: Tensor, plan: RowExchange) -> Ragged:
     losses owe to its rows.
 
     Args:
-        lengths: (W n,) of all workers' rows, on the CPU.
+        lengths: (B,) of all workers' rows, on the CPU.
     """
     world = world_size()
     if world == 1:
@@ -139,13 +168,14 @@ def exchange_rows(x: Ragged, lengths: Tensor, plan: RowExchange) -> Ragged:
     return concatenate([x, Ragged(values, received)])
 
 
-def ring(x: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Go through the workers, this one first and the one before it last: (its number, its `x`), of equal
-    shape on all. The next worker's is on its way while the caller works on one; no more are held."""
-    world = world_size()
+def ring(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
+    """Go through the workers, this one first and the one before it last: (its number, its `x`), of as many
+    rows as `counts` says. The next worker's is on its way while the caller works on one; no more are held."""
+    world, x = world_size(), pad_rows(x, max(counts))
     for turn in range(world):
         waits, following = _start_passing(x, tag=0) if turn + 1 < world else ([], x)
-        yield (rank() + turn) % world, x
+        worker = (rank() + turn) % world
+        yield worker, x[: counts[worker]]
         for wait in waits:
             wait.wait()
         x = following
@@ -169,19 +199,36 @@ def _start_passing(x: Tensor, tag: int) -> tuple[list[dist.Work], Tensor]:
     return dist.batch_isend_irecv(operations), received
 
 
+def pad_rows(x: Tensor, count: int) -> Tensor:
+    """Return `x` (b, ...) with rows of zeros after its own, `count` in all."""
+    return x if len(x) == count else torch.cat([x, x.new_zeros(count - len(x), *x.shape[1:])])
+
+
+def _gather_rows(x: Tensor, counts: list[int]) -> Tensor:
+    # collectives want equal shapes: where some worker has a row more, the others send one of zeros
+    most = max(counts)
+    out = x.new_empty(len(counts) * most, *x.shape[1:])
+    dist.all_gather_into_tensor(out, pad_rows(x, most).contiguous())
+    if min(counts) == most:
+        return out
+    return torch.cat([rows[:count] for rows, count in zip(out.split(most), counts, strict=True)])
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        out = x.new_empty(dist.get_world_size() * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(out, x.contiguous())
-        return out
+    def forward(ctx, x: Tensor, counts: list[int]) -> Tensor:
+        ctx.counts = counts
+        return _gather_rows(x, counts)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
+    def backward(ctx, grad: Tensor):
         # every worker's loss has used every worker's rows: what they owe to these rows lies on all of them
-        out = grad.new_empty(len(grad) // dist.get_world_size(), *grad.shape[1:])
+        counts, most = ctx.counts, max(ctx.counts)
+        if min(counts) < most:
+            grad = torch.cat([pad_rows(rows, most) for rows in grad.split(counts)])
+        out = grad.new_empty(most, *grad.shape[1:])
         dist.reduce_scatter_tensor(out, grad.contiguous())
-        return out
+        return out[: counts[rank()]], None
 
 
 class _AllToAll(torch.autograd.Function):

@@ -51,6 +51,11 @@ def is_main_process(config: LaunchConfig) -> bool:
     return config.runtime == "ray" or int(os.environ.get("RANK", 0)) == 0
 
 
+def count_workers(config: LaunchConfig) -> int:
+    """Return how many processes train together: `workers` on Ray, torchrun's here."""
+    return config.workers if config.runtime == "ray" else int(os.environ.get("WORLD_SIZE", 1))
+
+
 def no_log(*parts: Any, **options: Any) -> None:
     """Print nothing: `print` of every process but the main one."""
 

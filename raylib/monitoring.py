@@ -76,7 +76,8 @@ class ProgressLog:
         memory = peak_memory(self.runtime.device)
         # one gather of what workers differ in: the slowest reader and the fullest memory count
         local = torch.tensor([now.tokens - last.tokens, waited, memory], dtype=torch.float64)
-        tokens, waits, memories = all_gather(local.to(self.runtime.device)).reshape(-1, 3).T.tolist()
+        found = all_gather(local.to(self.runtime.device), [len(local)] * self.runtime.world_size)
+        tokens, waits, memories = found.view(-1, 3).T.tolist()
         waiting = max(waits) / worked
         if not self.metrics_log:
             return waiting

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from raylib.data.index import json_path
+from raylib.distributed import worker_rows
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Sentences
 
@@ -115,6 +116,7 @@ def make_batch(seed: int = 0, pairs: int = 5, translations: int = 7, mono: int =
     return {
         "step": 0,
         "image_text": {
+            "size": pairs,
             "index": torch.arange(pairs),
             "images": torch.randint(0, 256, (pairs, 16, 16, 3), dtype=torch.uint8, generator=g),
             "image_id": torch.arange(pairs) + 100,
@@ -122,11 +124,12 @@ def make_batch(seed: int = 0, pairs: int = 5, translations: int = 7, mono: int =
             "negative_uniforms": torch.rand(pairs, 2, generator=g),
         },
         "parallel": {
+            "size": translations,
             "index": torch.arange(translations),
             "source": make_sentences(lengths(translations), g),
             "target": make_sentences(lengths(translations), g),
         },
-        "text": {"index": torch.arange(mono), "text": make_sentences(lengths(mono), g)},
+        "text": {"size": mono, "index": torch.arange(mono), "text": make_sentences(lengths(mono), g)},
     }
 
 
@@ -154,12 +157,13 @@ def take_sentences(sentences: Sentences, rows) -> Sentences:
 
 
 def take_rows(batch: dict, rank: int, world: int) -> dict:
-    """Worker `rank`'s part of a global batch: rows rank, rank + world, ... of every stream."""
+    """Worker `rank`'s part of a global batch."""
 
     def take(value):
-        if isinstance(value, Sentences):
-            return take_sentences(value, range(rank, len(value.lengths), world))
-        return value[rank::world]
+        if isinstance(value, int):
+            return value
+        rows = worker_rows(len(value.lengths if isinstance(value, Sentences) else value), rank, world)
+        return take_sentences(value, rows) if isinstance(value, Sentences) else value[rows.start : rows.stop]
 
     return {
         name: {k: take(v) for k, v in stream.items()} if isinstance(stream, dict) else stream

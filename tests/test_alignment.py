@@ -13,6 +13,7 @@ from finetune.strategies.alignment import TranslationAlignment, TranslationAlign
 from finetune.strategies.base import AddedTerm
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.retrieval import CONTRAST_AND_ITM, ContrastObjective, MatchingObjective
+from raylib.distributed import worker_rows
 from raylib.errors import UserError
 from raylib.metrics import disparity
 from raylib.monitoring import read_metrics
@@ -126,8 +127,10 @@ def test_alignment_losses_equal_slow_loops(loss):
 def on_share(rank, world):
     batch = aligned_batch()
     pivots = batch["image_text"].pop("pivot")
-    share = take_rows({**make_batch(3, 6), "image_text": batch["image_text"]}, rank, world)["image_text"]
-    share["pivot"] = pivots.select_rows(torch.arange(rank, 6, world))
+    share = take_rows({**make_batch(3, 6, 6, 6), "image_text": batch["image_text"]}, rank, world)[
+        "image_text"
+    ]
+    share["pivot"] = pivots.select_rows(torch.tensor(worker_rows(6, rank, world)))
     model = make_model()
     terms = {}
     for loss in ("mse", "pivot"):
@@ -148,8 +151,9 @@ def on_share(rank, world):
     return values, {k: p.grad for k, p in model.named_parameters()}
 
 
-def test_alignment_on_two_workers_equals_one():
-    assert_workers_equal_one(run_workers(on_share, 2), on_share(0, 1))
+@pytest.mark.parametrize("world", [2, 4])
+def test_alignment_on_several_workers_equals_one(world):
+    assert_workers_equal_one(run_workers(on_share, world), on_share(0, 1))
 
 
 def matching(loss: str, weight: float):
@@ -194,16 +198,19 @@ def test_alignment_beside_matching_equals_slow_loops(loss):
 def matched_share(rank, world):
     batch = aligned_batch()
     pivots = batch["image_text"].pop("pivot")
-    share = take_rows({**make_batch(3, 6), "image_text": batch["image_text"]}, rank, world)["image_text"]
-    share["pivot"] = pivots.select_rows(torch.arange(rank, 6, world))
+    share = take_rows({**make_batch(3, 6, 6, 6), "image_text": batch["image_text"]}, rank, world)[
+        "image_text"
+    ]
+    share["pivot"] = pivots.select_rows(torch.tensor(worker_rows(6, rank, world)))
     objective, _ = matching("pivot", 0.7)
     loss, values = objective({"image_text": share})
     loss.backward()
     return values, {k: p.grad for k, p in objective.model.named_parameters()}
 
 
-def test_alignment_beside_matching_on_two_workers_equals_one():
-    assert_workers_equal_one(run_workers(matched_share, 2), matched_share(0, 1))
+@pytest.mark.parametrize("world", [2, 4])
+def test_alignment_beside_matching_on_several_workers_equals_one(world):
+    assert_workers_equal_one(run_workers(matched_share, world), matched_share(0, 1))
 
 
 def test_disparity_of_published_row_is_reproduced():

@@ -122,7 +122,8 @@ def content(*batches):
             stream = batch.get(name, {})
             columns = [
                 rows_of(v) if hasattr(v, "_fields") else [x.numpy().tobytes() for x in v]
-                for v in stream.values()
+                for k, v in stream.items()
+                if k != "size"
             ]
             for row, index in enumerate(stream.get("index", torch.empty(0)).tolist()):
                 assert (name, index) not in found
@@ -136,13 +137,13 @@ def whole(root):
     return [content(batches[step]) for step in range(6)]
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
 def test_step_batches_do_not_depend_on_number_of_workers(root, whole, world):
     ranks = [make(root, rank=rank, world=world) for rank in range(world)]
     for step in (5, 0, 3):  # any step, in any order, of fresh objects
         parts = [rank[step] for rank in ranks]
         assert content(*parts) == whole[step]
-        assert {len(part["image_text"]["index"]) for part in parts} == {8 // world}
+        assert {len(part["image_text"]["index"]) for part in parts} <= {8 // world, -(-8 // world)}
         assert all(part["step"] == step and part["samples"] == 40 and part["bad"] == 0 for part in parts)
     assert len(whole[0]) == 8 + 12 + 20 and whole[0] != whole[1]
 
@@ -357,7 +358,6 @@ def test_pack_and_unpack_restore_a_batch(root):
 @pytest.mark.parametrize(
     ("assignments", "words"),
     [
-        (["text.lanes=3", "text.batch=21"], "2 workers do not divide 3 lanes"),
         (["text.batch=22"], "4 lanes do not divide a batch of 22"),
         (["text.lanes=12", "text.batch=24"], "12 lanes but 11 samples of language 'bn'"),
         (['text.languages=["de", "sw"]'], "no data in language 'sw'"),

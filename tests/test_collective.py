@@ -1,36 +1,54 @@
-"""Two and three workers (gloo) on a split batch give the loss and the gradients of one worker on the
-whole."""
+"""Any number of workers (gloo) on a split batch give the loss and the gradients of one on the whole."""
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from raylib.distributed import all_gather, all_reduce, exchange_rows, plan_exchange
+from raylib.distributed import (
+    all_gather,
+    all_reduce,
+    count_rows,
+    exchange_rows,
+    plan_exchange,
+    worker_rows,
+)
 from raylib.objectives.pretraining import TERMS, ObjectiveConfig, TermWeights, UnifiedObjective
 from raylib.packed import Ragged
 from tests.factories import make_batch, make_model, take_rows
 from tests.workers import run_workers
 
 SIZES = (6, 6, 6)  # pairs, translations, mono: multiples of 2 and 3
+ODD_SIZES = (11, 8, 7)  # of which neither 2, 3 nor 5 workers have equal shares of all
+
+
+def odd_batch():
+    """A batch of odd sizes, in which some workers have no masked word of their sentences."""
+    batch = make_batch(8, *ODD_SIZES)
+    text = batch["text"]["text"]
+    kept = text.positions < text.lengths[:2].sum()
+    batch["text"]["text"] = text._replace(
+        masked=torch.where(torch.arange(len(text.clean)) < text.lengths[:2].sum(), text.masked, text.clean),
+        positions=text.positions[kept],
+        labels=text.labels[kept],
+    )
+    return batch
 
 
 def objective_on_share(rank, world, switches):
     out = []
     for change in switches:
         model = make_model()
-        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(
-            take_rows(make_batch(8, *SIZES), rank, world)
-        )
+        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(take_rows(odd_batch(), rank, world))
         loss.backward()
         out.append((terms, {k: p.grad for k, p in model.named_parameters()}))
     return out
 
 
-@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("world", [2, 3, 5])
 def test_objective_on_several_workers_equals_one_worker(world):
     switches = [
         {},
-        {"fuse_every": 2 if world == 3 else 3},
+        {"fuse_every": 2 if world == 3 else 3} if world < 5 else {"contrast": "sigmoid", "itm_text": "clean"},
         {"itm_text": "clean", "ucl_text": "masked", "directions": "mean"},
         {"contrast": "sigmoid"},
         {"temperature": (0.1, 0.5)},
@@ -39,7 +57,7 @@ def test_objective_on_several_workers_equals_one_worker(world):
     results = run_workers(objective_on_share, world, switches)
     for i, change in enumerate(switches):
         model = make_model()
-        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(make_batch(8, *SIZES))
+        loss, terms = UnifiedObjective(model, ObjectiveConfig(**change))(odd_batch())
         loss.backward()
         for rank in range(world):
             for name, value in terms.items():
@@ -52,33 +70,64 @@ def test_objective_on_several_workers_equals_one_worker(world):
             )
 
 
-def pieces(rank, world):
-    x = (torch.arange(4.0).view(2, 2) + 10 * rank).requires_grad_()
-    gathered = all_gather(x)
-    (gathered * torch.arange(1.0, 1 + 2 * world)[:, None] * (rank + 1)).sum().backward()
+def pieces(rank, world, size):
+    """Gathered rows, the gradient of this worker's, a sum; rows of worker r begin with 10 r."""
+    counts, x = count_rows(size), torch.arange(2.0 * len(worker_rows(size, rank, world))).view(-1, 2)
+    x = (x + 10 * rank).requires_grad_()
+    gathered = all_gather(x, counts)
+    assert torch.equal(gathered, all_gather(x.detach()))  # counts are asked
+    (gathered * torch.arange(1.0, 1 + size)[:, None] * (rank + 1)).sum().backward()
     return gathered.detach(), x.grad, all_reduce(torch.tensor(rank + 1.0))
 
 
 def test_gather_returns_all_rows_with_gradient():
-    first, second = run_workers(pieces, 2)
+    first, second = run_workers(pieces, 2, 4)
     assert first[0].tolist() == second[0].tolist() == [[0, 1], [2, 3], [10, 11], [12, 13]]
     assert first[1].tolist() == [[3, 3], [6, 6]]  # (1 + 2) x the weight of its rows
     assert second[1].tolist() == [[9, 9], [12, 12]]
     assert float(first[2]) == 3.0
 
 
-NEEDED = torch.tensor([[0, 3, 3, 5], [2, 2, 0, 0], [4, 5, 4, 5]])  # of 3 workers with 2 rows each
+def test_gather_of_unequal_workers_returns_all_rows_with_gradient():
+    found = run_workers(pieces, 3, 5)
+    rows = [[0, 1], [10, 11], [12, 13], [20, 21], [22, 23]]
+    assert all(gathered.tolist() == rows for gathered, _, _ in found)
+    weights = [[6 * (1 + row)] * 2 for row in range(5)]  # (1 + 2 + 3) x the weight of a row
+    assert [grad.tolist() for _, grad, _ in found] == [weights[:1], weights[1:3], weights[3:]]
+
+
+@pytest.mark.parametrize(("size", "world"), [(8, 3), (64, 5), (5, 5), (7, 6), (512, 7)])
+def test_workers_have_rows_of_a_batch_once_and_as_equally_as_can_be(size, world):
+    rows = [worker_rows(size, rank, world) for rank in range(world)]
+    assert [row for part in rows for row in part] == list(range(size))
+    counts = {len(part) for part in rows}
+    assert max(counts) - min(counts) <= 1 and min(counts) >= 1
+
+
+def counts_of(rank, world):
+    return [count_rows(size, every) for size, every in ((8, 1), (11, 3), (9, 2), (64, 16))]
+
+
+def test_rows_are_counted_as_they_are_dealt():
+    for world in (3, 4):
+        for (size, every), counts in zip(
+            ((8, 1), (11, 3), (9, 2), (64, 16)), run_workers(counts_of, world)[0], strict=True
+        ):
+            rows = [worker_rows(size, rank, world) for rank in range(world)]
+            assert counts == [sum(row % every == 0 for row in part) for part in rows] and min(counts) > 0
+
+
+NEEDED = torch.tensor([5, 3, 3, 2, 0, 4])  # by the rows of 3 workers, who have 1, 3 and 2
+COUNTS = [1, 3, 2]
 
 
 def exchange(rank, world, dtype):
     """The rows that this worker needs, their gradient in the owners' values, and what travelled."""
     lengths = torch.tensor([1, 2, 3, 1, 2, 2])
-    mine = Ragged(
-        torch.arange(float(lengths[2 * rank : 2 * rank + 2].sum()))[:, None].add(100 * rank).to(dtype),
-        lengths[2 * rank : 2 * rank + 2],
-    )
+    own = lengths.split(COUNTS)[rank]
+    mine = Ragged(torch.arange(float(own.sum()))[:, None].add(100 * rank).to(dtype), own)
     mine.values.requires_grad_()
-    plan = plan_exchange(NEEDED, rank, 2)
+    plan = plan_exchange(NEEDED, rank, COUNTS)
     rows = exchange_rows(mine, lengths, plan).select_rows(plan.rows)
     (rows.values * (rank + 1)).sum().backward()
     return rows.values.detach().flatten(), rows.lengths, mine.values.grad.flatten(), plan.sent, plan.received
@@ -88,17 +137,17 @@ def exchange(rank, world, dtype):
 def test_exchange_brings_needed_rows_once_with_gradient(dtype):
     found = run_workers(exchange, 3, dtype)
     values, lengths, gradients, sent, received = zip(*found, strict=True)
-    # rows of worker 0: [0], [1, 2]; of 1: [100, 101, 102], [103]; of 2: [200, 201], [202, 203]
+    # rows of worker 0: [0]; of 1: [100, 101], [102, 103, 104], [105]; of 2: [200, 201], [202, 203]
     assert [v.tolist() for v in values] == [
-        [0, 103, 103, *torch.tensor([202.0, 203]).to(dtype).tolist()],
-        [100, 101, 102, 100, 101, 102, 0, 0],
-        torch.tensor([200.0, 201, 202, 203] * 2).to(dtype).tolist(),
+        torch.tensor([202.0, 203]).to(dtype).tolist(),
+        [105, 105, 102, 103, 104],
+        [0, 200, 201],
     ]
-    assert [n.tolist() for n in lengths] == [[1, 1, 1, 2], [3, 3, 1, 1], [2, 2, 2, 2]]
-    assert [g.tolist() for g in gradients] == [[1 + 2 * 2, 0, 0], [4, 4, 4, 2], [6, 6, 7, 7]]
+    assert [n.tolist() for n in lengths] == [[2], [1, 1, 3], [1, 2]]
+    assert [g.tolist() for g in gradients] == [[3], [0, 0, 2, 2, 2, 4], [3, 3, 1, 1]]
     # own rows stay at home, and one that is needed twice travels once
-    assert [s.tolist() for s in sent] == [[0], [1], [1]]
-    assert [r.tolist() for r in received] == [[3, 5], [0], []]
+    assert [s.tolist() for s in sent] == [[0], [], [1]]
+    assert [r.tolist() for r in received] == [[5], [], [0]]
 
 
 def travelling(rank, world, train_vision):

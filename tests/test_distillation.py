@@ -28,6 +28,7 @@ from finetune.strategies.distillation.strategy import (
 )
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, store_states
 from finetune.tasks.classification import ClassificationObjective
+from raylib.distributed import worker_rows
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.oscar import TINY, Oscar
@@ -347,10 +348,12 @@ def test_distillation_teacher_is_frozen_and_without_dropout(wordpiece):
 
 
 def on_share(rank, world):
-    objective, batch, _ = make_lesson(ours(), public=False, rows=slice(rank, None, world))
+    rows = worker_rows(3, rank, world)
+    share = slice(rows.start, rows.stop)
+    objective, batch, _ = make_lesson(ours(), public=False, rows=share)
     loss, values = objective(batch)
     loss.backward()
-    public, other, _ = make_lesson(ours(), public=True, rows=slice(rank, None, world))
+    public, other, _ = make_lesson(ours(), public=True, rows=share)
     values = {**values, **{f"public {k}": v for k, v in public(other)[1].items()}}
     return values, {k: p.grad for k, p in objective.model.named_parameters()}
 

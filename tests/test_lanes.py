@@ -121,18 +121,19 @@ def test_apportion_keeps_rare_languages():
     assert counts.sum() == PERIOD and counts.min() == 1
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5, 7, 12])
 def test_lanes_ranks_partition_the_global_batch(world):
     ranks = [list_step_draws(4, 12, rank, world) for rank in range(world)]
-    assert {len(rank) for rank in ranks} == {12 // world}
-    assert sorted(draw for rank in ranks for draw in rank) == [(i, i // 3, i % 3) for i in range(12)]
+    assert {len(rank) for rank in ranks} <= {12 // world, -(-12 // world)}
+    assert [draw for rank in ranks for draw in rank] == [(i, i // 3, i % 3) for i in range(12)]
+    served = [{draw.lane for draw in rank} for rank in ranks]
+    if 4 % world == 0:
+        assert sum(map(len, served)) == 4, "no lane is read by two workers where they divide the lanes"
 
 
 def test_lanes_indivisible_settings_are_errors():
     with pytest.raises(UserError, match="10 lanes but 9 samples of language 'bn'"):
         make(lanes=10)
-    with pytest.raises(UserError, match="3 workers do not divide 4 lanes"):
-        list_step_draws(4, 12, 0, 3)
     with pytest.raises(UserError, match="4 lanes do not divide a batch of 10"):
         list_step_draws(4, 10)
     with pytest.raises(UserError, match="merge some"):

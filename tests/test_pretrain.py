@@ -375,7 +375,10 @@ def test_pretrain_seed_determines_the_model(mini):
         (["tiny", "optim.lr"], "not of the form path=value"),
         (["tiny", "model.heads=3"], "width 128 is not a multiple of heads 3"),
         (["tiny", "data.text.length=900"], "model.positions=64 is less than the longest data length 900"),
-        (["tiny", "objective.fuse_every=7"], "objective.fuse_every=7 must divide the 64 samples"),
+        (
+            ["tiny", "objective.fuse_every=700"],
+            "fuse_every=700 is more than data.image_text.batch=512; set it",
+        ),
         (["evaluate", "nowhere", "data"], "nowhere: neither a model folder nor a run"),
         (["export", "nowhere", "to"], "nowhere: neither a model folder nor a run"),
         (["--config", "nowhere.json"], "nowhere.json: no such config file"),
@@ -396,7 +399,10 @@ def test_pretrain_wrong_settings_are_one_line_errors(arguments, words, capsys):
         ("data.text.lanes=3", "lanes"),
         ("model.vocabulary=100", "set model.vocabulary=12000"),
         ("data.image_text.folder=nowhere", "nowhere"),
-        ("workers=3", "lanes"),
+        (
+            "workers=9",
+            r"9 workers and data.image_text.batch=16, of which one in 2 is fused .* set workers=8 or fewer",
+        ),
     ],
 )
 def test_pretrain_bad_data_is_found_before_start(mini, setting, words):

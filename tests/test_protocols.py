@@ -323,7 +323,7 @@ def test_few_shot_xgqa_has_iglue_step_count(name, count, steps):
     assert config.epochs * batches.epoch_steps == steps
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
 def test_example_batches_keep_last_batch_and_every_example(world):
     tokenizer = Tokenizer.load(TOKENIZER)
     parts = [
@@ -341,7 +341,10 @@ def test_example_batches_keep_last_batch_and_every_example(world):
     for epoch in range(2):
         taken = [int(n) for place in range(3) for part in parts for n in part.rows(epoch * 3 + place)[2]]
         assert parts[0].epoch_steps == 3 and sorted(taken) == list(range(22))
-    assert [len(part[2]["examples"]["answer"]) for part in parts] == [6 // world] * world
+    last = [part[2] for part in parts]
+    assert all(part["samples"] == part["examples"]["size"] == 6 for part in last)
+    counts = [len(part["examples"]["answer"]) for part in last]
+    assert sum(counts) == 6 and max(counts) - min(counts) <= 1
     dropped = ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, BatchOrder(8, 3))
     assert dropped.epoch_steps == 2 and all(dropped.rows(step)[2].tolist() for step in range(2))
     with pytest.raises(
@@ -354,6 +357,8 @@ def test_example_batches_keep_last_batch_and_every_example(world):
             9,
             BatchOrder(8, 0, 0, 2, keep_last=True),
         )
+    with pytest.raises(UserError, match="batch of 2 examples is smaller than workers=3; set workers=2"):
+        ExampleBatches(examples(22), ("yes", "no"), None, tokenizer, 9, False, BatchOrder(2, 3, 0, 3))
 
 
 @pytest.mark.parametrize(

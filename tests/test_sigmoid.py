@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from raylib.distributed import count_rows, worker_rows
 from raylib.models.unified import UnifiedModel
 from raylib.objectives import sigmoid
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
@@ -49,16 +50,17 @@ class LargestTensor(TorchDispatchMode):
 def on_share(rank, world, block_rows):
     sigmoid.ROWS = block_rows
     left, right, temperature, bias = make_sides()
-    rows = [x[rank::world].clone().requires_grad_() for x in (left, right)]
-    ids = torch.stack([LEFT_IDS, RIGHT_IDS], 1)[rank::world]
+    mine = list(worker_rows(SIZE, rank, world))
+    rows = [x[mine].clone().requires_grad_() for x in (left, right)]
+    ids = torch.stack([LEFT_IDS, RIGHT_IDS], 1)[mine]
     scalars = [x.requires_grad_() for x in (temperature, bias)]
     with LargestTensor() as largest:
-        loss = sigmoid_contrast(*rows, ids, *scalars)
+        loss = sigmoid_contrast(*rows, ids, count_rows(SIZE), *scalars)
         (loss * 0.25).backward()
     return loss.detach(), [x.grad for x in (*rows, *scalars)], largest.size
 
 
-@pytest.mark.parametrize(("world", "block_rows"), [(1, 4096), (1, 5), (2, 4096), (3, 3)])
+@pytest.mark.parametrize(("world", "block_rows"), [(1, 4096), (1, 5), (2, 4096), (3, 3), (5, 2)])
 def test_sigmoid_contrast_equals_plain_formula_on_any_workers(world, block_rows):
     sides = [x.requires_grad_() for x in make_sides()]
     expected = plain_loss(*sides)
@@ -66,14 +68,15 @@ def test_sigmoid_contrast_equals_plain_formula_on_any_workers(world, block_rows)
     results = run_workers(on_share, world, block_rows)
     torch.testing.assert_close(sum(loss for loss, _, _ in results), expected.detach(), rtol=0, atol=1e-10)
     for rank, (_, (left, right, *_), _) in enumerate(results):
-        torch.testing.assert_close(left, gradients[0][rank::world], rtol=0, atol=1e-10)
-        torch.testing.assert_close(right, gradients[1][rank::world], rtol=0, atol=1e-10)
+        mine = list(worker_rows(SIZE, rank, world))
+        torch.testing.assert_close(left, gradients[0][mine], rtol=0, atol=1e-10)
+        torch.testing.assert_close(right, gradients[1][mine], rtol=0, atol=1e-10)
     for i in (2, 3):  # scalars: a worker has its rows' share
         total = sum(found[i] for _, found, _ in results)
         torch.testing.assert_close(total, gradients[i], rtol=0, atol=1e-10)
-    rows = SIZE // world
+    rows = -(-SIZE // world)
     # a comparison of two ids a pair is the largest; b x e, and the ids of all, are no tables of pairs
-    limit = max(2 * rows * min(rows, block_rows), rows * WIDTH, 2 * SIZE)
+    limit = max(2 * rows * min(rows, block_rows), rows * WIDTH, 2 * rows * world)
     assert max(size for _, _, size in results) <= limit
 
 
@@ -95,7 +98,7 @@ def test_sigmoid_contrast_equals_siglip_of_transformers():
     )
     temperature, bias = (-siglip.logit_scale).exp(), siglip.logit_bias
     ids = torch.arange(6)[:, None].expand(-1, 2)
-    loss = sigmoid_contrast(out.image_embeds, out.text_embeds, ids, temperature, bias) / 6
+    loss = sigmoid_contrast(out.image_embeds, out.text_embeds, ids, [6], temperature, bias) / 6
     torch.testing.assert_close(loss, out.loss, rtol=0, atol=1e-10)
     parameters = [p for p in siglip.parameters() if p.requires_grad]
     expected = torch.autograd.grad(out.loss, parameters, retain_graph=True, allow_unused=True)

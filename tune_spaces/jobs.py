@@ -22,7 +22,7 @@ from pretrain.train import run as pretrain
 from raylib.config import change_settings, dump_config, lookup
 from raylib.errors import UserError
 from raylib.fileio import read_json
-from raylib.launch import LaunchConfig, run_folder
+from raylib.launch import LaunchConfig, count_workers, run_folder
 from raylib.metrics import mean_or_zero
 from raylib.models.finetuned import FinetuneModel
 from raylib.provenance import DataFile
@@ -210,8 +210,9 @@ class PretrainSearchJob(SearchJob):
         return GOALS[dev_sets]
 
     def check_config(self, config: PretrainConfig) -> None:
+        config.check_workers(count_workers(config))
         data = resolve_data(config)
-        StepBatches(data, config.model.image_size, config.fit.seed, 0, config.workers)
+        StepBatches(data, config.model.image_size, config.fit.seed)
         with_vocabulary(config, data)
 
     def epochs_per_run(self, config: PretrainConfig) -> int:

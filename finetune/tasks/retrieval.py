@@ -243,7 +243,7 @@ def _comparisons(part: dict, temperature: Tensor) -> tuple[Comparison, Compariso
     """`Outputs.scores` and `contrast`: rows of the global batch in one order on any number of workers."""
     text = part["text"]
     ids = torch.stack([part["index"], part["image_id"], text.text_id], 1)
-    pairs = align_pairs(upload(ids, text.clean.device))
+    pairs = align_pairs(upload(ids, text.clean.device), part["size"])
 
     def unit_vectors(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         queries, keys = (nn.functional.normalize(x, dim=1) for x in (queries, keys))
@@ -258,6 +258,6 @@ def _comparisons(part: dict, temperature: Tensor) -> tuple[Comparison, Compariso
     def contrast(queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys = unit_vectors(queries, keys)
         mask = pairs.logit_mask(queries.dtype)
-        return info_nce(queries, keys, pairs.positive, mask, temperature.to(queries))[0]
+        return info_nce(queries, keys, pairs.index, mask, temperature.to(queries))[0]
 
     return scores, contrast

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from raylib.distributed import worker_rows
 from raylib.errors import UserError
 from raylib.randomness import permutation
 
@@ -156,23 +157,14 @@ class StepDraw(NamedTuple):
 
 
 def list_step_draws(lanes: int, batch: int, rank: int = 0, world: int = 1) -> list[StepDraw]:
-    """The places that a rank fills in every step.
+    """The places that a rank fills in every step: one run of them (`worker_rows`), so that it serves whole
+    lanes, and perhaps a part of its first and of its last one.
 
-    Rank r of W serves lanes r, r + W, ...; in step s a lane's draw j lies at position s * (batch / lanes) + j
-    and gets index lane * (batch / lanes) + j. Raises UserError if the world does not divide the lanes, or
-    these the batch.
+    In step s a lane's draw j lies at position s * (batch / lanes) + j and gets index lane * (batch / lanes) +
+    j. Raises UserError if the lanes do not divide the batch.
     """
-    if lanes < 1 or lanes % world:
-        raise UserError(
-            f"{world} workers do not divide {lanes} lanes; set lanes to a multiple of the workers"
-        )
     if batch % lanes:
         raise UserError(
             f"{lanes} lanes do not divide a batch of {batch}; set a batch that is a multiple of the lanes"
         )
-    share = batch // lanes
-    return [
-        StepDraw(lane * share + draw, lane, draw)
-        for lane in range(rank, lanes, world)
-        for draw in range(share)
-    ]
+    return [StepDraw(index, *divmod(index, batch // lanes)) for index in worker_rows(batch, rank, world)]

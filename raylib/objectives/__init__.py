@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.distributed import all_gather, exchange_rows, plan_exchange, rank, world_size
+from raylib.distributed import all_gather, count_rows, exchange_rows, plan_exchange, rank
 from raylib.packed import Ragged, upload
 from raylib.precision import exact_addmm, exact_products
 
@@ -118,45 +118,40 @@ class FrozenTextCache:
 
 @dataclass(frozen=True)
 class GlobalPairs:
-    """The pairs of the global batch, in one order on any number of workers.
+    """The pairs of the global batch, whose rows are in one order on any number of workers (`worker_rows`).
 
-    index: (b,) position in the global batch of each local row. global_index: (B,) all positions, ascending.
-    gathered_order: (B,) what sorts gathered rows so. positive: (b,) column of each local row's own pair.
+    index: (b,) position of each local row in the global batch, and so the column of its own pair. size: B.
     same_content: (b, B) True where a pair has a left or right side equal to the local row's, its own pair
         too: those are no negatives of it.
     """
 
     index: Tensor
-    global_index: Tensor
-    gathered_order: Tensor
-    positive: Tensor
+    size: int
     same_content: Tensor
 
     def gather(self, rows: Tensor) -> Tensor:
-        """(b, ...) on each worker -> (B, ...) in this order, with gradient."""
-        return all_gather(rows).index_select(0, self.gathered_order)
+        """(b, ...) on each worker -> (B, ...), with gradient."""
+        return all_gather(rows, count_rows(self.size))
 
     def logit_mask(self, dtype: torch.dtype) -> Tensor:
         """(b, B) to be added to logits: -inf at false negatives, else 0."""
         mask = torch.zeros(self.same_content.shape, dtype=dtype, device=self.same_content.device)
-        return mask.masked_fill_(self.same_content, -torch.inf).scatter_(1, self.positive[:, None], 0.0)
+        return mask.masked_fill_(self.same_content, -torch.inf).scatter_(1, self.index[:, None], 0.0)
 
 
-def align_pairs(pairs: Tensor) -> GlobalPairs:
-    """Order the pairs of all workers, and find those of equal content.
+def align_pairs(pairs: Tensor, size: int) -> GlobalPairs:
+    """Find the pairs of equal content among those of all workers.
 
     Args:
-        pairs: (b, 3) of each local pair its index in the global batch, ascending, and the ids of its left and
-            its right side, equal for equal content.
+        pairs: (b, 3) of each local pair its index in the global batch, and the ids of its left and its right
+            side, equal for equal content.
+        size: of the global batch.
     """
-    # one gather, not three: each waits for the slowest worker
-    unsorted, left_ids, right_ids = all_gather(pairs).unbind(1)
-    # searchsorted would warn of a column
-    index, left_id, right_id = (column.contiguous() for column in pairs.unbind(1))
-    # by index and not by rank, so that sums of floats come out alike on any number of workers
-    global_index, order = unsorted.sort()
-    same_content = (left_id[:, None] == left_ids[order]) | (right_id[:, None] == right_ids[order])
-    return GlobalPairs(index, global_index, order, torch.searchsorted(global_index, index), same_content)
+    index, left_id, right_id = pairs.unbind(1)
+    # one gather, not two: each waits for the slowest worker
+    left_ids, right_ids = all_gather(pairs[:, 1:], count_rows(size)).unbind(1)
+    same_content = (left_id[:, None] == left_ids) | (right_id[:, None] == right_ids)
+    return GlobalPairs(index, size, same_content)
 
 
 def info_nce(
@@ -185,29 +180,25 @@ class NegativeScores:
     """Scores by which hard negatives are drawn, among pairs of a left and a right side.
 
     left_to_right, right_to_left: (b, B) similarities of local rows to all keys, over the temperature.
-    forbidden: (b, B) the pair itself, and false negatives. index: (b,) of the rows in the global batch;
-    global_index: (B,) of the columns, ascending.
+    forbidden: (b, B) the pair itself, and false negatives. counts: rows of each worker, of the B.
     """
 
     left_to_right: Tensor
     right_to_left: Tensor
     forbidden: Tensor
-    index: Tensor
-    global_index: Tensor
+    counts: list[int]
 
     def subset(self, rows: Tensor, every: int) -> "NegativeScores":
-        """The same for local `rows` and the columns whose index is a multiple of `every`."""
+        """The same for local `rows` and columns, whose index is a multiple of `every`."""
         if every == 1:
             return self
-        # all positions of the global batch, from 0 on, so that none has to be looked for
-        columns = torch.arange(0, len(self.global_index), every, device=rows.device)
+        size = self.forbidden.shape[1]
+        columns = torch.arange(0, size, every, device=rows.device)
         left_to_right, right_to_left, forbidden = (
             table.index_select(0, rows).index_select(1, columns)
             for table in (self.left_to_right, self.right_to_left, self.forbidden)
         )
-        return NegativeScores(
-            left_to_right, right_to_left, forbidden, self.index[rows], self.global_index[columns]
-        )
+        return NegativeScores(left_to_right, right_to_left, forbidden, count_rows(size, every))
 
 
 @dataclass(frozen=True)
@@ -227,9 +218,9 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
     both = pairs.gather(torch.cat([left, right], 1))
     all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
     mask = pairs.logit_mask(temperature.dtype)
-    left_loss, left_logits = info_nce(left, all_right, pairs.positive, mask, temperature)
-    right_loss, right_logits = info_nce(right, all_left, pairs.positive, mask, temperature)
-    scores = NegativeScores(left_logits, right_logits, pairs.same_content, pairs.index, pairs.global_index)
+    left_loss, left_logits = info_nce(left, all_right, pairs.index, mask, temperature)
+    right_loss, right_logits = info_nce(right, all_left, pairs.index, mask, temperature)
+    scores = NegativeScores(left_logits, right_logits, pairs.same_content, count_rows(pairs.size))
     return PairContrast(left_loss, right_loss, len(left), scores)
 
 
@@ -241,7 +232,7 @@ def score_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Te
         both = pairs.gather(torch.cat([left, right], 1))
         all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
         to_right, to_left = left / temperature @ all_right.T, right / temperature @ all_left.T
-    return NegativeScores(to_right, to_left, pairs.same_content, pairs.index, pairs.global_index)
+    return NegativeScores(to_right, to_left, pairs.same_content, count_rows(pairs.size))
 
 
 @dataclass(frozen=True)
@@ -279,18 +270,15 @@ def find_negatives(
     wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
     # what all workers need and have, in one gather, and the one wait for the device in a step: every host
     # must know which rows travel, and wrong captions' lengths decide how attention runs
-    table = all_gather(torch.stack([scores.index, wrong_caption, wrong_image, lengths], 1)).cpu()
-    index, wrong_captions, wrong_images, caption_lengths = table.unbind(1)
-    # columns of the scores are in the order of the index, rows lie in that of the workers
-    position = index.argsort()
-    n, size = len(captions.lengths), (world_size(), len(captions.lengths))
-    caption_plan = plan_exchange(position[wrong_captions].view(size), rank(), n)
-    image_plan = plan_exchange(position[wrong_images].view(size), rank(), n)
+    table = all_gather(torch.stack([wrong_caption, wrong_image, lengths], 1), scores.counts).cpu()
+    wrong_captions, wrong_images, caption_lengths = table.unbind(1)
+    caption_plan = plan_exchange(wrong_captions, rank(), scores.counts)
+    image_plan = plan_exchange(wrong_images, rank(), scores.counts)
     if torch.is_autocast_enabled(device.type):
         # the unified encoder projects them to keys and values in bf16 in any case
         images = images.with_values(images.values.to(torch.get_autocast_dtype(device.type)))
     return Negatives(
-        exchange_rows(images, images.lengths[:1].expand(len(position)), image_plan),
+        exchange_rows(images, images.lengths[:1].expand(len(table)), image_plan),
         image_plan.rows,
         captions,
         exchange_rows(captions, caption_lengths, caption_plan),

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.config import lookup
-from raylib.distributed import all_reduce, clamp_parameter, world_size
+from raylib.distributed import all_reduce, clamp_parameter, count_rows, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.models.layers import MemoryLayout
@@ -93,12 +93,12 @@ class StreamStep:
         """Contrast unit vectors (b, e) of both sides; `pairs`: as of `align_pairs`."""
         bias = self.model.contrast_bias
         if bias is None or self.config.contrast == "softmax":
-            return contrast_pairs(left, right, align_pairs(pairs), self.temperature)
+            return contrast_pairs(left, right, align_pairs(pairs, self.batch["size"]), self.temperature)
         # a sum over pairs is the same from either side
-        loss = sigmoid_contrast(left, right, pairs[:, 1:], self.temperature, bias)
-        scores = None
+        counts, scores = count_rows(self.batch["size"]), None
+        loss = sigmoid_contrast(left, right, pairs[:, 1:], counts, self.temperature, bias)
         if "matches" in self.reads:
-            scores = score_pairs(left, right, align_pairs(pairs), self.temperature)
+            scores = score_pairs(left, right, align_pairs(pairs, self.batch["size"]), self.temperature)
         return PairContrast(loss, loss, len(left), scores)
 
     def plan_pairs(self, left_id: Tensor, right_id: Tensor) -> Upload:
