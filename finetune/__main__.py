@@ -108,7 +108,7 @@ def _analyse(arguments: Sequence[str]) -> int:
 
 def _translate(arguments: Sequence[str]) -> int:
     """Translate a task's texts in advance, by a translation model."""
-    from finetune.strategies.alignment import TranslateConfig, translate
+    from finetune.translation import TranslateConfig, translate
 
     parser = command_parser("finetune translate", TranslateConfig.__doc__, settings=TranslateConfig)
     parser.add_argument("task", help="whose captions are translated")

@@ -11,7 +11,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, TypeAdap
 
 from finetune.__main__ import main as finetune
 from finetune.config import FinetuneConfig
-from finetune.strategies.alignment import TranslateConfig
+from finetune.translation import TranslateConfig
 from pretrain.__main__ import main as pretrain
 from pretrain.train import PretrainConfig
 from raylib.config import Config

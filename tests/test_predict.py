@@ -154,6 +154,36 @@ def test_predict_goes_on_after_whole_lines(folder, capsys):
     (folder / "out.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:17])  # killed in the fifth
     assert "out.jsonl: 9 lines" in run(capsys, *command).out
     assert (folder / "out.jsonl").read_bytes() == whole
+    swapped = lines[:2] + lines[3:4] + lines[2:3] + lines[4:]  # a line of another input
+    for damaged in (b"".join(lines[:5]) + b"\0" * 40, b"\0" * 40 + whole[40:], b"".join(swapped)):
+        (folder / "out.jsonl").write_bytes(damaged)
+        said = run(capsys, *command)
+        assert (folder / "out.jsonl").read_bytes() == whole
+        assert "was cut off by a crash and is predicted again" in said.err
+
+
+def test_predict_predicts_a_batch_that_is_begun_as_a_whole(folder, capsys, monkeypatch):
+    command = (
+        "runs/sample",
+        "--images",
+        "images",
+        "--texts",
+        "texts.txt",
+        "--out",
+        "out.jsonl",
+        "--batch",
+        "4",
+    )
+    run(capsys, *command)
+    whole = (folder / "out.jsonl").read_bytes()
+    (folder / "out.jsonl").write_bytes(b"".join(whole.splitlines(keepends=True)[:6]))
+    sizes = []
+    predict_batch = predict.Predictor._predict
+    monkeypatch.setattr(
+        predict.Predictor, "_predict", lambda self, *a: sizes.append(len(a[0])) or predict_batch(self, *a)
+    )
+    run(capsys, *command)
+    assert (folder / "out.jsonl").read_bytes() == whole and sizes == [4, 1]
 
 
 def test_predict_refuses_to_go_on_with_something_else(folder, capsys):

@@ -30,7 +30,7 @@ TREE = [
     if not line.startswith("#")
 ]
 PUBLISHED = ("xgqa", "xvnli", "marvl", "xflickrco", "wit")  # IGLUE's
-OURS = {"target_dev_to_en", "shots_to_en", "shots_from_en"}  # made by `finetune.strategies.alignment`
+OURS = {"target_dev_to_en", "shots_to_en", "shots_from_en"}  # made by `finetune.translation`
 SHOTS = {
     "xgqa": {"1", "5", "10", "20", "25", "48"},
     "xvnli": {"1", "5", "10", "20", "25", "48"},

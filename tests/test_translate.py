@@ -2,14 +2,16 @@
 
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
 
 from finetune.__main__ import main
-from finetune.strategies.alignment import TranslateConfig, translate
 from finetune.tasks.datasets import TASKS
+from finetune.translation import TranslateConfig, translate
+from raylib.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -83,22 +85,163 @@ def test_translate_writes_jsonl_and_plain_lines_that_tasks_read(translator, tmp_
     assert len(list(task.read(task.path(tmp_path, "train_from_en", "de"), "train_from_en", "de"))) == 2
 
 
-def test_translate_resumes_without_repeating(translator, tmp_path):
-    folder = tmp_path / "xtd"
-    folder.mkdir()
-    (folder / "test_1kcaptions_de.txt").write_text("".join(f"bild {'abc'[i]}\n" for i in range(3)))
-    (folder / "translated_to_en").mkdir()
-    (folder / "translated_to_en" / "de.txt.partial").write_text("from before\n")
-    config = TranslateConfig(data=str(tmp_path), languages=("de",), num_beams=1, length=8, batch=1)
-    said = []
-    (made,) = translate(TASKS["xtd_few"], translator, config, said.append)
-    lines = made.read_text().splitlines()
-    assert (
-        lines[0] == "from before"
-        and len(lines) == 3
-        and said == [f"{made}: 3 texts, 1 of them from before; 2 came out empty, and stay as they were"]
-        and not list(made.parent.glob("*.partial"))
+def settings(folder, **more):
+    return TranslateConfig(
+        **{"data": str(folder), "languages": ("de",), "num_beams": 1, "length": 8, "batch": 2, **more}
     )
+
+
+@pytest.fixture
+def xtd(tmp_path):
+    """The German captions of a task of plain files: two that are the same, one empty, one with the separators
+    that `str.splitlines` splits at and readers do not."""
+    (tmp_path / "xtd").mkdir()
+    captions = ["bild a", "bild b", "", "bild a", "ein\x0bhund\u2028am\x85see", "bild c"]
+    path = tmp_path / "xtd" / "test_1kcaptions_de.txt"
+    path.write_text("".join(f"{caption}\n" for caption in captions), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def made(xtd):
+    """Where its translations go."""
+    return xtd.parent / "translated_to_en" / "de.txt"
+
+
+def run(translator, folder, **more):
+    said = []
+    translate(TASKS["xtd_few"], translator, settings(folder, **more), said.append)
+    return said
+
+
+def test_translate_lines_stay_in_their_places(translator, tmp_path, xtd, made):
+    run(translator, tmp_path)
+    with open(made, encoding="utf-8") as file:
+        lines = [line.rstrip("\n") for line in file]
+    assert len(lines) == 6 and lines[2] == "" and lines[0] == lines[3]
+    assert not set("\x0b\u2028\x85\r") & set("".join(lines))
+
+
+class Killed(Exception):
+    pass
+
+
+def test_translate_killed_in_any_batch_makes_the_same_file(translator, tmp_path, xtd, made, monkeypatch):
+    """Killed before and after each batch, and with its line cut off after any of its bytes."""
+    from finetune.translation import Translator
+
+    xtd.write_text("".join(f"bild {letter}\n" for letter in "abcdefg"))
+    run(translator, tmp_path)
+    whole, batches = made.read_bytes(), []
+    translate_batch = Translator.__call__
+
+    def counting(self, texts, *codes):
+        if len(batches) == limit:
+            raise Killed
+        batches.append(list(texts))
+        return translate_batch(self, texts, *codes)
+
+    monkeypatch.setattr(Translator, "__call__", counting)
+    for limit in range(4):
+        made.unlink()
+        batches.clear()
+        with pytest.raises(Killed):
+            run(translator, tmp_path)
+        partial = made.with_name("de.txt.partial").read_bytes()
+        last = partial.rstrip(b"\n").rfind(b"\n") + 1
+        for cut in range(last, len(partial), 1 + len(partial) // 4):
+            made.unlink(missing_ok=True)
+            made.with_name("de.txt.partial").write_bytes(partial[:cut])
+            batches.clear()
+            limit = 9
+            said = run(translator, tmp_path)
+            assert made.read_bytes() == whole
+            assert (cut == last) == ("its last line was cut off" not in said[0])
+        assert not list(made.parent.glob("*.partial"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_beams": 2}, "begun with another num_beams"),
+        ({"length": 9}, "begun with another length"),
+        ({"codes": {"de": "d", "en": "e"}}, "begun with another codes.de, codes.en"),
+        ({"model": True}, "begun with another model"),
+    ],
+)
+def test_translate_partial_file_of_another_model_or_settings_is_refused(
+    translator, tmp_path, xtd, made, change, words, monkeypatch
+):
+    from finetune.translation import Translator
+
+    monkeypatch.setattr(Translator, "__call__", lambda *_: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        run(translator, tmp_path)
+    if change.pop("model", None):
+        shutil.copytree(translator, tmp_path / "other")
+        (tmp_path / "other" / "config.json").write_text((translator / "config.json").read_text() + " ")
+        translator = tmp_path / "other"
+    with pytest.raises(UserError, match=f"de.txt.partial was {words}.*remove it"):
+        run(translator, tmp_path, **change)
+
+
+def test_translate_partial_file_of_an_earlier_version_is_refused(translator, tmp_path, xtd, made):
+    made.parent.mkdir()
+    made.with_name("de.txt.partial").write_text("from before\n")
+    with pytest.raises(UserError, match="begun by an earlier version, which does not say by which model"):
+        run(translator, tmp_path)
+
+
+def test_translate_goes_on_where_the_source_changed_by_the_text(translator, tmp_path, xtd, made, monkeypatch):
+    """A line that was put in before those that are done moves none of them."""
+    from finetune.translation import Translator
+
+    outputs = []
+
+    def one(self, texts, *codes):
+        if outputs:
+            raise Killed
+        outputs.append(texts)
+        return [f"translation of {text}" for text in texts]
+
+    monkeypatch.setattr(Translator, "__call__", one)
+    with pytest.raises(Killed):
+        run(translator, tmp_path)
+    xtd.write_text("bild z\nbild b\nbild a\n")
+    monkeypatch.setattr(Translator, "__call__", lambda self, texts, *_: [f"later {t}" for t in texts])
+    said = run(translator, tmp_path, batch=1)
+    assert made.read_text().splitlines() == ["later bild z", "translation of bild b", "translation of bild a"]
+    assert said == [f"{made}: 3 texts, 2 of them from before"]
+
+
+def test_translate_finished_file_of_other_settings_or_source_is_named(translator, tmp_path, xtd, made):
+    run(translator, tmp_path)
+    assert run(translator, tmp_path, batch=1) == [f"{made}: there already"]
+    with pytest.raises(UserError, match="de.txt was made with another num_beams; remove it"):
+        run(translator, tmp_path, num_beams=2)
+    with open(xtd, "a") as file:
+        file.write("noch ein bild\n")
+    with pytest.raises(UserError, match="de.txt was made with another source; remove it"):
+        run(translator, tmp_path)
+    made.with_name(".de.txt.run.json").unlink()  # as of a file from elsewhere
+    assert run(translator, tmp_path, num_beams=2) == [f"{made}: there already"]
+
+
+def test_translate_captions_with_line_breaks_keep_their_lines(translator, tmp_path):
+    """Of JSON lines: a caption that comes out empty stays, without its line breaks."""
+    folder = tmp_path / "xFlickrCO" / "annotations" / "de"
+    folder.mkdir(parents=True)
+    captions = ["?\n?", "?\r? ?", "?\u2028?", "a dog"]
+    lines = [{"sentences": captions, "id": "0", "img_path": "0.jpg"}]
+    (folder / "test.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    task = TASKS["xflickrco"]
+    (file,) = translate(task, translator, settings(tmp_path, split="test"), lambda _: None)
+    (item,) = task.read(file, "translated", "de")
+    assert len(item.captions) == 4 and not any(set(c) & set("\n\r\u2028") for c in item.captions)
+    (folder / "test.jsonl").write_text(json.dumps({**lines[0], "sentences": ["\ud83d"]}) + "\n")
+    file.unlink()
+    with pytest.raises(UserError, match="a text that is no Unicode"):
+        translate(task, translator, settings(tmp_path, split="test"), lambda _: None)
 
 
 @pytest.mark.parametrize(

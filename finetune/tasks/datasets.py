@@ -5,7 +5,7 @@ Paths are those of the IGLUE repository's `datasets/` folder where it has the ta
 its listing), else those of the task's own publication; {language} and {shots} are filled in. A split named
 "test.en" is read in place of "test" in that language. "target_dev" is a development set in a target language,
 for searches that may look at one: IGLUE's English ones, machine-translated; emoji scenes have them written.
-Splits `*_to_en` and `*_from_en` are made by `finetune.strategies.alignment`.
+Splits `*_to_en` and `*_from_en` are made by `finetune.translation`.
 """
 
 from collections.abc import Mapping

@@ -19,11 +19,12 @@ a file for each 1,000 inputs.
 import hashlib
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -349,22 +350,20 @@ def _note(out: str, now: dict[str, Any]) -> None:
 
 
 def write_local(
-    out: Path | None, lines_from: Callable[[int], Iterable[list[dict[str, Any]]]], total: int
+    out: Path | None,
+    lines_from: Callable[[int], Iterable[list[dict[str, Any]]]],
+    inputs: Sequence[dict[str, Any]],
+    batch: int,
 ) -> tuple[int, int]:
-    """Append the lines from the first on that a file lacks, or write all to stdout; a last line that is not
-    whole is cut off. Returns how many there are then, and how many of them have an error."""
+    """Append the lines of the inputs from the first on that a file lacks, or write all to stdout. Returns how
+    many there are then, and how many of them have an error."""
     if out is None:
         done, errors, file = 0, 0, sys.stdout.buffer
     else:
-        done, errors, end, file = 0, 0, 0, open(out, "a+b")  # noqa: SIM115 - closed below
-        file.seek(0)
-        for line in file:
-            if line.endswith(b"\n"):
-                done, end = done + 1, end + len(line)
-                errors += b'"error"' in line and "error" in json.loads(line)
-        file.truncate(end)
+        file = open(out, "a+b")  # noqa: SIM115 - closed below
+        done, errors = _keep_whole_batches(file, inputs, batch)
     try:
-        for lines in progress(lines_from(done), "predict", total - done, "inputs", len):
+        for lines in progress(lines_from(done), "predict", len(inputs) - done, "inputs", len):
             file.write(_encode_lines(lines))
             file.flush()
             done, errors = done + len(lines), errors + sum("error" in line for line in lines)
@@ -372,6 +371,29 @@ def write_local(
         if out is not None:
             file.close()
     return done, errors
+
+
+def _keep_whole_batches(file: BinaryIO, inputs: Sequence[dict[str, Any]], batch: int) -> tuple[int, int]:
+    """Cut off what follows the last batch whose lines are whole, each of its own input: a crash may have cut
+    it off, or left zero bytes. Returns how many lines are left, and how many of them have an error."""
+    file.seek(0)
+    done = errors = end = kept = kept_errors = kept_end = 0
+    for item, line in zip(inputs, file, strict=False):
+        try:
+            record = json.loads(line) if line.endswith(b"\n") else {}
+        except ValueError:
+            break
+        if any(record.get(name) != value for name, value in item.items()):
+            break
+        done, errors, end = done + 1, errors + ("error" in record), end + len(line)
+        # a batch that is begun is predicted again as a whole: others would be other batches than without the
+        # interruption
+        if done % batch == 0 or done == len(inputs):
+            kept, kept_errors, kept_end = done, errors, end
+    if file.seek(0, os.SEEK_END) > end:
+        print(f"{file.name}: line {done + 1} was cut off by a crash and is predicted again", file=sys.stderr)
+    file.truncate(kept_end)
+    return kept, kept_errors
 
 
 def write_on_ray(
@@ -438,11 +460,13 @@ def main(arguments: Sequence[str]) -> int:
     if predictor is None:
         done, errors = write_on_ray(config, items, given.out, given.workers)
     elif by_texts:
-        out, total = given.out and Path(given.out), len(texts)
-        done, errors = write_local(out, lambda done: _by_texts(predictor, texts[done:], embeddings), total)
+        out, items = given.out and Path(given.out), [{"text": text} for text in texts]
+        done, errors = write_local(
+            out, lambda done: _by_texts(predictor, texts[done:], embeddings), items, config.batch
+        )
     else:
-        out, total = given.out and Path(given.out), len(items)
-        done, errors = write_local(out, lambda done: predictor(items[done:]), total)
+        out = given.out and Path(given.out)
+        done, errors = write_local(out, lambda done: predictor(items[done:]), items, config.batch)
     if given.out:
         print(f"{given.out}: {done:,} lines")
     if errors:

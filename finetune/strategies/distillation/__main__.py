@@ -43,6 +43,8 @@ def write_alignments(aligner: "WordAligner", task: str, data: Path, language: st
     waited = progress(batches, f"align {language}", len(pairs), "questions", len)
     links = [row for batch in waited for row in aligner.align(batch)]
     out.mkdir(parents=True, exist_ok=True)
+    # alignments of an earlier start must not be found beside the texts of this one, should it die in between
+    (out / f"{language}.align").unlink(missing_ok=True)
     write_atomically(
         out / f"{language}.text", "".join(f"{' '.join(a)}{SEPARATOR}{' '.join(b)}\n" for a, b in pairs)
     )
