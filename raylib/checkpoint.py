@@ -6,7 +6,8 @@
             meta.json          step, workers, engine, score, seconds, losses
             model.safetensors, config.json   the model alone, for evaluation, export and other engines
             files-00000.json   size and sha256 of every file that worker 0 wrote; one such list a worker
-            ...                the engine's own files, one shard a worker; none after `keep_optimizer=false`
+            optimizer-00000.*  what is only there to train on, a part a worker (`raylib.engine_state`); none
+                               after `keep_optimizer=false`
 
 A checkpoint exists once it is *registered*, and the registry is written whole: whatever is killed at whatever
 moment leaves the checkpoints that were there before, or these and the new one. A folder that is not
@@ -29,7 +30,8 @@ from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, remove_temporaries, sha256_file, sync_folder, write_json
 from raylib.finite import is_finite, require_finite_values
 
-OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")  # what earlier engines wrote
+# what engines of earlier versions wrote, pickled
+OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")
 FOLDER, REGISTRY = "checkpoints", "registry.json"
 # of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
 OLD_BEST, OLD_START, OLD_SNAPSHOT = "best", "start.json", "checkpoint_manager_snapshot.json"
@@ -319,24 +321,40 @@ def is_for_training(name: str) -> bool:
 
 def has_optimizer(folder: Path) -> bool:
     """Return whether training can go on from a checkpoint."""
+    return any(name.startswith("optimizer-") for name in _listed_files(folder))
+
+
+def has_old_optimizer(folder: Path) -> bool:
+    """Return whether an earlier version has pickled there what training goes on from."""
+    return any(is_for_training(name) for name in _listed_files(folder)) and not has_optimizer(folder)
+
+
+def _listed_files(folder: Path) -> Collection[str]:
     listing = folder / "files-00000.json"
     # by the list and not by the files: `drop_optimizers` shortens it first
-    names = read_json(listing) if listing.is_file() else [path.name for path in folder.iterdir()]
-    return any(map(is_for_training, names))
+    return read_json(listing) if listing.is_file() else [path.name for path in folder.iterdir()]
 
 
 def require_optimizer(folder: Path) -> None:
-    """Refuse to train on from a checkpoint that has weights alone.
+    """Refuse to train on from a checkpoint that has weights alone, or an optimizer's state of an earlier
+    version.
 
     Raises:
         UserError: it has.
     """
-    if not has_optimizer(folder):
+    if has_optimizer(folder):
+        return
+    if has_old_optimizer(folder):
+        run = folder.parent if folder.name == OLD_BEST else folder.parent.parent
         raise UserError(
-            f"{folder}: no optimizer state, as of a run that ended with keep_optimizer=false: it can be "
-            "evaluated and exported, but not trained on; start a new run from its weights (model= in "
-            "fine-tuning, init.model= in pretraining)"
+            f"{folder}: its optimizer state was pickled by an earlier version, and is not loaded; "
+            f"python -m pretrain convert {run} writes it anew, if the run is your own"
         )
+    raise UserError(
+        f"{folder}: no optimizer state, as of a run that ended with keep_optimizer=false: it can be "
+        "evaluated and exported, but not trained on; start a new run from its weights (model= in "
+        "fine-tuning, init.model= in pretraining)"
+    )
 
 
 def drop_optimizers(run: Path) -> None:

@@ -10,6 +10,7 @@ gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 import itertools
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -58,6 +59,17 @@ def raise_on_all_workers(error: str | None, kind: type[UserError] = NotFinite) -
     another in vain. All workers call it; without an error on any, nothing happens."""
     if found := next(filter(None, gather_objects(error)), None):
         raise kind(found)
+
+
+@contextmanager
+def errors_on_all_workers() -> Iterator[None]:
+    """Raise a `UserError` that the block raises on one worker on every one of them. All workers enter it."""
+    error = None
+    try:
+        yield
+    except UserError as e:
+        error = str(e)
+    raise_on_all_workers(error, UserError)
 
 
 def broadcast_from_rank0(value: T) -> T:

@@ -7,8 +7,8 @@ state and gradients over the workers.
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from itertools import compress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +20,17 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from raylib import checkpoint
-from raylib.distributed import raise_on_all_workers, world_size
+from raylib.distributed import errors_on_all_workers, rank, world_size
+from raylib.engine_state import (
+    MOMENTS,
+    VALUE,
+    EngineState,
+    Piece,
+    StoredState,
+    make_state,
+    share_out,
+    write_state,
+)
 from raylib.errors import UserError
 from raylib.finite import is_finite
 from raylib.precision import autocast
@@ -69,8 +79,6 @@ class AdamW(torch.optim.AdamW):
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
-    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
 def build_optimizer(
@@ -78,6 +86,11 @@ def build_optimizer(
 ) -> torch.optim.AdamW:
     """Return a fused AdamW: a sixth of the time of the foreach one."""
     return kind(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def step_count(steps: int, parameter: Tensor) -> Tensor:
+    """Return what fused AdamW counts the steps of `parameter` by."""
+    return torch.tensor(float(steps), device=parameter.device)
 
 
 def set_rate(
@@ -254,19 +267,24 @@ class Engine(ABC):
     ):
         self.objective, self.config, self.device, self.bf16 = objective.to(device), config, device, bf16
         self.rates, self.guard, self.gradient_dtype = rates, guard or StepGuard(device), gradient_dtype
+        self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
+        # on all workers together: a fault on one must not leave the others waiting
         if start:
-            checkpoint.require_optimizer(start)
-        self._build(start)
+            with errors_on_all_workers():
+                checkpoint.require_optimizer(start)
+                order = [self.names[p] for group in self._groups() for p in group["params"]]
+                stored = StoredState(start, order)
+                self._load_values(stored)
+        # after the weights are there: the copies that an engine makes of them need no loading
+        self._build()
         if start:
-            self._load(start)
-            # on all workers together: a fault on one must not leave the others waiting
-            found = self.find_not_finite()
-            raise_on_all_workers(
-                found
-                and f"{start}: {found} is not finite (NaN or infinite); go on from an older checkpoint with "
-                "resume=step_NNNNNN",
-                UserError,
-            )
+            with errors_on_all_workers():
+                self._load_moments(stored)
+                if found := self.find_not_finite():
+                    raise UserError(
+                        f"{start}: {found} is not finite (NaN or infinite); go on from an older checkpoint "
+                        "with resume=step_NNNNNN"
+                    )
 
     @abstractmethod
     def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
@@ -274,22 +292,64 @@ class Engine(ABC):
         not finite. Returns the terms of the global batch and the norm, as tensors on the device."""
 
     @abstractmethod
+    def state(self) -> EngineState:
+        """Return this worker's part of what a run goes on from, besides the model's own state: moments and
+        step counts of the optimizer, and what the objective has besides its model."""
+
     def save(self, folder: Path, rank: int) -> None:
-        """Write this worker's part of the optimizer's state. `fit` writes the model."""
+        """Write this worker's `state`. `fit` writes the model."""
+        write_state(self.state(), folder, rank)
 
     def find_not_finite(self) -> str | None:
-        """Name the first weight, or tensor of the optimizer, that is not finite on this worker."""
-        tensors = self.objective.model.state_dict() | self._named_state()
+        """Name the first weight, or tensor of this worker's part of the state, that is not finite."""
+        tensors = dict(self.objective.model.state_dict())
+        for key, values in self.state().tensors.items():
+            kind, _, name = key.partition(":")
+            tensors[f"the optimizer's {kind} of {name}" if kind != VALUE else f"the objective's {name}"] = (
+                values
+            )
         return next((name for name, x in tensors.items() if isinstance(x, Tensor) and not is_finite(x)), None)
 
     @abstractmethod
-    def _build(self, start: Path | None) -> None: ...
+    def _build(self) -> None: ...
 
     @abstractmethod
-    def _load(self, folder: Path) -> None: ...
+    def _load_moments(self, stored: StoredState) -> None: ...
 
-    @abstractmethod
-    def _named_state(self) -> dict[str, Any]: ...
+    def _load_values(self, stored: StoredState) -> None:
+        """Load what the model's file holds, and what it lacks.
+
+        Raises:
+            UserError: the state is not one of this run.
+        """
+        if others := stored.steps.keys() - self.names.values():
+            raise UserError(
+                f"{stored.folder}: the optimizer's state is also of {min(others)}, which this run does not "
+                "train"
+            )
+        weights = load_file(stored.folder / "model.safetensors", device=str(self.device))
+        self.objective.model.load_state_dict(weights)
+        with torch.no_grad():
+            for name, value in self._objective_values().items():
+                value.copy_(stored.read_whole(VALUE, name, value))
+
+    def _objective_values(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of the objective that its model's state lacks."""
+        found = {id(x) for x in self.objective.model.state_dict(keep_vars=True).values()}
+        values = {}
+        # by identity: a tensor may have several names
+        for name, x in chain(
+            self.objective.state_dict(keep_vars=True).items(), ((n, p) for p, n in self.names.items())
+        ):
+            if isinstance(x, Tensor) and id(x) not in found:
+                found.add(id(x))
+                values[name] = x
+        return values
+
+    def _shared_pieces(self, moments: Iterable[tuple[str, str, Tensor]] = ()) -> Iterator[Piece]:
+        """Yield this worker's part of what all workers hold alike: `moments`, and the objective's values."""
+        values = ((VALUE, name, value) for name, value in self._objective_values().items())
+        return share_out(chain(moments, values), rank(), world_size())
 
     def _groups(self) -> list[dict]:
         """AdamW groups of the trainable parameters; with `rates` one or two a depth."""
@@ -320,11 +380,17 @@ class TorchEngine(Engine):
         self.optimizer.step()
         return {**terms, "grad_norm": norm}
 
-    def save(self, folder: Path, rank: int) -> None:
-        if rank == 0:  # the others hold the same
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
+    def state(self) -> EngineState:
+        stored = {
+            name: self.optimizer.state[p] for p, name in self.names.items() if p in self.optimizer.state
+        }
+        moments = ((kind, name, values[kind]) for name, values in stored.items() for kind in MOMENTS)
+        # one copy from the device for all of them
+        counts = torch.stack([values["step"] for values in stored.values()]).tolist() if stored else ()
+        steps = {name: int(count) for name, count in zip(stored, counts, strict=True)}
+        return make_state(self._shared_pieces(moments), steps, world_size())
 
-    def _build(self, start: Path | None) -> None:
+    def _build(self) -> None:
         self.module: nn.Module = self.objective
         self.optimizer = build_optimizer(self._groups(), self.config)
         if world_size() > 1:
@@ -342,23 +408,17 @@ class TorchEngine(Engine):
             if self.gradient_dtype == "bfloat16":
                 ddp.register_comm_hook(None, _send_in_bf16)
 
-    def _load(self, folder: Path) -> None:
-        if not (folder / "optimizer.pt").is_file():
-            raise UserError(
-                f"{folder}: saved by DeepSpeed; resume with runtime=ray, or start a new run from its export"
-            )
-        self.objective.model.load_state_dict(load_file(folder / "model.safetensors", device=str(self.device)))
-        self.optimizer.load_state_dict(
-            torch.load(folder / "optimizer.pt", map_location=self.device, weights_only=True)
-        )
-
-    def _named_state(self) -> dict[str, Any]:
-        names = {p: name for name, p in self.objective.named_parameters()}
-        return {
-            f"the optimizer's {key} of {names[p]}": value
-            for p, values in self.optimizer.state.items()
-            for key, value in values.items()
-        }
+    def _load_moments(self, stored: StoredState) -> None:
+        for parameter, name in self.names.items():
+            # one that has been frozen so far, or has had no gradient, has none
+            if name in stored.steps:
+                moments = {kind: torch.empty_like(parameter, requires_grad=False) for kind in MOMENTS}
+                for kind, moment in moments.items():
+                    moment.copy_(stored.read_whole(kind, name, parameter))
+                self.optimizer.state[parameter] = {
+                    "step": step_count(stored.steps[name], parameter),
+                    **moments,
+                }
 
 
 def _send_in_bf16(group: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:

@@ -1,27 +1,23 @@
 """`DeepSpeedEngine` shards optimizer state and gradients over the workers (ZeRO stage 2)."""
 
 import os
-import subprocess
-import sys
-import tempfile
 from itertools import chain
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from raylib.distributed import world_size
-from raylib.engine import BUCKET_MB, Engine, build_optimizer, set_rate
+from raylib.engine import BUCKET_MB, Engine, build_optimizer, set_rate, step_count
+from raylib.engine_state import MOMENTS, EngineState, Piece, StoredState, make_state
 from raylib.errors import UserError
 
 MAX_OWNERS = 8  # of a bucket's parts that are reduced to each by itself
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO stage 2. A checkpoint from another number of workers is converted (universal checkpoint) while
-    loading."""
+    """ZeRO stage 2: each group of parameters is laid end to end, and each worker updates its part of it."""
 
     name = "deepspeed"
     waits = True
@@ -42,11 +38,23 @@ class DeepSpeedEngine(Engine):
         self.guard.count(step, norm)
         return {**terms, "grad_norm": norm}
 
-    def save(self, folder: Path, rank: int) -> None:
-        # the client state is what the conversion to another number of workers asks for
-        self.engine.save_checkpoint(str(folder), tag="zero", client_state={"universal_checkpoint_info": {}})
+    def state(self) -> EngineState:
+        pieces, steps = [], {}
+        for members, state in zip(self.members, self._group_states(), strict=True):
+            if not state:  # no step has been taken
+                continue
+            count = int(state["step"])
+            for parameter in members:
+                name = self.names[parameter]
+                steps[name] = count
+                if (place := Fragment.of(parameter)) is not None:
+                    pieces += [
+                        Piece(kind, name, parameter.shape, place.start, state[kind][place.own])
+                        for kind in MOMENTS
+                    ]
+        return make_state(chain(pieces, self._shared_pieces()), steps, world_size())
 
-    def _build(self, start: Path | None) -> None:
+    def _build(self) -> None:
         deepspeed = _import_deepspeed(self.device)
         from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 
@@ -58,10 +66,6 @@ class DeepSpeedEngine(Engine):
                 world_size=1,
             )
         os.environ.setdefault("LOCAL_RANK", "0")  # Ray and torchrun set it
-        # ZeRO's shards lie in files of (worker, part); another number of workers cuts them elsewhere, which
-        # DeepSpeed must know before it is built
-        states = "zero/*zero_pp_rank_*_optim_states.pt"  # one a worker
-        self.convert = start is not None and len(list(start.glob(states))) != world_size()
         groups = self._groups()
         num_elements = sum(p.numel() for group in groups for p in group["params"])
         settings = {
@@ -78,7 +82,6 @@ class DeepSpeedEngine(Engine):
                 "lower_precision_safe_modules": [],
             },
             "steps_per_print": 10**9,
-            "checkpoint": {"load_universal": self.convert},
         }
         self.members = [list(group["params"]) for group in groups]  # ZeRO puts flat shards in their place
         if self.gradient_dtype == "bfloat16":
@@ -92,33 +95,45 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )
 
-    def _load(self, folder: Path) -> None:
-        if not (folder / "zero").is_dir():
-            raise UserError(f"{folder}: saved without DeepSpeed; resume with runtime=local")
-        if not self.convert:
-            self.engine.load_checkpoint(str(folder), tag="zero")
-            return
-        # every worker converts for itself: a shared place would need a lock, and a change of workers is rare
-        with tempfile.TemporaryDirectory(prefix="polyglance-universal-") as scratch:
-            command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal"]
-            command += [f"--input_folder={folder / 'zero'}", f"--output_folder={scratch}/zero_universal"]
-            command += ["--num_extract_workers=1", "--num_merge_workers=1"]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(
-                    f"converting {folder} to {world_size()} workers failed:\n{done.stderr[-2000:]}"
-                )
-            Path(scratch, "latest_universal").write_text("zero_universal")
-            self.engine.load_checkpoint(scratch)
-        dist.barrier()
+    def _load_moments(self, stored: StoredState) -> None:
+        shards = self.optimizer.single_partition_of_fp32_groups
+        for members, shard in zip(self.members, shards, strict=True):
+            named = [(p, self.names[p]) for p in members if self.names[p] in stored.steps]
+            if not named:  # no step has been taken, or all have been frozen so far
+                continue
+            moments = {kind: torch.zeros_like(shard, requires_grad=False) for kind in MOMENTS}
+            for parameter, name in named:
+                if (place := Fragment.of(parameter)) is not None:
+                    for kind, moment in moments.items():
+                        values = stored.read(kind, name, parameter.shape, place.start, place.stop)
+                        moment[place.own].copy_(values)
+            # a group has one count here. Only where PyTorch's engine left out parameters that had no gradient
+            # in some steps, which ZeRO takes for one of 0, have its parameters several
+            count = max(stored.steps[name] for _, name in named)
+            self.optimizer.optimizer.state[shard] = {"step": step_count(count, shard), **moments}
 
-    def _named_state(self) -> dict[str, Any]:
-        inner, shards = self.optimizer.optimizer, self.optimizer.single_partition_of_fp32_groups
-        return {
-            f"the optimizer's {key} of group {i}": value
-            for i, shard in enumerate(shards)
-            for key, value in inner.state.get(shard, {}).items()
-        }
+    def _group_states(self) -> list[dict[str, Tensor]]:
+        """AdamW's state of this worker's part of each group; {} before the first step."""
+        state = self.optimizer.optimizer.state
+        return [state.get(shard, {}) for shard in self.optimizer.single_partition_of_fp32_groups]
+
+
+class Fragment(NamedTuple):
+    """The part of a parameter that this worker updates: its flat elements from `start` to `stop`, which are
+    `own` of the worker's part of the group."""
+
+    start: int
+    stop: int
+    own: slice
+
+    @classmethod
+    def of(cls, parameter: Any) -> "Fragment | None":
+        """Return the fragment of a parameter; None: other workers have all of it."""
+        mapping = parameter._hp_mapping  # DeepSpeed's, made when its optimizer is
+        if mapping is None:
+            return None
+        whole, own = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return cls(whole.start, whole.start + whole.numel, slice(own.start, own.start + own.numel))
 
 
 def zero_settings(num_elements: int, workers: int) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def check_command(words: list[str], where: str) -> None:
         assert " ".join(words[:2]) in names, where
     if len(words) < 2 or words[1].startswith("-") or words[1] in EXAMPLES or words[1].endswith(".py"):
         return
-    if words[0] == "pretrain" and words[1] not in ("evaluate", "overlap", "export", "settings"):
+    if words[0] == "pretrain" and words[1] not in ("evaluate", "overlap", "export", "convert", "settings"):
         assert words[1] in PRETRAIN, where
         override(PRETRAIN[words[1]](), settings)
     if words[0] == "finetune" and words[1] not in ("evaluate", "compare", "analyse", "translate", "settings"):

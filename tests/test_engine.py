@@ -174,7 +174,6 @@ optimizer = build_optimizer(parameter_groups(layer, 0.1), OptimConfig())
 layer(torch.ones(1, 2)).sum().backward()
 optimizer.step()
 optimizer.zero_grad()
-optimizer.load_state_dict(optimizer.state_dict())
 assert "torch._dynamo" not in sys.modules
 """
 

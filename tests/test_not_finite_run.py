@@ -363,9 +363,9 @@ def test_non_finite_checkpoint_is_not_resumed(tmp_path, what):
     run(tmp_path, {}, stop_after=5)
     folder = tmp_path / checkpoint.FOLDER / "step_000005"
     if what == "exp_avg":
-        state = torch.load(folder / "optimizer.pt", weights_only=True)
-        state["state"][0]["exp_avg"][0] = math.inf
-        torch.save(state, folder / "optimizer.pt")
+        state = load_file(folder / "optimizer-00000.safetensors")
+        state["exp_avg:model.embedding.weight"][0] = math.inf
+        save_file(state, folder / "optimizer-00000.safetensors")
     else:
         stored = weights(tmp_path, "step_000005")
         stored["head.weight"][0] = math.nan

@@ -72,27 +72,24 @@ def test_pretrain_stopped_run_resumes_without_ray(mini):
     run(mini("name=parts", *LOCAL, "fit.stop_after=3"))
     run(parts)
     assert without_rate(lines(whole)) == without_rate(lines(parts))
-    ends = [Path(c.runs) / c.name / "checkpoints" / "step_000006" / "optimizer.pt" for c in (whole, parts)]
-    first, second = (torch.load(path, weights_only=True)["state"] for path in ends)
-    for key, state in first.items():
-        assert all(torch.equal(value, second[key][name]) for name, value in state.items())
+    ends = [Path(c.runs) / c.name / "checkpoints" / "step_000006" for c in (whole, parts)]
+    for name in ("optimizer-00000.safetensors", "optimizer-00000.json", "model.safetensors"):
+        assert (ends[0] / name).read_bytes() == (ends[1] / name).read_bytes()
 
 
-@pytest.mark.parametrize(("sharding", "optimizer"), [("none", "optimizer.pt"), ("zero2", "zero")])
-def test_pretrain_run_without_optimizer_is_exported_and_not_trained_on(
-    mini, tmp_path, capsys, sharding, optimizer
-):
+@pytest.mark.parametrize("sharding", ["none", "zero2"])
+def test_pretrain_run_without_optimizer_is_exported_and_not_trained_on(mini, tmp_path, capsys, sharding):
     def settings(*more):
         return mini("name=small", *LOCAL, "fit.steps=4", f"fit.sharding={sharding}", *more)
 
     run(settings("fit.stop_after=2", "keep_optimizer=false"))
     folder = tmp_path / "small"
-    assert (checkpoint.find_newest(folder) / optimizer).exists()  # it has not ended
+    assert checkpoint.has_optimizer(checkpoint.find_newest(folder))  # it has not ended
     run(settings())
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert main(["export", str(folder), str(tmp_path / "before")]) == 0
     run(settings("keep_optimizer=false"))  # the run has ended already
-    assert not list(folder.rglob(optimizer)) and "is complete" in capsys.readouterr().out
+    assert not list(folder.rglob("optimizer-*")) and "is complete" in capsys.readouterr().out
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 0.6 * size
     for step in (folder / "checkpoints").glob("step_*"):
         assert checkpoint.verify(step)["step"] == int(step.name[5:])

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from finetune.strategies import NEEDS, STRATEGIES, Context, Strategies, StrategiesConfig, Strategy
@@ -80,6 +81,8 @@ def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, 
     if folder:
         folder.mkdir(exist_ok=True)
         engine.save(folder, rank)
+        if rank == 0:
+            save_file(model.state_dict(), folder / "model.safetensors")
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 

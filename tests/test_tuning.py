@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from finetune.strategies import Context, Strategies, StrategiesConfig
 from finetune.strategies.tuning import (
@@ -281,6 +282,8 @@ def train_tuned(
     if folder:
         folder.mkdir(exist_ok=True)
         engine.save(folder, rank)
+        if rank == 0:
+            save_file(model.state_dict(), folder / "model.safetensors")
     return {name: p.detach().clone() for name, p in model.named_parameters() if name in trained}
 
 

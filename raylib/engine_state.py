@@ -1,0 +1,176 @@
+"""The state of an optimizer in a checkpoint, by parameter and offset, whatever the engine and the number of
+workers that wrote it or read it.
+
+    model.safetensors             the model's state: it is the master weights too
+    optimizer-00000.safetensors   pieces of worker 0, {"exp_avg:model.text.norm.weight": (n,)}
+    optimizer-00000.json          {"workers": 2, "steps": {parameter: steps of its Adam},
+                                   "pieces": {"exp_avg:model.text.norm.weight": {"shape": [16], "start": 0}}}
+
+A piece is a flat slice of a tensor: of a moment of a parameter that has any, or of the value of what an
+objective has besides its model. A worker writes what it alone holds (its partition under ZeRO), or its part
+of what all hold alike (DDP). A reader takes the slices that it needs. Nothing is unpickled.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from raylib.errors import UserError
+from raylib.fileio import read_json, write_json
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
+VALUE = "value"
+
+
+class EngineState(NamedTuple):
+    """Pieces of one worker: `tensors`, {"KIND:NAME": (n,)}, refer to the live ones, on their device; `layout`
+    is the JSON of their places."""
+
+    tensors: dict[str, Tensor]
+    layout: dict[str, Any]
+
+
+class Piece(NamedTuple):
+    """`values` (n,), the flat elements from `start` on of a tensor of `shape`: the `kind` of the parameter
+    `name`."""
+
+    kind: str
+    name: str
+    shape: Sequence[int]
+    start: int
+    values: Tensor
+
+
+def share_out(tensors: Iterable[tuple[str, str, Tensor]], rank: int, workers: int) -> Iterator[Piece]:
+    """Yield the part that worker `rank` writes of tensors (kind, name, tensor) that all workers hold alike:
+    as many elements as any other."""
+    tensors = list(tensors)
+    total = sum(tensor.numel() for _, _, tensor in tensors)
+    first, last = total * rank // workers, total * (rank + 1) // workers
+    offset = 0
+    for kind, name, tensor in tensors:
+        start, stop = max(first - offset, 0), min(last - offset, tensor.numel())
+        if start < stop:
+            yield Piece(kind, name, tensor.shape, start, tensor.detach().reshape(-1)[start:stop])
+        offset += tensor.numel()
+
+
+def make_state(pieces: Iterable[Piece], steps: Mapping[str, int], workers: int) -> EngineState:
+    """Return the state of a worker with these pieces. steps: of every parameter that has moments."""
+    tensors, places = {}, {}
+    for piece in pieces:
+        key = f"{piece.kind}:{piece.name}"
+        tensors[key] = piece.values
+        places[key] = {"shape": list(piece.shape), "start": piece.start}
+    return EngineState(tensors, {"workers": workers, "steps": dict(steps), "pieces": places})
+
+
+def state_file(folder: Path, rank: int) -> Path:
+    """Return the file of a worker's pieces; their layout lies beside it, as .json."""
+    return folder / f"optimizer-{rank:05d}.safetensors"
+
+
+def write_state(state: EngineState, folder: Path, rank: int) -> None:
+    """Write a worker's state into a checkpoint's folder."""
+    path = state_file(folder, rank)
+    save_file(state.tensors, path)
+    write_json(path.with_suffix(".json"), state.layout, compact=True)
+
+
+class StoredState:
+    """The state that the workers of `folder` wrote, all of them together; `steps` are those of each
+    parameter.
+
+    names: of the optimizer's parameters in the order of its groups, by which a converted state knows them
+        ("#0", "#1", ...: `raylib.convert`).
+
+    Raises:
+        UserError: a file is missing or broken, or a tensor has gaps.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]):
+        self.folder, self.names = folder, names
+        self.steps: dict[str, int] = {}
+        self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}  # by kind and name
+        self.places: dict[tuple[str, str], list[tuple[int, int, int, str]]] = {}  # (start, stop, worker, key)
+        self.files: dict[int, Any] = {}
+        workers, rank = 1, 0
+        while rank < workers:
+            workers = self._read_layout(rank)
+            rank += 1
+        for (kind, name), places in self.places.items():
+            places.sort()
+            starts = [*(start for start, *_ in places), math.prod(self.shapes[kind, name])]
+            if starts != [0, *(stop for _, stop, *_ in places)]:
+                raise UserError(f"{folder}: the optimizer's {kind} of {name} has gaps; {_ADVICE}")
+
+    def names_of(self, kind: str) -> set[str]:
+        """Return the names of which there is a tensor of this kind."""
+        return {name for found, name in self.shapes if found == kind}
+
+    def read(self, kind: str, name: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
+        """Read the flat elements `start` to `stop` of a tensor, onto the CPU.
+
+        Raises:
+            UserError: there is none, or it has another shape than `shape`.
+        """
+        stored = self.shapes.get((kind, name))
+        if stored != tuple(shape):
+            found = "missing" if stored is None else f"of shape {list(stored)}"
+            raise UserError(
+                f"{self.folder}: {kind} of {name} is {found}, and the run's of shape {list(shape)}: the "
+                "checkpoint is not one of this run"
+            )
+        parts = []
+        for first, last, rank, key in self.places[kind, name]:
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                parts.append(self._open(rank).get_slice(key)[low - first : high - first])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def read_whole(self, kind: str, name: str, like: Tensor) -> Tensor:
+        """Read a whole tensor of the shape of `like`, onto its device."""
+        return self.read(kind, name, like.shape, 0, like.numel()).view(like.shape).to(like.device)
+
+    def _read_layout(self, rank: int) -> int:
+        """Add the pieces of a worker; return how many workers there are."""
+        path = state_file(self.folder, rank)
+        for file in (path, path.with_suffix(".json")):
+            if not file.is_file():
+                raise UserError(f"{file}: missing, so this checkpoint is not whole; {_ADVICE}")
+        try:
+            layout = read_json(path.with_suffix(".json"))
+            if layout.get("parameters", len(self.names)) != len(self.names):
+                raise ValueError(
+                    f"of {layout['parameters']} parameters, and the run trains {len(self.names)}"
+                )
+            if rank == 0:
+                self.steps = {self._name(name): int(steps) for name, steps in layout["steps"].items()}
+            for key, place in layout["pieces"].items():
+                kind, _, name = key.partition(":")
+                tensor, shape, start = (kind, self._name(name)), tuple(place["shape"]), int(place["start"])
+                (size,) = self._open(rank).get_slice(key).get_shape()
+                if self.shapes.setdefault(tensor, shape) != shape:
+                    raise ValueError(f"{key} has several shapes")
+                self.places.setdefault(tensor, []).append((start, start + size, rank, key))
+            return int(layout["workers"])
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as e:
+            raise UserError(f"{path}: not to be read as an optimizer's state ({e}); {_ADVICE}") from None
+
+    def _name(self, name: str) -> str:
+        return self.names[int(name[1:])] if name.startswith("#") else name
+
+    def _open(self, rank: int) -> Any:
+        # mapped into memory: the system reads no more than what is asked for
+        if rank not in self.files:
+            self.files[rank] = safe_open(state_file(self.folder, rank), "pt")
+        return self.files[rank]
+
+
+_ADVICE = "restore it, or start from an older checkpoint with resume=step_NNNNNN"
