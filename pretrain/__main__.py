@@ -20,7 +20,7 @@ from raylib.errors import UserError
 @entry_point(RESUME_HINT)
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
-    commands = {"evaluate": _evaluate, "export": _export, "overlap": _overlap}
+    commands = {"evaluate": _evaluate, "export": _export, "overlap": _overlap, "convert": _convert}
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     from pretrain.config import PretrainConfig
@@ -67,6 +67,21 @@ def _export(arguments: Sequence[str]) -> int:
     gap = export_model(args.run, args.dir, args.language, args.license)
     readers = f"polyglance.load alone: {gap}" if gap else "polyglance.load and transformers"
     print(f"{args.dir}: {', '.join(sorted(p.name for p in args.dir.iterdir()))}; read by {readers}")
+    return 0
+
+
+def _convert(arguments: Sequence[str]) -> int:
+    """Write the optimizer states of an earlier version anew, so that its run can be trained on."""
+    parser = command_parser("pretrain convert", module_doc("raylib.convert"))
+    parser.add_argument("run", type=Path, help="a run of your own, of pretraining or fine-tuning")
+    run = parser.parse_args(arguments).run
+    from raylib.convert import convert_run
+
+    print(f"{run}: reading pickles, which only runs of your own should be asked for", flush=True)
+    count = 0
+    for count, line in enumerate(convert_run(run), 1):  # noqa: B007
+        print(line, flush=True)
+    print(f"{run}: {count} checkpoints converted; the command of the run goes on from its newest one")
     return 0
 
 

@@ -31,7 +31,7 @@ from raylib.fileio import read_json, remove_temporaries, sha256_file, sync_folde
 from raylib.finite import is_finite, require_finite_values
 
 # what engines of earlier versions wrote, pickled
-OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py")
+OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py", "zero_to_torch.py")
 FOLDER, REGISTRY = "checkpoints", "registry.json"
 # of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
 OLD_BEST, OLD_START, OLD_SNAPSHOT = "best", "start.json", "checkpoint_manager_snapshot.json"

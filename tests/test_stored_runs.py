@@ -43,13 +43,28 @@ def test_stored_finetuning_run_is_evaluated_to_the_same_scores(folder, name):
         assert before.get(key) == after.get(key), key
 
 
-def test_stored_finetuning_run_is_resumed(folder):
-    assert finetune(["--config", "runs/stopped/config.json", "fit.stop_after=null"]) == 0
+def assert_refused_until_converted(start, name, capsys):
+    """A run whose optimizer state is a pickle is not trained on before it is converted."""
+    assert start() == 2
+    assert capsys.readouterr().err.count(f"python -m pretrain convert {Path('runs', name).absolute()} ") == 1
+    assert pretrain(["convert", f"runs/{name}"]) == 0
+    assert "pickles" in capsys.readouterr().out and not list(Path("runs", name).rglob("optimizer.pt"))
+    assert start() == 0
+
+
+def test_stored_finetuning_run_is_converted_and_resumed(folder, capsys):
+    def start():
+        return finetune(["--config", "runs/stopped/config.json", "fit.stop_after=null"])
+
+    assert_refused_until_converted(start, "stopped", capsys)
     assert read_json("runs/stopped/result.json")["accuracy"]
 
 
-def test_stored_pretraining_run_is_resumed(folder):
-    assert pretrain(["--config", "runs/pretrained/config.json", "fit.stop_after=null"]) == 0
+def test_stored_pretraining_run_is_converted_and_resumed(folder, capsys):
+    def start():
+        return pretrain(["--config", "runs/pretrained/config.json", "fit.stop_after=null"])
+
+    assert_refused_until_converted(start, "pretrained", capsys)
     lines = [json.loads(line) for line in Path("runs/pretrained/metrics.jsonl").read_text().splitlines()]
     assert max(line["step"] for line in lines) == 4
 
