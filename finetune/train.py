@@ -40,6 +40,7 @@ from raylib.finite import require_finite_values
 from raylib.launch import (
     config_hash,
     drop_unneeded,
+    hold,
     is_main_process,
     launch,
     no_log,
@@ -47,6 +48,7 @@ from raylib.launch import (
     run_folder,
     tracked,
 )
+from raylib.lock import LOCK, hold_run, require_owned
 from raylib.models import find_backbone
 from raylib.models.base import load_weights
 from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
@@ -69,10 +71,11 @@ def run(config: FinetuneConfig, reporter: Reporter | None = None) -> dict[str, A
             f"published overlap: {shared['first']['file']} shares {shared['images']} images and "
             f"{shared['items']} items with {shared['second']['file']} ({shared['declared']})"
         )
-    with _removed_on_mistake(folder) if is_main_process(config) else nullcontext():
-        result = _run_in(folder, config, checked, reporter, log)
-    if result.get("finished", True):
-        drop_unneeded(config)
+    with hold(config) as is_new:
+        with _removed_on_mistake(folder) if is_new else nullcontext():
+            result = _run_in(folder, config, checked, reporter, log)
+        if result.get("finished", True):
+            drop_unneeded(config)
     return result
 
 
@@ -116,6 +119,7 @@ def _run_in(
             tracking.log_results("dev", {code: {"score": v} for code, v in result["dev"].items()})
             return result
         result = {**report.summarise(config, results), **identity}
+        require_owned(folder)
         if is_main_process(config):
             report.write(folder, result)
             for trained_folder in {run_folder(part) for part, _ in parts if config.trains}:
@@ -128,15 +132,18 @@ def _run_in(
 
 @contextmanager
 def _removed_on_mistake(folder: Path) -> Iterator[None]:
-    """Remove a run's folder that was not there before if a mistake ends the run before any checkpoint: so the
-    corrected command can have its name."""
-    is_new = not folder.exists()
+    """Empty the folder of a new run if a mistake ends it before any checkpoint: so the corrected command can
+    have its name."""
     try:
         yield
     except UserError as e:
         # of numbers that are not finite the log says more
-        if is_new and not isinstance(e, NotFinite) and not any(folder.rglob("meta.json")):
-            shutil.rmtree(folder, ignore_errors=True)  # there is none if opening it failed
+        if not isinstance(e, NotFinite) and not any(folder.rglob("meta.json")):
+            for path in folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != LOCK:  # which goes last
+                    path.unlink()
         raise
 
 
@@ -312,6 +319,7 @@ def _run_part(
     result |= {name: before + result.get(name, 0) for name, before in stages.spent.items()}
     result |= {"sparsity": None, **stages.figures}
     if result["finished"] and is_main:
+        require_owned(folder)
         require_finite_values(str(done), result)
         write_json(done, result)
     return result
@@ -390,6 +398,12 @@ def evaluate_run(folder: Path) -> dict[str, Any]:
     stopped say so, and do not keep it from going on. Data that changed since the run read it are told, and
     the result has their hash."""
     as_stored = load_config(FinetuneConfig, folder / "config.json")  # what results tell of, and hashes
+    with hold_run(folder):
+        return _evaluate_in(folder, as_stored)
+
+
+def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
+    """`evaluate_run`, in a folder that it holds."""
     config, stored, results = load_run_config(folder), _stored_result(folder), []
     now = reported_split(config)
     then = stored.get("split", now)

@@ -20,6 +20,7 @@ from raylib.launch import (
     config_hash,
     count_workers,
     drop_unneeded,
+    hold,
     is_main_process,
     launch,
     no_log,
@@ -27,6 +28,7 @@ from raylib.launch import (
     run_folder,
     tracked,
 )
+from raylib.lock import require_owned
 from raylib.loop import fit
 from raylib.memory import GB, StepSize, find_settings, next_settings
 from raylib.models import find_model, find_tokenizer
@@ -57,7 +59,18 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     data = resolve_data(config)
     shape = config.model.image_size, config.fit.seed
     batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
-    config = with_vocabulary(config, data)
+    with hold(config):
+        return _run_in(with_vocabulary(config, data), data, batches, dev, reporter)
+
+
+def _run_in(
+    config: PretrainConfig,
+    data: DataConfig,
+    batches: StepBatches,
+    dev: StepBatches | None,
+    reporter: Reporter | None,
+) -> dict:
+    """`run`, in a folder that it holds."""
     folder, log = run_folder(config), print if is_main_process(config) else no_log
     if is_main_process(config):
         terms = [term.path for _, term in config.objective.terms.items()]
@@ -241,6 +254,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         **scores,
     }
     if runtime.rank == 0 and result["finished"]:
+        require_owned(runtime.run)
         plot_curve(runtime.run)
         write_result(runtime.run / "result.json", result)
     return result

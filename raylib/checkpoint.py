@@ -27,8 +27,17 @@ from typing import Any, NamedTuple
 from safetensors import safe_open
 
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import read_json, remove_temporaries, sha256_file, sync_folder, write_json
+from raylib.fileio import (
+    atomic_file,
+    read_json,
+    remove_temporaries,
+    sha256_file,
+    sync_file,
+    sync_folder,
+    write_json,
+)
 from raylib.finite import is_finite, require_finite_values
+from raylib.lock import require_owned
 
 # what engines of earlier versions wrote, pickled
 OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py", "zero_to_torch.py")
@@ -75,7 +84,10 @@ def _write_registry(run: Path, registry: Registry) -> None:
     }
     if registry.aside:
         values["aside"] = dict(registry.aside)
-    write_json(run / FOLDER / REGISTRY, values, durable=True)
+    with atomic_file(run / FOLDER / REGISTRY, durable=True) as temporary:
+        temporary.write_text(json.dumps(values, allow_nan=False, indent=1) + "\n", encoding="utf-8")
+        sync_file(temporary)  # which takes a while: now nothing lies between the look and the rename
+        require_owned(run)
 
 
 def step_name(step: int) -> str:

@@ -33,6 +33,11 @@ class MachineError(Exception):
     exit_code: ClassVar[int] = 1
 
 
+class RunLost(MachineError):
+    """A run that is not this process's any more: another start has it, its owner is gone, or its folder is.
+    The same again, if it is tried again."""
+
+
 class NotFinite(UserError):
     """A loss that is no number any more: the same again, if the run is started again."""
 

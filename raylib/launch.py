@@ -6,8 +6,8 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from raylib.config import differing_paths, dump_config, read_stored_settings, wi
 from raylib.distributed import barrier
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
+from raylib.lock import add_ray_job, hold_run, owner_of, stored_owner, watch_file, work_for
 from raylib.provenance import DataFile, record_identity
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime, set_deterministic
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
@@ -67,11 +68,18 @@ def config_hash(config: LaunchConfig) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
+def hold(config: LaunchConfig) -> AbstractContextManager[bool]:
+    """Own the folder of a run in the block (`raylib.lock.hold_run`); under torchrun worker 0 does for all."""
+    if not is_main_process(config):
+        return nullcontext(False)
+    return hold_run(run_folder(config), job_has_ended)
+
+
 def open_run(
     config: LaunchConfig, files: Iterable[DataFile] = (), verify: bool = False, code: Iterable[Path] = ()
 ) -> None:
-    """Make the run's folder, store its config and copies of the user's own files, `code`; compare its data,
-    `files`, with what it began with; apply `resume`.
+    """Prepare a run's folder, which the caller holds: store its config and copies of the user's own files,
+    `code`; compare its data, `files`, with what it began with; apply `resume`.
 
     Raises:
         UserError: two files of `code` have one name; the folder belongs to a run of other settings (they are
@@ -96,6 +104,7 @@ def open_run(
     for note in record_identity(run, files, verify):
         print(note, flush=True)
     write_atomically(stored, dump_config(config) + "\n")
+    watch_file(stored)
     for file in code:
         (run / file.name).write_bytes(file.read_bytes())  # which may be the copy itself
     checkpoint.settle(run)
@@ -139,7 +148,8 @@ def launch(
             set_deterministic(config.fit.deterministic)
             runtime = LocalRuntime(run, config.fit.keep, reporter)
             barrier()  # the others come here while the first still opens the run
-            result = main(runtime, config)
+            with work_for(None if is_main_process(config) else stored_owner(run)):
+                result = main(runtime, config)
         else:
             result = _on_ray(main, config, run, reporter)
         if not result["finished"]:
@@ -163,6 +173,7 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
         )
     is_trial = reporter is not None
     worker = worker_resources(list_nodes(), config.workers, gpu, config.fit.loader_workers, is_trial)
+    add_ray_job(run, this_job())
     failure = run / "failure.json"
     failure.unlink(missing_ok=True)
     # Ray's type hints are those of Train's first version, its objects those of the second
@@ -172,6 +183,7 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
             "main": main,
             "config": config,
             "run": str(run),
+            "owner": owner_of(run),
             "object_cache": cache.get_cache(),
             "opened_files": cache.opened_files(),
         },
@@ -321,6 +333,45 @@ def connect_to_ray(quiet: bool = False) -> bool:
     return True
 
 
+def this_job() -> dict[str, Any]:
+    """Return {"job", "node", "pid"} of this driver, as `job_has_ended` finds it."""
+    import ray
+
+    return {
+        "job": ray.get_runtime_context().get_job_id(),
+        "node": ray.util.get_node_ip_address(),
+        "pid": os.getpid(),
+    }
+
+
+def job_has_ended(record: Mapping[str, Any]) -> bool | None:
+    """Return whether the Ray job of a run's owner (`raylib.lock`) has ended; None: that is not known on the
+    cluster of RAY_ADDRESS, or there is none."""
+    if "RAY_ADDRESS" not in os.environ:
+        return None
+    has_started = connect_to_ray()
+    import ray
+    from ray.util.state import list_jobs
+    from ray.util.state.exception import RayStateApiException
+
+    job = record["ray"]
+    try:
+        # numbers of jobs come again in another cluster, those of a process on its node hardly
+        found = [entry for entry in list_jobs(detail=True) if entry.job_id == job["job"]]
+    except RayStateApiException:  # no dashboard
+        return None
+    finally:
+        if has_started:
+            ray.shutdown()
+    drivers = [entry for entry in found if entry.driver_info]
+    same = [
+        entry.status
+        for entry in drivers
+        if (entry.driver_info["node_ip_address"], int(entry.driver_info["pid"])) == (job["node"], job["pid"])
+    ]
+    return same[0] in ("SUCCEEDED", "FAILED", "STOPPED") if same else None
+
+
 def _is_for_workers(variable: str) -> bool:
     """Return whether an environment variable of this process is one for every process."""
     # WANDB_SERVICE is the address of this process's own helper
@@ -341,7 +392,8 @@ def _run_worker(loop_config: dict[str, Any]) -> dict:
     set_deterministic(loop_config["config"].fit.deterministic)
     try:
         config = loop_config["config"]
-        return loop_config["main"](RayRuntime(run, config.fit.keep), config)
+        with work_for(loop_config["owner"]):
+            return loop_config["main"](RayRuntime(run, config.fit.keep), config)
     except UserError as e:
         write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
         raise

@@ -25,9 +25,10 @@ from raylib.engine import (
     learning_rate,
 )
 from raylib.engine_zero import DeepSpeedEngine
-from raylib.errors import NotFinite, UserError
+from raylib.errors import NotFinite, RunLost, UserError
 from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
+from raylib.lock import find_lock, require_owned
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.randomness import hash64
 from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_flops, peak_memory
@@ -128,8 +129,11 @@ def fit(
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
     stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
+    lock = find_lock(runtime.run)
     with StallWatch(runtime) as watch:
         for step in range(first, last):
+            if lock and lock.problem:
+                raise RunLost(lock.problem)
             watch.start(step)
             batch = next(stream)
             saver.count(batch)
@@ -291,6 +295,7 @@ class _Saver:
         shutil.rmtree(folder)
         barrier()
         if rank == 0:
+            require_owned(self.runtime.run)  # or a folder that another start has registered would go
             final = partial.with_name(name)
             checkpoint.remove_folder(final)  # an unregistered leftover of a crash
             partial.rename(final)

@@ -20,6 +20,7 @@ from raylib.data.loading import StepDataset
 from raylib.distributed import all_gather
 from raylib.fileio import append_jsonl, read_jsonl, repair_jsonl, write_atomically
 from raylib.finite import finite_values
+from raylib.lock import require_owned, watch_file
 from raylib.runtime import Runtime, peak_memory
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class MetricsLog:
         # a run that crashed has logged steps after its newest checkpoint, which come again
         lines = [json.dumps(finite_values(r)) + "\n" for r in read_metrics(run) if r["step"] <= start]
         write_atomically(self.path, "".join(lines))
+        watch_file(self.path)
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Finite values at `step`; names with a slash group: "loss/itm", "retrieval/de"."""
+        require_owned(self.path)  # or a folder that is gone, or its file, would be made anew
         append_jsonl(self.path, {"step": step, **values})
 
 

@@ -323,18 +323,18 @@ def test_finetune_full_disk_is_one_line_and_run_resumes(finetune, tmp_path, monk
 
     settings = ["epochs=3", "select=last", 'languages=["en"]']
     assert finetune("scenes_marvl", "name=whole", *settings)[0] == 0
-    write, calls = checkpoint.write_json, []
+    write, calls = checkpoint._write_registry, []
 
-    def full(path, text):
-        calls.append(path)
-        if len(calls) > 1:
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write(path, text)
+    def full(run, registry):
+        calls.append(run)
+        if len(calls) > 2:  # of the start, and of the first checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device", str(run))
+        write(run, registry)
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(checkpoint, "_write_registry", full)
     code, printed = finetune("scenes_marvl", "name=full", *settings)
     assert code == 1 and ": no space left on the disk" in printed, printed
-    monkeypatch.setattr(checkpoint, "write_json", write)
+    monkeypatch.setattr(checkpoint, "_write_registry", write)
     assert finetune("scenes_marvl", "name=full", *settings)[0] == 0
     assert result(tmp_path, "full")["accuracy"] == result(tmp_path, "whole")["accuracy"]
 

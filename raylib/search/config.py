@@ -14,6 +14,7 @@ from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
 
 if TYPE_CHECKING:  # PyTorch, which settings and spaces need not
     from raylib.cache import ObjectCache
+    from raylib.lock import Owner
     from raylib.provenance import DataFile
     from raylib.runtime import Reporter
 
@@ -232,7 +233,7 @@ class SearchJob(ABC):
 
 class SearchContext(NamedTuple):
     """A search that is under way, as each of its trials gets it. `base`: the config of the stage that
-    settings change; `folder`: of the search, absolute; `warm_start`: in words."""
+    settings change; `folder`: of the search, absolute; `warm_start`: in words; `owner`: of its lock."""
 
     config: SearchConfig
     space_name: str
@@ -242,6 +243,7 @@ class SearchContext(NamedTuple):
     folder: Path
     object_cache: "ObjectCache"
     warm_start: str = ""
+    owner: "Owner | None" = None
 
     @property
     def keeps_checkpoints(self) -> bool:

@@ -14,10 +14,11 @@ from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.search import BasicVariantGenerator
 
-from raylib.cache import ObjectCache, set_cache
+from raylib.cache import set_cache
 from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
-from raylib.search.config import Resources, SearchContext, SearchJob
+from raylib.lock import work_for
+from raylib.search.config import Resources, SearchContext
 from raylib.search.display import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
 from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, logged, read_reports
@@ -191,9 +192,7 @@ def _evaluate_tests(
     """Return {seed: test scores} of some runs, each evaluated once, where a GPU is if they need one."""
     paths = {seed: run / "test.json" for seed, run in runs.items()}
     tasks = {
-        seed: _evaluate_remotely.options(**resources).remote(
-            context.job, str(runs[seed]), context.object_cache
-        )
+        seed: _evaluate_remotely.options(**resources).remote(context, str(runs[seed]))
         for seed, path in paths.items()
         if not path.is_file()
     }
@@ -209,7 +208,7 @@ def _evaluate_tests(
 
 
 @ray.remote
-def _evaluate_remotely(job: SearchJob, folder: str, object_cache: ObjectCache) -> dict[str, float]:
-    set_cache(object_cache)
-    with logged(Path(folder)):
-        return job.evaluate_tests(folder)
+def _evaluate_remotely(context: SearchContext, folder: str) -> dict[str, float]:
+    set_cache(context.object_cache)
+    with work_for(context.owner), logged(Path(folder)):
+        return context.job.evaluate_tests(folder)

@@ -26,7 +26,8 @@ from raylib.command import spell_commands
 from raylib.config import change_settings, dump_config
 from raylib.errors import UserError
 from raylib.fileio import write_json
-from raylib.launch import IDLE_CPUS, connect_to_ray, gpu_share, list_nodes
+from raylib.launch import IDLE_CPUS, connect_to_ray, gpu_share, job_has_ended, list_nodes, this_job
+from raylib.lock import add_ray_job, hold_run, owner_of, watch_file
 from raylib.provenance import record_identity
 from raylib.search import report
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob, check_fingerprint
@@ -80,6 +81,20 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         "search": {**json.loads(dump_config(config)), "runs": str(folder.parent)},
         "recipe": json.loads(dump_config(base)),
     }
+    with hold_run(folder, job_has_ended):
+        return _search_in(folder, config, name, space, job, base, fingerprint)
+
+
+def _search_in(
+    folder: Path,
+    config: SearchConfig,
+    name: str,
+    space: Space,
+    job: SearchJob,
+    base: LaunchConfig,
+    fingerprint: dict[str, Any],
+) -> Path:
+    """`run_search`, in a folder that it holds."""
     grown = check_fingerprint(folder, fingerprint, type(base))
     if (folder / "report.md").is_file() and not grown:
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
@@ -89,7 +104,7 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
     has_started = connect_to_ray(quiet=True)
     try:
         resources = plan_resources(config)
-        folder.mkdir(parents=True, exist_ok=True)
+        add_ray_job(folder, this_job())
         # Scores of finished trials are compared with those of trials to come, so all must read the same data.
         configs = (apply_changes(base, changes) for _, changes in coverage_settings(space))
         files = [file for trial_config in configs for file in job.data_files(trial_config)]
@@ -98,12 +113,21 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         if grown and (folder / "report.md").is_file():
             (folder / "report.md").rename(folder / "report.before.md")  # report.md says that all is done
         write_json(folder / "search.json", fingerprint)
+        watch_file(folder / "search.json")
         if grown:
             print(f"search '{config.name}' goes on with {', '.join(grown)}", flush=True)
         if warm_start.trials:
             print(f"search '{config.name}': {warm_start.description}", flush=True)
         context = SearchContext(
-            config, name, space, job, base, folder, RayObjectCache(folder), warm_start.description
+            config,
+            name,
+            space,
+            job,
+            base,
+            folder,
+            RayObjectCache(folder),
+            warm_start.description,
+            owner_of(folder),
         )
         results = run_trials(context, resources, warm_start)
         report.write_trials(context, results)

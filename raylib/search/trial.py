@@ -34,6 +34,7 @@ from raylib.errors import NotFinite
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
+from raylib.lock import require_owned, work_for
 from raylib.search.config import SearchContext, SearchJob
 from raylib.search.space import Setting, apply_changes, config_changes
 
@@ -174,6 +175,12 @@ def setting_config(context: SearchContext, setting: Setting | None, part: str, n
 def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
     """Run `config`, report every checkpoint and, last, the scores of the model that the run leaves. Whatever
     is not finite (a loss, weights, a score) ends the trial, as "trouble"."""
+    with work_for(context.owner):
+        _run_trial(context, config, keep)
+
+
+def _run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
+    """`run_trial`, for the owner of the search."""
     job, folder, began = context.job, run_folder(config), time.time()
     cache.set_cache(context.object_cache)
     num_epochs = job.epochs_per_run(config) * job.num_runs(config)
@@ -184,6 +191,7 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
     def report(epoch: float, **values: Any) -> dict[str, Any]:
         spent = seconds_before + time.time() - began
         common = {"epoch": epoch, "epochs": num_epochs, "judged": False, "finished": False, "spent": spent}
+        require_owned(folder)
         append_report(folder, {**common, **values})
         return {**common, **values}
 

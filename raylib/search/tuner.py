@@ -23,6 +23,7 @@ from raylib.config import load_user_file, user_file_error
 from raylib.errors import UserError
 from raylib.fileio import atomic_file
 from raylib.finite import finite_values
+from raylib.lock import stop_if_lost
 from raylib.renames import PICKLED
 from raylib.search.display import SearchTable, TensorBoardScores
 from raylib.search.optuna import STATES, trial_state
@@ -190,6 +191,7 @@ class BackUpState(tune.Callback):
         self.folder, self.last = folder, 0.0
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
+        stop_if_lost(self.folder)  # Tune would make a folder that is gone anew
         if time.monotonic() - self.last >= BACKUP_SECONDS:
             self.last = time.monotonic()
             back_up_state(self.folder)
