@@ -70,9 +70,12 @@ def convert_checkpoint(folder: Path) -> None:
                 save_file(state.tensors, temporary)
             write_json(path.with_suffix(".json"), state.layout, compact=True, durable=True)
             new[rank] = [path, path.with_suffix(".json")]
-    except (UnpicklingError, RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError) as e:
+    except UnpicklingError as e:
+        reason = "a file holds more than tensors and plain values, or is no pickle"
+        raise UserError(f"{folder}: its optimizer state is not read: {reason}; nothing changed") from e
+    except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{folder}: its optimizer state is not to be read ({reason}); nothing changed") from e
+        raise UserError(f"{folder}: its optimizer state is not read ({reason}); nothing changed") from e
     # the list of worker 0 last: by it the checkpoint is one of an earlier version or not
     for rank in reversed(range(workers)):
         listing = folder / f"files-{rank:05d}.json"

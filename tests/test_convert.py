@@ -192,7 +192,7 @@ def test_conversion_runs_no_code_of_a_pickle(old, capsys, way):
         before = {each.name: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
         assert main(["convert", str(place)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {folder}: its optimizer state is not to be read (")
+        assert line.startswith(f"error: {folder}: its optimizer state is not read")
         assert not marker.exists()
         after = {each.name: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
         assert before.items() <= after.items() and checkpoint.has_old_optimizer(folder)

@@ -184,15 +184,15 @@ def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
         build_model(mini(f"init.model={tmp_path / 'model'}", "model.image_size=32", "model.vision_window=8"))
 
 
-def torchrun(config, tmp_path) -> str:
-    """Run `config` in two processes; what they print."""
+def torchrun(config, tmp_path, processes=2) -> str:
+    """Run `config` in so many processes; what they print."""
     (tmp_path / "two.json").write_text(dump_config(config), encoding="utf-8")
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
-        "--nproc-per-node=2",
+        f"--nproc-per-node={processes}",
         "-m",
         "pretrain",
     ]
@@ -211,13 +211,37 @@ def assert_close(one, two):
 
 
 @pytest.mark.parametrize(
-    "without", [(), ("data.image_text.batch=0",)]
-)  # the second leaves the image encoder unused
-def test_pretrain_torchrun_equals_one_process(mini, tmp_path, without):
+    ("without", "sharding"),
+    [((), "none"), ((), "zero2"), (("data.image_text.batch=0",), "none")],
+)  # the last leaves the image encoder unused
+def test_pretrain_torchrun_equals_one_process(mini, tmp_path, without, sharding):
     run(mini("name=one", *LOCAL, *without))
-    config = mini("name=two", *LOCAL, *without)
+    config = mini("name=two", *LOCAL, *without, f"fit.sharding={sharding}")
     assert torchrun(config, tmp_path).count("| en |") == 1  # one process speaks
     assert_close(lines(mini("name=one", *without)), lines(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_pretrain_torchrun_with_zero_resumes_bit_exactly(mini, tmp_path, processes):
+    """Through checkpoints, a resume and the choice of the best one."""
+    settings = (*LOCAL, "fit.sharding=zero2", "fit.eval_every=2")
+    whole, parts = (mini(f"name={name}", *settings) for name in ("whole", "parts"))
+    torchrun(whole, tmp_path, processes)
+    torchrun(mini("name=parts", *settings, "fit.stop_after=3"), tmp_path, processes)
+    torchrun(parts, tmp_path, processes)
+    assert without_rate(lines(whole)) == without_rate(lines(parts))
+    folders = [tmp_path / name for name in ("whole", "parts")]
+    registries = [checkpoint.read_registry(folder) for folder in folders]
+    assert registries[0].best == registries[1].best is not None
+    ends = [checkpoint.find_newest(folder) for folder in folders]
+    for path in sorted([*ends[0].glob("optimizer-*"), ends[0] / "model.safetensors"]):
+        assert path.read_bytes() == (ends[1] / path.name).read_bytes()
+    assert len(list(ends[0].glob("optimizer-*"))) == 2 * processes
+    assert checkpoint.read_meta(ends[0])["engine"] == "deepspeed"
+    assert json.loads((folders[0] / "result.json").read_text())["retrieval"]
+    run(mini("name=one", *LOCAL, "fit.eval_every=2"))
+    assert_close(lines(mini("name=one")), lines(whole))
 
 
 @pytest.mark.slow
