@@ -92,6 +92,9 @@ class StepBatches(StepDataset):
         """Return the files that are part of a run's identity: of all streams."""
         return [file for stream in self.streams.values() for file in stream.source.files()]
 
+    def find_changed_file(self) -> str | None:
+        return next(filter(None, (s.source.find_changed_shard() for s in self.streams.values())), None)
+
     def __getitem__(self, step: int) -> dict[str, Any]:
         batch: dict[str, Any] = {"step": step, "samples": self.samples, "bad": 0}
         for name, stream in self.streams.items():

@@ -26,7 +26,7 @@ from raylib.data.loading import prefetch, to_device, to_host
 from raylib.display import progress
 from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import file_lock, read_json
+from raylib.fileio import FileBytes, file_lock, read_json
 from raylib.finite import is_finite
 from raylib.packed import Ragged
 from raylib.runtime import free_memory
@@ -103,7 +103,7 @@ def file_fingerprint(path: str | Path) -> tuple:
 
 
 class EncoderStates:
-    """The folder that `write_encoder_states` made. May be sent to loader processes: files are mapped where
+    """The folder that `write_encoder_states` made. May be sent to loader processes: files are opened where
     they are first read."""
 
     def __init__(self, folder: Path):
@@ -114,10 +114,10 @@ class EncoderStates:
             index = read_json(folder / f"index-{worker}.json")
             self.shapes.append((index["tokens"], index["width"], index["dtype"]))
             self.rows |= {name: (worker, *row) for name, row in index["rows"].items()}
-        self._maps: dict[int, np.ndarray] = {}
+        self._files: dict[int, FileBytes] = {}
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_maps": {}}
+        return {**self.__dict__, "_files": {}}
 
     def read(self, names: Sequence[str]) -> Ragged:
         """States of the items `names`, row after row: (T, d), as they were stored.
@@ -126,20 +126,20 @@ class EncoderStates:
             UserError: those of an item are not finite; names file and item.
         """
         # checked as a whole first, which costs one pass; item by item only to name the one at fault
-        parts = [self._read(*self.rows[name]) for name in names]
-        values = torch.from_numpy(np.concatenate(parts))
+        lengths = [self.rows[name][2] for name in names]
+        values = self._read([self.rows[name] for name in names])
         if not is_finite(values):
+            parts = values.split(lengths)
             bad = next(name for name, part in zip(names, parts, strict=True) if not is_finite(part))
             raise UserError(
                 f"{self.folder}/states-{self.rows[bad][0]}.bin: states of {bad} are not finite (NaN or "
                 f"infinite); delete {self.folder}, they are made again"
             )
-        return Ragged(values, torch.tensor([len(part) for part in parts]))
+        return Ragged(values, torch.tensor(lengths))
 
     def read_first(self, names: Sequence[str]) -> Tensor:
         """The first state of each item, such as its CLS: (n, d), as stored."""
-        rows = [self._read(worker, first, 1) for worker, first, _ in map(self.rows.__getitem__, names)]
-        return torch.from_numpy(np.concatenate(rows))
+        return self._read([(*self.rows[name][:2], 1) for name in names])
 
     def size(self, names: Sequence[str]) -> tuple[int, int]:
         """Count the tokens and the bytes of the states of these items."""
@@ -147,13 +147,19 @@ class EncoderStates:
         row_bytes = [width * np.dtype(dtype).itemsize for _, width, dtype in self.shapes]
         return sum(row[2] for row in rows), sum(row[2] * row_bytes[row[0]] for row in rows)
 
-    def _read(self, worker: int, first: int, tokens: int) -> np.ndarray:
-        if worker not in self._maps:
-            *shape, dtype = self.shapes[worker]
-            self._maps[worker] = np.memmap(
-                self.folder / f"states-{worker}.bin", dtype, "r", shape=tuple(shape)
-            )
-        return self._maps[worker][first : first + tokens]
+    def _read(self, rows: Sequence[tuple[int, int, int]]) -> Tensor:
+        """(T, d) tokens of rows, (worker, first token, tokens) each."""
+        _, width, dtype = self.shapes[rows[0][0]]
+        values = np.empty((sum(tokens for *_, tokens in rows), width), dtype)
+        row_bytes, place = width * values.itemsize, 0
+        buffer = values.reshape(-1).view(np.uint8).data
+        for worker, first, tokens in rows:
+            if worker not in self._files:
+                self._files[worker] = FileBytes(self.folder / f"states-{worker}.bin")
+            end = place + tokens * row_bytes
+            self._files[worker].read_into(buffer[place:end], first * row_bytes)
+            place = end
+        return torch.from_numpy(values)
 
 
 class ItemStates:

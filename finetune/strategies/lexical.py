@@ -17,7 +17,7 @@ Word vectors are read from the files that they are published in; of gigabytes on
 Which of the last three a file is shows in its first bytes, whatever its name.
 """
 
-import mmap
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from raylib.data.index import read_npy_header
 from raylib.display import progress
 from raylib.errors import UserError
+from raylib.fileio import FileBytes
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
@@ -39,6 +41,7 @@ FILES = (
 )
 Synsets = frozenset[tuple[str, int]]  # (part of speech, offset in its file)
 PEEK = 2**16  # bytes: more than the longest line that text vectors have
+BLOCK = 2**22  # bytes of binary vectors read at a time
 
 
 class Relatives(NamedTuple):
@@ -213,20 +216,25 @@ def _read_array(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     names = path.with_suffix(".txt")
     if not names.is_file():
         raise UserError(f"{path}: its words are looked for in {names}, one a line; there is no such file")
+    # of gigabytes only the rows of the words are read
+    content = FileBytes(path)
     try:
-        rows = np.load(path, mmap_mode="r")
+        with open(path, "rb") as file:
+            shape, dtype = read_npy_header(file)
+            offset = file.tell()
     except ValueError as e:
         raise UserError(f"{path}: not an array of numbers as NumPy saves it ({e})") from None
     vectors: dict[str, np.ndarray] = {}
-    count = 0
+    count, row_bytes = 0, dtype.itemsize * math.prod(shape[1:])
     with open(names, "rb") as file:
         for count, line in enumerate(file, 1):
             word = words.get(line.rstrip(b"\r\n"))
-            if word is not None and rows.ndim == 2 and count <= len(rows):
-                vectors.setdefault(word, rows[count - 1].astype(np.float32))
-    if rows.ndim != 2 or count != len(rows):
+            if word is not None and len(shape) == 2 and count <= shape[0] and word not in vectors:
+                row = content.read(row_bytes, offset + (count - 1) * row_bytes)
+                vectors[word] = np.frombuffer(row, dtype).astype(np.float32)
+    if len(shape) != 2 or count != shape[0]:
         raise UserError(
-            f"{path}: an array of shape {rows.shape}, with {count} words in {names}; one row a word is needed"
+            f"{path}: an array of shape {shape}, with {count} words in {names}; one row a word is needed"
         )
     return vectors
 
@@ -271,15 +279,18 @@ def _read_binary(
     path: Path, words: dict[bytes, str], count: int, width: int, position: int
 ) -> dict[str, np.ndarray]:
     vectors = {}
-    # mapped, and not read: of gigabytes only the rows of the words are copied
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open(path, "rb") as file:
+        file.seek(position)
+        data, position = b"", 0  # what is in memory, and where the next word begins in it
         for row in range(count):
-            space = data.find(b" ", position)
+            while (space := data.find(b" ", position)) < 0 or space + 1 + 4 * width > len(data):
+                more = file.read(BLOCK)
+                if not more:
+                    raise UserError(f"{path}: ends in the {row + 1}. of {count} vectors; copy it again")
+                data, position = data[position:] + more, 0
             end = space + 1 + 4 * width
-            if space < 0 or end > len(data):
-                raise UserError(f"{path}: ends in the {row + 1}. of {count} vectors; copy it again")
             word = words.get(data[position:space].lstrip(b"\n"))
             if word is not None and word not in vectors:
-                vectors[word] = np.frombuffer(data[space + 1 : end], "<f4").astype(np.float32)
+                vectors[word] = np.frombuffer(data, "<f4", width, space + 1).astype(np.float32)
             position = end
     return vectors

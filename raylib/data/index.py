@@ -1,5 +1,5 @@
-"""The index of a shard, which says where the members of its samples lie. It is memory-mapped: opening it
-costs microseconds, and all processes of a machine share one copy.
+"""The index of a shard, which says where the members of its samples lie. It is read in place: opening it
+costs microseconds, and all processes of a machine share the system's copy of it.
 
     en-000000.index.json   {"format": 2, "bytes": of the shard, "samples": [[KEY, {extension: [offset, bytes,
                            hash of an image's bytes]}, rows], ...]}; format 1 has no hashes
@@ -16,8 +16,6 @@ process that opens a shard without one makes it, and it is made anew where what 
 """
 
 import errno
-import mmap
-import os
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
@@ -28,10 +26,11 @@ import numpy as np
 
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
-from raylib.fileio import atomic_file, file_lock, read_json, write_json
+from raylib.fileio import FileBytes, atomic_file, file_lock, read_json, write_json
 
 MAGIC, FORMAT = b"PGLANCE\n", 1
 HEADER = struct.Struct("<8sIIqQQQQQQ")
+SAMPLE, MEMBER = struct.Struct("<3I"), struct.Struct("<4q")
 CHECKED = 16  # bytes of the header before those that its CRC-32 is of
 JSON_FORMATS = (1, 2)  # the first has no hashes of images
 # a folder that others write: a data set that many read
@@ -52,13 +51,12 @@ class ShardIndex:
 
     Attributes:
         shard_bytes, rows: of the shard. source_time: see the header.
-        samples, members: the tables of the file.
 
     Raises:
         ValueError: not whole, or of another format.
     """
 
-    def __init__(self, data: mmap.mmap | bytes):
+    def __init__(self, data: FileBytes | bytes):
         if len(data) < HEADER.size:
             raise ValueError("truncated in the header")
         _, form, crc, *fields = HEADER.unpack(data[: HEADER.size])
@@ -66,23 +64,35 @@ class ShardIndex:
         ends = np.cumsum([HEADER.size, 32 * members, 12 * (samples + 1), extensions, keys]).tolist()
         if form != FORMAT or zlib.crc32(data[CHECKED : HEADER.size]) != crc or ends[-1] != len(data):
             raise ValueError(f"format {form}, {len(data)} bytes")
-        self.members = np.frombuffer(data, "<i8", 4 * members, ends[0]).reshape(-1, 4)
-        self.samples = np.frombuffer(data, "<u4", 3 * (samples + 1), ends[1]).reshape(-1, 3)
         self.extensions = data[ends[2] : ends[3]].decode().split("\0")
-        self._keys, self._first_key = data, ends[3]
+        self._data, self._count, self._starts = data, samples, ends
         # of the content only the ends: to read all of it would cost as much as what this format spares
-        if self.samples[0].any() or self.samples[-1].tolist() != [members, keys, self.rows]:
+        if any(self._sample(0)) or self._sample(samples) != (members, keys, self.rows):
             raise ValueError("its tables do not fit its header")
 
     def __len__(self) -> int:
-        return len(self.samples) - 1
+        return self._count
+
+    def first_rows(self) -> np.ndarray:
+        """(n + 1,) int64: the first row of each sample, and how many there are."""
+        table = self._data[self._starts[1] : self._starts[2]]
+        return np.frombuffer(table, "<u4").reshape(-1, 3)[:, 2].astype(np.int64)
 
     def read(self, number: int) -> IndexedSample:
         """Return a sample; each member has a hash, or -1."""
-        (first, key, row), (last, end, next_row) = self.samples[number : number + 2].tolist()
-        members = {self.extensions[code]: place for code, *place in self.members[first:last].tolist()}
-        name = self._keys[self._first_key + key : self._first_key + end].decode()
+        (first, key, row), (last, end, next_row) = self._samples(number, number + 2)
+        start = self._starts[0]
+        table = self._data[start + MEMBER.size * first : start + MEMBER.size * last]
+        members = {self.extensions[code]: place for code, *place in MEMBER.iter_unpack(table)}
+        name = self._data[self._starts[3] + key : self._starts[3] + end].decode()
         return IndexedSample(name, members, next_row - row)
+
+    def _samples(self, first: int, last: int) -> list[tuple[int, ...]]:
+        start = self._starts[1]
+        return list(SAMPLE.iter_unpack(self._data[start + SAMPLE.size * first : start + SAMPLE.size * last]))
+
+    def _sample(self, number: int) -> tuple[int, ...]:
+        return self._samples(number, number + 1)[0]
 
 
 def index_path(shard: Path) -> Path:
@@ -163,7 +173,7 @@ def open_index(shard: Path, cache: Path) -> ShardIndex:
                     content = content or _convert(shard)
                     _write(path, content)
                 lock.unlink(missing_ok=True)  # whoever waits for it finds the index
-            return index or ShardIndex(_map(path))
+            return index or ShardIndex(FileBytes(path))
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
@@ -189,7 +199,7 @@ def _open_current(path: Path, shard: Path) -> ShardIndex | None:
     """
     if not path.is_file():
         return None
-    data = _map(path)
+    data = FileBytes(path)
     if data[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: no index of a shard, whose name it has; move it, or delete it")
     try:
@@ -197,13 +207,6 @@ def _open_current(path: Path, shard: Path) -> ShardIndex | None:
     except ValueError:  # it is a copy: nothing is lost with it
         return None
     return index if index.source_time == _source(shard).stat().st_mtime_ns else None
-
-
-def _map(path: Path) -> mmap.mmap | bytes:
-    with open(path, "rb") as file:
-        if not os.fstat(file.fileno()).st_size:
-            return b""
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 def _convert(shard: Path) -> bytes:

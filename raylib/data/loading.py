@@ -7,11 +7,15 @@ tensor (2 ms), and goes to a GPU in one copy.
 
 import itertools
 import math
+import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from statistics import median
 from typing import Any, TypeVar
 
@@ -19,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from raylib.errors import UserError
+from raylib.errors import MachineError, UserError, error_line
 from raylib.packed import Ragged, Sentences, TreeLayout, pack_tree, unpack_tree
 
 T = TypeVar("T")
@@ -44,6 +48,10 @@ class StepDataset(Dataset):
 
     batch_bytes = 0
     image_tokens = 0
+
+    def find_changed_file(self) -> str | None:
+        """Say which of the files that are read has another size than it had; None: none."""
+        return None
 
     def epoch(self, steps: int) -> float | None:
         """Return how often the samples have been gone through after so many steps; None: they never end."""
@@ -70,8 +78,8 @@ class BatchStream:
         is_quiet: say nothing of that choice, and of steps that wait.
 
     Raises:
-        UserError: no shared memory, or too little; and, as one line, what a loader process raised as a
-            UserError.
+        UserError, MachineError: no shared memory, or too little; as one line, what a loader process raised
+            that is no bug, or the signal that ended it.
     """
 
     def __init__(
@@ -88,6 +96,7 @@ class BatchStream:
         self.workers, self.chooses = 1 if workers is None else workers, workers is None
         self.seconds: deque[tuple[float, float]] = deque(maxlen=CALIBRATION)  # of a batch; of its step
         self.warned = False
+        self.loaders: list[BaseProcess] = []
         self._step, self._last = first, last  # the next step that comes; the end of those that are made
         self._stream = self._run(last)
 
@@ -95,13 +104,48 @@ class BatchStream:
         return self
 
     def __next__(self) -> Any:
-        return next(self._stream)
+        with self.explain_deaths():
+            return next(self._stream)
+
+    @contextmanager
+    def explain_deaths(self) -> Iterator[None]:
+        """Say in one line what ended a loader process. PyTorch raises an error in the main thread, whatever
+        it is at, that blames the shared memory for SIGBUS and says nothing of SIGKILL.
+
+        Raises:
+            UserError: a file was cut off that was being read. MachineError: another signal.
+        """
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as e:  # the last two: on reading what a dead process sent
+            codes = [(loader.pid, loader.exitcode) for loader in self.loaders]
+            pid, code = next(((pid, code) for pid, code in codes if code), (None, None))
+            if code is None:
+                raise
+            raise self._explain(f"loader process {pid}", code) from e
+
+    def _explain(self, process: str, code: int) -> UserError | MachineError:
+        if code == -signal.SIGBUS and (changed := self.batches.find_changed_file()):
+            return UserError(f"{changed}; restore it, and start again")
+        if code == -signal.SIGBUS:
+            return MachineError(
+                f"{process} was ended by SIGBUS: the shared memory {SHARED_MEMORY} is full "
+                f"({_free_shared_memory() >> 20} MB free), or a file that it had mapped was cut off; give the "
+                "container more shared memory (docker run --shm-size), or set fit.loader_workers=0"
+            )
+        if code == -signal.SIGKILL:
+            return MachineError(
+                f"{process} was ended by SIGKILL, as the kernel does where the memory is full (see its log: "
+                f"dmesg); give the machine or container more memory, or lower fit.loader_workers={self.workers}"
+            )
+        name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return MachineError(f"{process} ended with {name}; fit.loader_workers=0 reads in the main process")
 
     def _run(self, last: int) -> Iterator[Any]:
         while self._step < last:
             self._last = last
             for layout, data, seconds in self._read_ahead():
-                if isinstance(layout, UserError):
+                if isinstance(layout, Exception):
                     raise layout
                 self._step += 1
                 began = time.perf_counter()
@@ -112,7 +156,7 @@ class BatchStream:
                 if self.chooses and len(self.seconds) == CALIBRATION:
                     self._choose()
 
-    def _read_ahead(self) -> Iterator[tuple["TreeLayout | UserError", Tensor, float]]:
+    def _read_ahead(self) -> Iterator[tuple["TreeLayout | Exception", Tensor, float]]:
         """The batches of the steps up to `_last`, packed, each with the seconds that it took to make."""
         if self.workers:
             _check_shared_memory(self.workers * PREFETCH * self.batches.batch_bytes)
@@ -124,9 +168,12 @@ class BatchStream:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=PREFETCH if self.workers else None,
         )
+        others = multiprocessing.active_children()
+        read = iter(packed)
+        self.loaders = [child for child in multiprocessing.active_children() if child not in others]
         # to hand over a file of shared memory, torch shakes hands with the process that wrote it, which takes
         # milliseconds where all cores are busy: a thread does it meanwhile
-        return prefetch(packed) if self.workers else iter(packed)
+        return prefetch(read) if self.workers else read
 
     def _steps(self, step: int) -> Iterator[int]:
         while step < self._last:
@@ -191,18 +238,20 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
 
 
 class _PackedBatches(Dataset):
-    """Batches as one tensor each; a user's error as a value, since torch would wrap it in the worker's
-    traceback."""
+    """Batches as one tensor each; an error that one line tells as a value, since torch would wrap it in the
+    worker's traceback."""
 
     def __init__(self, batches: StepDataset):
         self.batches = batches
 
-    def __getitem__(self, step: int) -> tuple["TreeLayout | UserError", Tensor, float]:
+    def __getitem__(self, step: int) -> tuple["TreeLayout | Exception", Tensor, float]:
         began = time.perf_counter()
         try:
             layout, data = pack_tree(self.batches[step])
-        except UserError as error:
-            return error, torch.empty(0), 0.0
+        except Exception as error:
+            if (line := error_line(error)) is None:
+                raise
+            return line, torch.empty(0), 0.0
         return layout, data, time.perf_counter() - began
 
 

@@ -1,5 +1,4 @@
-"""Reading a source (`shards` has the format) at random: images by `os.pread`, packed ids through a
-memory map.
+"""Reading a source (`shards` has the format) at random, by `os.pread`.
 
 Opening reads the manifest alone and checks the files' sizes; a shard is fetched, opened and its count checked
 when its first sample is read. So a `Source` costs nothing to send to another process.
@@ -24,11 +23,9 @@ captions are left out; where nothing is left, the sample is unusable.
 import io
 import itertools
 import json
-import mmap
 import os
 import resource
 import struct
-import weakref
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +37,7 @@ from raylib.data.images import find_images
 from raylib.data.index import ShardIndex, is_younger, open_index, read_npy_header
 from raylib.data.shards import KINDS, MANIFEST, index_command
 from raylib.errors import UserError
+from raylib.fileio import FileBytes, sha256_file
 from raylib.provenance import DataFile
 from raylib.randomness import string_key
 from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, is_language_code, parse_captions
@@ -156,29 +154,40 @@ class Sample(NamedTuple):
 
 
 class Shard:
-    """One open shard; `images`: extensions that are images; `check`: compare each image that is
-    read with the hash in the index."""
+    """One open shard; `sha256`: of its content; `images`: extensions that are images; `check`: compare each
+    image that is read with the hash in the index."""
 
     def __init__(
-        self, path: Path, index: ShardIndex, packed: bool, images: tuple[str, ...] | None, check: bool
+        self,
+        path: Path,
+        index: ShardIndex,
+        packed: bool,
+        sha256: str,
+        images: tuple[str, ...] | None,
+        check: bool,
     ):
-        self.path, self.index, self.images, self.check = path, index, images, check
-        self.file = open(path, "rb", buffering=0)  # noqa: SIM115  closed with the shard
-        weakref.finalize(self, self.file.close)
+        self.path, self.index, self.sha256, self.images, self.check = path, index, sha256, images, check
+        self.content = FileBytes(path)
         if packed:
-            # ids are views of the file: pages come and go with the system's cache, shared by all processes
-            self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
-            self.starts = index.samples[:, 2].astype(np.int64)
-            self.blocks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-            self.file.close()
+            self.starts = index.first_rows()
+            self.blocks: dict[int, tuple[int, np.dtype, np.ndarray]] = {}
 
     def pread(self, offset: int, size: int) -> bytes:
-        data = os.pread(self.file.fileno(), size, offset)
-        if len(data) != size:
-            raise UserError(
-                f"{self.path}: {len(data)} bytes at {offset} where {size} should be; fetch it anew"
-            )
-        return data
+        if self.content.find_stamp() != self.content.stamp:
+            self._require_same_content()
+        return self.content.read(size, offset)
+
+    def _require_same_content(self) -> None:
+        """Raise UserError: the shard was written to since it was opened, and is not what its manifest
+        says."""
+        now, before = self.content.find_stamp(), self.content.stamp
+        if now[0] == before[0]:  # of a shorter one, reading says more
+            if sha256_file(self.path) != self.sha256:
+                raise UserError(
+                    f"{self.path}: written to since it was opened, and its SHA-256 is not its manifest's any "
+                    "more; restore it, and start again"
+                )
+            self.content.stamp = now
 
     def sample(self, row: int, language: str) -> Sample:
         key, members, _ = self.index.read(row)
@@ -187,29 +196,36 @@ class Shard:
 
     def row(self, row: int, sides: int) -> list[np.ndarray]:
         block = int(self.starts.searchsorted(row, "right")) - 1
-        ids, ends = self.blocks.get(block) or self._read_block(block, sides)
+        offset, dtype, ends = self.blocks.get(block) or self._read_block(block, sides)
         # `cuts` begins with 0, so that row 0 is cut like any other
         first = (row - int(self.starts[block])) * sides
         cuts = ends[first : first + sides + 1].tolist()
-        return [ids[low:high] for low, high in itertools.pairwise(cuts)]
+        # the sides of a row lie end to end
+        start, end = (offset + cut * dtype.itemsize for cut in (cuts[0], cuts[-1]))
+        ids = np.frombuffer(self.pread(start, end - start), dtype)
+        return [ids[low - cuts[0] : high - cuts[0]] for low, high in itertools.pairwise(cuts)]
 
-    def _read_block(self, block: int, sides: int) -> tuple[np.ndarray, np.ndarray]:
+    def _read_block(self, block: int, sides: int) -> tuple[int, np.dtype, np.ndarray]:
+        """(offset of the ids of a block in the file, their type, where each side of each row ends)."""
         members = self.index.read(block).members
-        ids, ends = (self._array(*members[name][:2]) for name in ("ids.npy", "ends.npy"))
+        (ids, num_ids, dtype), (offset, num_ends, end_dtype) = (
+            self._find_array(*members[name][:2]) for name in ("ids.npy", "ends.npy")
+        )
+        ends = np.frombuffer(self.pread(offset, int(np.prod(num_ends)) * end_dtype.itemsize), end_dtype)
         # checked once a block: an end that does not rise would give one sentence another's ids
-        cuts = np.concatenate([np.zeros(1, np.uint32), ends.reshape(-1)])
-        if ends.shape[1:] != (sides,) or cuts[-1] != len(ids) or (cuts[1:] <= cuts[:-1]).any():
+        cuts = np.concatenate([np.zeros(1, np.uint32), ends])
+        if num_ends[1:] != (sides,) or num_ids != (cuts[-1],) or (cuts[1:] <= cuts[:-1]).any():
             raise UserError(
                 f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew"
             )
-        self.blocks[block] = ids, cuts
-        return ids, cuts
+        self.blocks[block] = ids, dtype, cuts
+        return self.blocks[block]
 
-    def _array(self, offset: int, size: int) -> np.ndarray:
-        # the array is not copied: only its header is read, to know where its elements begin
-        header = io.BytesIO(self.map[offset : offset + min(size, HEADER)])
+    def _find_array(self, offset: int, size: int) -> tuple[int, tuple[int, ...], np.dtype]:
+        """(offset of its elements in the file, shape, dtype) of an .npy member."""
+        header = io.BytesIO(self.pread(offset, min(size, HEADER)))
         shape, dtype = read_npy_header(header)
-        return np.frombuffer(self.map, dtype, int(np.prod(shape)), offset + header.tell()).reshape(shape)
+        return offset + header.tell(), shape, dtype
 
 
 class Source:
@@ -259,14 +275,19 @@ class Source:
         }
         self._opened: OrderedDict[str, Shard] = OrderedDict()
         # remote ones are checked as they are fetched, each when its first sample is read
+        if fault := self.find_changed_shard():
+            raise UserError(f"{fault}; fetch it anew")
+
+    def find_changed_shard(self) -> str | None:
+        """Say which shard, if they are here and not fetched, is not there or of another size than the manifest
+        says; None: none."""
         for shard in [] if is_remote(self.base) else self.shards:
             path = Path(self.base) / shard.name
             if not path.is_file():
-                raise UserError(f"{path}: this shard is in the manifest but not here")
+                return f"{path}: this shard is in the manifest but not here"
             if path.stat().st_size != shard.bytes:
-                raise UserError(
-                    f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}; fetch it anew"
-                )
+                return f"{path}: {path.stat().st_size} bytes, the manifest says {shard.bytes}"
+        return None
 
     def files(self) -> list[DataFile]:
         """Return the files that are part of a run's identity: the manifest, and the shards, if they are here
@@ -294,8 +315,7 @@ class Source:
         return shard.sample(row, language)
 
     def row(self, language: str, number: int) -> list[np.ndarray]:
-        """Row `number` of a packed source: one array of ids (uint16 or uint32, a view of the file) per
-        side."""
+        """Row `number` of a packed source: one array of ids (uint16 or uint32) per side."""
         shard, row = self._locate(language, number)
         return shard.row(row, self.sides)
 
@@ -314,9 +334,8 @@ class Source:
             raise UserError(
                 f"{path}: {index.rows} samples, the manifest says {entry.samples}; index the folder anew"
             )
-        shard = self._opened[entry.name] = Shard(
-            path, index, self.kind != "image_text", self.images, is_younger(path, index)
-        )
+        packed, check = self.kind != "image_text", is_younger(path, index)
+        shard = self._opened[entry.name] = Shard(path, index, packed, entry.sha256, self.images, check)
         # each holds a file open; the least recently used one goes where there are many
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._opened.popitem(last=False)

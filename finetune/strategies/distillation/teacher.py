@@ -6,12 +6,12 @@ FOLDER/index-WORKER.json                  {id: [number, first token, tokens]}
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from raylib.cache import write_sharded
 from raylib.data.loading import to_host
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError, hub_hint
-from raylib.fileio import read_json
+from raylib.fileio import FileBytes, read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
@@ -77,6 +77,7 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
 
 
 TOKENS = 2**16  # of a shard, about
+DTYPES = {"F32": torch.float32, "F16": torch.float16}  # by their names in safetensors
 
 
 class StoredStates:
@@ -90,7 +91,7 @@ class StoredStates:
             worker = index.stem.removeprefix("index-")
             for name, (number, *row) in read_json(index).items():
                 self.rows[name] = f"states-{worker}-{number}.safetensors", *row
-        self._open: dict[str, Any] = {}
+        self._open: dict[str, _Shard] = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": {}}
@@ -113,8 +114,27 @@ class StoredStates:
 
     def _read(self, shard: str, first: int, tokens: int) -> Tensor:
         if shard not in self._open:
-            self._open[shard] = safe_open(self.folder / shard, "pt").get_slice("states")
-        return self._open[shard][first : first + tokens]
+            self._open[shard] = _Shard(self.folder / shard)
+        return self._open[shard].read(first, tokens)
+
+
+class _Shard:
+    """One file of `StoredStates`: safetensors read in place, and not mapped (`FileBytes`)."""
+
+    def __init__(self, path: Path):
+        self.content = FileBytes(path)
+        header = int.from_bytes(self.content[:8], "little")
+        states = json.loads(self.content[8 : 8 + header])["states"]
+        self.offset = 8 + header + states["data_offsets"][0]
+        self.shape, self.dtype = states["shape"][1:], DTYPES[states["dtype"]]
+
+    def read(self, first: int, tokens: int) -> Tensor:
+        """(tokens, L, d)."""
+        values = torch.empty(tokens, *self.shape, dtype=self.dtype)
+        row_bytes = math.prod(self.shape) * self.dtype.itemsize
+        buffer = values.view(torch.uint8).numpy().reshape(-1).data
+        self.content.read_into(buffer, self.offset + first * row_bytes)
+        return values
 
 
 def store_states(
