@@ -3,6 +3,7 @@
 
 import json
 import os
+import platform
 import shutil
 import socket
 import sys
@@ -10,6 +11,8 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
@@ -188,7 +191,9 @@ def duration(seconds: float) -> str:
 class StallWatch:
     """Tells of a step that takes `FACTOR` times the median of the last ones and `LEAST_SECONDS` at least
     (`FIRST_SECONDS` if it is one of the first `WARMUP`), while it still hangs: one line on stderr, and the
-    Python stacks of every worker in RUN/stacks-STEP.txt, once a step.
+    Python stacks of every worker in RUN/stacks-STEP.txt, once a step. Both
+    name the files that the worker, or a loader process of it, waits for: of a file system that does not
+    answer.
 
     The stacks are the process's own, read by a thread of it: nothing has to attach from outside, which
     containers forbid (ptrace, so py-spy).
@@ -241,14 +246,45 @@ class StallWatch:
     def _report(self, step: int, seconds: float, usual: float) -> None:
         path = self.runtime.run / f"stacks-{step}.txt"
         where = f"worker {self.runtime.rank} on {socket.gethostname()}, process {os.getpid()}"
+        waits = [f"process {process} waits for {file}" for process, file in sorted(set(find_waits()))]
         # in one call, for the other workers append to the same file
         with open(path, "a", encoding="utf-8") as file:
-            file.write(f"==== {where}: {seconds:.0f} s in step {step}\n{format_stacks()}\n")
+            lines = [f"==== {where}: {seconds:.0f} s in step {step}", *waits, format_stacks()]
+            file.write("\n".join(lines) + "\n")
         if self.runtime.rank == 0:
-            line = (
-                f"step {step} hangs: {seconds:.0f} s so far, others take {usual:.2g} s; all workers' stacks"
-            )
+            parts = [f"step {step} hangs: {seconds:.0f} s so far, others take {usual:.2g} s", *waits[:2]]
+            line = "; ".join([*parts, "all workers' stacks"])
             print(f"{line}: {path}", file=sys.stderr, flush=True)
+
+
+# System calls that read a file: by the number of an open one, or by its name
+READS, NAMED_READS = {
+    "x86_64": ({0, 17, 19, 295}, {257, 262, 332}),  # read, pread, readv, preadv; openat, fstatat, statx
+    "aarch64": ({63, 67, 65, 69}, {56, 79, 291}),
+}.get(platform.machine(), (set(), set()))
+
+
+def find_waits() -> Iterator[tuple[int, str]]:
+    """Yield (process, file) of each thread of this process and its children that is in a system call that
+    reads a file. Nothing where the system does not tell (it is Linux's /proc)."""
+    processes = [os.getpid()]
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):
+            processes += map(int, task.read_text().split())
+    for process in processes:
+        for task in Path(f"/proc/{process}/task").glob("*"):
+            with suppress(OSError, ValueError):  # it has ended, or is not in a call
+                number, *arguments = (int(word, 0) for word in (task / "syscall").read_text().split())
+                if number in READS:
+                    file = os.readlink(f"/proc/{process}/fd/{arguments[0]}")
+                elif number in NAMED_READS:
+                    with open(f"/proc/{process}/mem", "rb", buffering=0) as memory:
+                        memory.seek(arguments[1])
+                        file = os.fsdecode(memory.read(4096).partition(b"\0")[0])
+                else:
+                    continue
+                if not file.startswith(("/dev/", "/proc/")) and "/" in file:
+                    yield process, file
 
 
 def format_stacks() -> str:

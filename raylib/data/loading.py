@@ -10,11 +10,12 @@ import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from statistics import median
 from typing import Any, TypeVar
@@ -104,39 +105,41 @@ class BatchStream:
         return self
 
     def __next__(self) -> Any:
-        with self.explain_deaths():
-            return next(self._stream)
-
-    @contextmanager
-    def explain_deaths(self) -> Iterator[None]:
-        """Say in one line what ended a loader process. PyTorch raises an error in the main thread, whatever
-        it is at, that blames the shared memory for SIGBUS and says nothing of SIGKILL.
-
-        Raises:
-            UserError: a file was cut off that was being read. MachineError: another signal.
-        """
         try:
-            yield
-        except (RuntimeError, OSError, EOFError) as e:  # the last two: on reading what a dead process sent
-            codes = [(loader.pid, loader.exitcode) for loader in self.loaders]
-            pid, code = next(((pid, code) for pid, code in codes if code), (None, None))
-            if code is None:
+            return next(self._stream)
+        except (RuntimeError, ConnectionError, EOFError, FileNotFoundError) as e:
+            # but for the first, they come of reading what a process that has died left to be fetched
+            is_lost = not isinstance(e, RuntimeError) or "DataLoader worker" in str(e)
+            dead = self._find_dead() if is_lost and self.loaders else None
+            if dead is None:
                 raise
-            raise self._explain(f"loader process {pid}", code) from e
+            raise self._explain(*dead) from e
+
+    def _find_dead(self) -> tuple[str, int] | None:
+        """(name, exit code) of a loader process that was ended; PyTorch, which blames the shared memory for
+        SIGBUS and says nothing of SIGKILL, does not tell how. None: none was."""
+        ending = wait([loader.sentinel for loader in self.loaders], timeout=5)
+        for loader in self.loaders:
+            if loader.sentinel in ending:
+                loader.join()
+        # SIGTERM is what the others get when one has died
+        dead = sorted((x for x in self.loaders if x.exitcode), key=lambda x: x.exitcode == -signal.SIGTERM)
+        return (f"loader process {dead[0].pid}", dead[0].exitcode or 0) if dead else None
 
     def _explain(self, process: str, code: int) -> UserError | MachineError:
         if code == -signal.SIGBUS and (changed := self.batches.find_changed_file()):
             return UserError(f"{changed}; restore it, and start again")
         if code == -signal.SIGBUS:
             return MachineError(
-                f"{process} was ended by SIGBUS: the shared memory {SHARED_MEMORY} is full "
-                f"({_free_shared_memory() >> 20} MB free), or a file that it had mapped was cut off; give the "
-                "container more shared memory (docker run --shm-size), or set fit.loader_workers=0"
+                f"{process} was ended by SIGBUS: {SHARED_MEMORY} is full ({_free_shared_memory() >> 20} MB "
+                "free), or a file that it had mapped was cut off; give the container more shared memory "
+                "(docker run --shm-size), or set fit.loader_workers=0"
             )
         if code == -signal.SIGKILL:
             return MachineError(
-                f"{process} was ended by SIGKILL, as the kernel does where the memory is full (see its log: "
-                f"dmesg); give the machine or container more memory, or lower fit.loader_workers={self.workers}"
+                f"{process} was ended by SIGKILL, as the kernel does where the memory is full (its log, dmesg, "
+                "says so); give the machine or container more memory, or lower "
+                f"fit.loader_workers={self.workers}"
             )
         name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return MachineError(f"{process} ended with {name}; fit.loader_workers=0 reads in the main process")
@@ -168,8 +171,12 @@ class BatchStream:
             pin_memory=self.device.type == "cuda",
             prefetch_factor=PREFETCH if self.workers else None,
         )
-        others = multiprocessing.active_children()
+        others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         read = iter(packed)
+        # PyTorch's handler would raise wherever the main thread is when a loader dies, be it in a checkpoint;
+        # without it, whoever waits for the next batch is told
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
         self.loaders = [child for child in multiprocessing.active_children() if child not in others]
         # to hand over a file of shared memory, torch shakes hands with the process that wrote it, which takes
         # milliseconds where all cores are busy: a thread does it meanwhile

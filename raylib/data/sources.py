@@ -279,7 +279,7 @@ class Source:
             raise UserError(f"{fault}; fetch it anew")
 
     def find_changed_shard(self) -> str | None:
-        """Say which shard, if they are here and not fetched, is not there or of another size than the manifest
+        """Say which shard, if they are here and not fetched, is missing or of another size than the manifest
         says; None: none."""
         for shard in [] if is_remote(self.base) else self.shards:
             path = Path(self.base) / shard.name
