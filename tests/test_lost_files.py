@@ -76,7 +76,9 @@ def test_file_bytes_that_become_fewer_name_the_file(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-@pytest.mark.parametrize(("kind", "what"), [("text", "shard"), ("image_text", "shard"), ("image_text", "index")])
+@pytest.mark.parametrize(
+    ("kind", "what"), [("text", "shard"), ("image_text", "shard"), ("image_text", "index")]
+)
 def test_shard_that_is_cut_off_in_mid_run_is_named(shards, kind, what, workers):
     source = Source(shards / kind)
     language = next(iter(source.groups))
@@ -160,7 +162,9 @@ def test_loader_ended_by_a_bus_error_names_the_file(tmp_path, is_known):
     path = tmp_path / "data.mdb"
     path.write_bytes(bytes(4096 * 100))
     stream = BatchStream(Reads(map_file(path), [path] if is_known else ()), 0, 100, 1)
-    found = f"{path}: cut off; restore it" if is_known else "SIGBUS: /dev/shm is full .*, or a file that it had"
+    found = (
+        f"{path}: cut off; restore it" if is_known else "SIGBUS: /dev/shm is full .*, or a file that it had"
+    )
     with pytest.raises(UserError if is_known else MachineError, match=found):
         next(stream)
         os.truncate(path, 4096)
