@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from raylib.data.index import FileBytes
 from raylib.data.loading import prefetch, to_device, to_host
 from raylib.display import progress
 from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import FileBytes, file_lock, read_json
+from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
 from raylib.packed import Ragged
 from raylib.runtime import free_memory

@@ -16,11 +16,10 @@ import torch
 from finetune.formats import Example
 from finetune.strategies.distillation.teacher import store_states
 from raylib.cache import write_encoder_states
-from raylib.data.index import index_path
+from raylib.data.index import FileBytes, index_path
 from raylib.data.loading import BatchStream, StepDataset
 from raylib.data.sources import Source
 from raylib.errors import MachineError, UserError
-from raylib.fileio import FileBytes
 from raylib.monitoring import find_waits
 from raylib.packed import Ragged
 

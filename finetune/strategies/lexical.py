@@ -26,10 +26,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.data.index import read_npy_header
+from raylib.data.index import FileBytes, read_npy_header
 from raylib.display import progress
 from raylib.errors import UserError
-from raylib.fileio import FileBytes
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"

@@ -16,7 +16,9 @@ process that opens a shard without one makes it, and it is made anew where what 
 """
 
 import errno
+import os
 import struct
+import weakref
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,7 +28,7 @@ import numpy as np
 
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
-from raylib.fileio import FileBytes, atomic_file, file_lock, read_json, write_json
+from raylib.fileio import atomic_file, file_lock, read_json, write_json
 
 MAGIC, FORMAT = b"PGLANCE\n", 1
 HEADER = struct.Struct("<8sIIqQQQQQQ")
@@ -35,6 +37,57 @@ CHECKED = 16  # bytes of the header before those that its CRC-32 is of
 JSON_FORMATS = (1, 2)  # the first has no hashes of images
 # a folder that others write: a data set that many read
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+class FileBytes:
+    """The content of a file, read where it is sliced. A mapped file reads as well, but ends the process
+    without a word (SIGBUS) where it has become shorter; here an error names it. May be forked, not pickled.
+
+    Raises UserError (whatever reads): the file has become shorter.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.file)
+        self.stamp = self.find_stamp()
+
+    def __len__(self) -> int:
+        return self.stamp[0]
+
+    def __getitem__(self, place: slice) -> bytes:
+        start, end, _ = place.indices(len(self))
+        return self.read(max(0, end - start), start)
+
+    def find_stamp(self) -> tuple[int, int]:
+        """(size, time of change) of the file as it is now."""
+        status = os.fstat(self.file)
+        return status.st_size, status.st_mtime_ns
+
+    def read(self, size: int, offset: int) -> bytes:
+        """Read so many bytes."""
+        try:
+            data = os.pread(self.file, size, offset)
+        except OSError as e:
+            e.filename = str(self.path)
+            raise
+        if len(data) < size:  # a system call reads 2 GB at most
+            whole = bytearray(size)
+            self.read_into(memoryview(whole), offset)
+            return bytes(whole)
+        return data
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer`, of bytes."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self.file, [buffer[done:]], offset + done)
+            if not count:
+                raise UserError(
+                    f"{self.path}: {self.find_stamp()[0]:,} bytes now, {len(self):,} when it was opened; "
+                    "restore it, and start again"
+                )
+            done += count
 
 
 class IndexedSample(NamedTuple):

@@ -137,8 +137,8 @@ class BatchStream:
             )
         if code == -signal.SIGKILL:
             return MachineError(
-                f"{process} was ended by SIGKILL, as the kernel does where the memory is full (its log, dmesg, "
-                "says so); give the machine or container more memory, or lower "
+                f"{process} was ended by SIGKILL, as the kernel does where the memory is full (see dmesg, "
+                "its log); give the machine or container more memory, or lower "
                 f"fit.loader_workers={self.workers}"
             )
         name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

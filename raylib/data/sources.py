@@ -34,10 +34,10 @@ import numpy as np
 
 from raylib.data.fetch import cache_folder, fetch, fetch_manifest, is_remote
 from raylib.data.images import find_images
-from raylib.data.index import ShardIndex, is_younger, open_index, read_npy_header
+from raylib.data.index import FileBytes, ShardIndex, is_younger, open_index, read_npy_header
 from raylib.data.shards import KINDS, MANIFEST, index_command
 from raylib.errors import UserError
-from raylib.fileio import FileBytes, sha256_file
+from raylib.fileio import sha256_file
 from raylib.provenance import DataFile
 from raylib.randomness import string_key
 from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, is_language_code, parse_captions

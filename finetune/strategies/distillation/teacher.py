@@ -17,10 +17,11 @@ from torch import Tensor
 
 from finetune.formats import Example
 from raylib.cache import write_sharded
+from raylib.data.index import FileBytes
 from raylib.data.loading import to_host
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError, hub_hint
-from raylib.fileio import FileBytes, read_json
+from raylib.fileio import read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
