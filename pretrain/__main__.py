@@ -78,9 +78,7 @@ def _convert(arguments: Sequence[str]) -> int:
     from raylib.convert import convert_run
 
     print(f"{run}: reading pickles, which only runs of your own should be asked for", flush=True)
-    count = 0
-    for count, line in enumerate(convert_run(run), 1):  # noqa: B007
-        print(line, flush=True)
+    count = convert_run(run)
     print(f"{run}: {count} checkpoints converted; the command of the run goes on from its newest one")
     return 0
 

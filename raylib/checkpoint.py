@@ -358,6 +358,8 @@ def require_optimizer(folder: Path) -> None:
         return
     if has_old_optimizer(folder):
         run = folder.parent if folder.name == OLD_BEST else folder.parent.parent
+        while (run.parent / "config.json").is_file():  # it is a part of a run
+            run = run.parent
         raise UserError(
             f"{folder}: its optimizer state was pickled by an earlier version, and is not loaded; "
             f"python -m pretrain convert {run} writes it anew, if the run is your own"

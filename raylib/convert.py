@@ -24,6 +24,7 @@ from raylib import checkpoint
 from raylib.engine_state import MOMENTS, VALUE, EngineState, Piece, make_state, state_file
 from raylib.errors import UserError
 from raylib.fileio import atomic_file, read_json, sha256_file, write_json
+from raylib.lock import hold_run
 
 SHARDS = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 # what DeepSpeed's files hold besides tensors and plain values
@@ -34,24 +35,28 @@ DEEPSPEED_RECORDS = (
 )
 
 
-def convert_run(run: Path) -> Iterator[str]:
-    """Convert all checkpoints of a run and of its parts, also those that were set aside; yield a line for
-    each one.
+def convert_run(run: Path) -> int:
+    """Convert all checkpoints of a run and of its parts, also those that were set aside; print a line for
+    each one. Returns how many.
 
     Raises:
-        UserError: no run; a checkpoint is not whole, or its optimizer's state is not to be read.
+        UserError: no run, or one that is in use; a checkpoint is not whole, or its optimizer's state is not
+            to be read.
     """
-    parts = sorted(path.parent for path in run.rglob(checkpoint.FOLDER) if path.is_dir())
-    if not parts:
+    if not any(run.rglob(checkpoint.FOLDER)):
         raise UserError(f"{run}: no folder {checkpoint.FOLDER} in it; give the folder of a run")
-    for part in parts:
-        checkpoint.settle(part)  # one registry, with the best checkpoint in it
-        for folder in sorted([*part.glob(f"{checkpoint.FOLDER}*/step_*"), part / checkpoint.OLD_BEST]):
-            if folder.is_dir() and checkpoint.has_old_optimizer(folder):
-                convert_checkpoint(folder)
-                yield f"{folder}: converted"
-            if folder.is_dir() and checkpoint.has_optimizer(folder):
-                _remove_old(folder)
+    count = 0
+    with hold_run(run):
+        for part in sorted(path.parent for path in run.rglob(checkpoint.FOLDER) if path.is_dir()):
+            checkpoint.settle(part)  # one registry, with the best checkpoint in it
+            for folder in sorted([*part.glob(f"{checkpoint.FOLDER}*/step_*"), part / checkpoint.OLD_BEST]):
+                if folder.is_dir() and checkpoint.has_old_optimizer(folder):
+                    convert_checkpoint(folder)
+                    print(f"{folder}: converted", flush=True)
+                    count += 1
+                if folder.is_dir() and checkpoint.has_optimizer(folder):
+                    _remove_old(folder)
+    return count
 
 
 def convert_checkpoint(folder: Path) -> None:
