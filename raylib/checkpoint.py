@@ -84,7 +84,7 @@ def _write_registry(run: Path, registry: Registry) -> None:
     }
     if registry.aside:
         values["aside"] = dict(registry.aside)
-    with atomic_file(run / FOLDER / REGISTRY, durable=True) as temporary:
+    with atomic_file(run / FOLDER / REGISTRY) as temporary:
         temporary.write_text(json.dumps(values, allow_nan=False, indent=1) + "\n", encoding="utf-8")
         sync_file(temporary)  # which takes a while: now nothing lies between the look and the rename
         require_owned(run)
@@ -226,6 +226,8 @@ def settle(run: Path) -> None:
     what it left behind, choose the best one anew. One process at a time calls it."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
+    for each in (run, run.parent):
+        sync_folder(each)
     registry = read_registry(run)
     for name, place in registry.aside.items():
         _set_aside(folder / name, run / place)
@@ -379,7 +381,7 @@ def drop_optimizers(run: Path) -> None:
         # the lists first: a crash between leaves files that no list has, never a list of what is not there
         for listing in sorted(folder.glob("files-*.json")):
             files = {k: v for k, v in read_json(listing).items() if not is_for_training(k)}
-            write_json(listing, files, durable=True)
+            write_json(listing, files)
         for path in list(folder.iterdir()):
             if is_for_training(path.name):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -45,12 +45,12 @@ def barrier() -> None:
         dist.barrier()
 
 
-def gather_objects(local: T) -> list[T]:
-    """Return the objects of all workers, in rank order."""
+def gather_objects(local: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Return the objects of all workers, in rank order. `group`: of all workers, in place of the default."""
     if world_size() == 1:
         return [local]
     objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, local)
+    dist.all_gather_object(objects, local, group)
     return objects
 
 

@@ -34,9 +34,9 @@ DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
-def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
-    """A temporary name in the block, renamed to `path` after it: readers see the old file or the new one.
-    `durable`: it is on the disk when the block has ended, also if the machine loses its power then.
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary name in the block, renamed to `path` after it: readers see the old file or the new one,
+    also after the machine has lost its power.
 
     Raises:
         MachineError: the file cannot be written: a full disk, no permission.
@@ -46,11 +46,9 @@ def atomic_file(path: Path, durable: bool = False) -> Iterator[Path]:
     with name_errors(path, temporary=temporary):
         try:
             yield temporary
-            if durable:
-                sync_file(temporary)
+            sync_file(temporary)
             os.replace(temporary, path)
-            if durable:
-                sync_folder(path.parent)
+            sync_folder(path.parent)
         finally:
             with suppress(OSError):  # it was renamed; or the error above says more
                 temporary.unlink()
@@ -109,14 +107,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
-def write_atomically(path: Path, text: str, durable: bool = False) -> None:
-    """Write a UTF-8 file, whole or not at all; `durable` as of `atomic_file`."""
-    with atomic_file(path, durable) as temporary:
+def write_atomically(path: Path, text: str) -> None:
+    """Write a UTF-8 file, whole or not at all."""
+    with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, value: Any, compact: bool = False, durable: bool = False) -> None:
-    """Write `value` as JSON, whole or not at all; `durable` as of `atomic_file`.
+def write_json(path: Path, value: Any, compact: bool = False) -> None:
+    """Write `value` as JSON, whole or not at all.
 
     Raises:
         ValueError: a float in it is not finite, for which JSON has no word.
@@ -128,7 +126,7 @@ def write_json(path: Path, value: Any, compact: bool = False, durable: bool = Fa
         indent=None if compact else 1,
         separators=(",", ":") if compact else None,
     )
-    write_atomically(path, text + "\n", durable)
+    write_atomically(path, text + "\n")
 
 
 def read_json(path: Path) -> Any:

@@ -16,7 +16,7 @@ from raylib.data.loading import StepDataset
 from raylib.engine import OptimConfig, StepGuard
 from raylib.errors import NotFinite
 from raylib.loop import FitConfig, fit
-from raylib.models.base import save_model
+from raylib.models.base import model_files, save_model
 from raylib.monitoring import read_metrics
 from raylib.runtime import LocalRuntime
 from tests.test_not_finite import CPU, Faulty, faulty_batch
@@ -31,8 +31,8 @@ class Stored(Stack):
 
     tuning: ClassVar[dict] = {}
 
-    def save(self, folder: Path) -> None:
-        save_model(self, self, {"model_type": "stack"}, folder)
+    def files(self):
+        return model_files(self, self, {"model_type": "stack"})
 
 
 class Batches(StepDataset):
@@ -380,5 +380,5 @@ def test_non_finite_model_is_not_written(tmp_path):
     with torch.no_grad():
         model.layers[0].bias[1] = -math.inf
     with pytest.raises(Exception, match=r"model.safetensors: tensor layers.0.bias is not finite"):
-        save_model(model, model, {}, tmp_path / "model")
+        save_model(tmp_path / "model", model.files())
     assert not (tmp_path / "model").exists()

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylib.config import Config, user_source, validate
@@ -32,6 +32,7 @@ from raylib.models import peft
 from raylib.models.vision import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
+from raylib.saving import Files, write_files
 
 DESCRIPTION_KEY = "polyglance"  # in an export's config.json: what a model of ours says of itself
 RUN_KEY = "polyglance_run"  # in an export's: how its run read texts and images
@@ -234,10 +235,13 @@ class Backbone(nn.Module, ABC):
         dtype = next(self.parameters()).dtype
         return normalize_pixels(images, self.pixel_mean, self.pixel_std, dtype).permute(0, 3, 1, 2)
 
+    def files(self) -> Files:
+        """Return `config.json` and `model.safetensors`, from which `from_pretrained` makes it again."""
+        return model_files(self, self, {"model_type": f"polyglance-{self.kind}", **self.sizes_to_store()})
+
     def save(self, folder: Path | str) -> None:
-        """Write `config.json` and `model.safetensors`, from which `from_pretrained` makes it again."""
-        description = {"model_type": f"polyglance-{self.kind}", **self.sizes_to_store()}
-        save_model(self, self, description, folder)
+        """Write `files` into a folder."""
+        save_model(Path(folder), self.files())
 
     def sizes_to_store(self) -> dict[str, Any]:
         """The config, less what a training alone goes by."""
@@ -385,27 +389,33 @@ class RegionBackbone(FusionBackbone):
         of each image's objects, where `row_parts` has "tags"."""
 
 
-def save_model(model: nn.Module, backbone: Backbone, description: dict[str, Any], folder: Path | str) -> None:
-    """Write `model.safetensors` and `config.json`: the description, with what was put into the backbone, and
-    the name of the user's file that defines it, which is copied beside.
-
-    Raises:
-        UserError: a weight is not finite; it is named, and nothing written.
+def model_files(model: nn.Module, backbone: Backbone, description: dict[str, Any]) -> Files:
+    """Return `model.safetensors`, of tensors that are the model's own, and `config.json`: the description,
+    with what was put into the backbone, and the name of the user's file that defines it, which is among them.
     """
-    folder = Path(folder)
-    # nothing is written before all of it is known to be good: a folder is a model or it is not there
-    weights = {k: v.detach().contiguous().cpu() for k, v in model.state_dict().items()}
-    require_finite_file(folder / "model.safetensors", weights)
-    folder.mkdir(parents=True, exist_ok=True)
+    files: dict[str, Any] = {}
     if backbone.tuning:
         description = {**description, "tuning": backbone.tuning}
     if source := user_source(type(backbone)):
         # the code that ran, not what the file says by now: so the folder can be read wherever it is taken
-        (folder / source.name).write_bytes(source.content)
+        files[source.name] = source.content
         description = {**description, CODE_KEY: f"{source.name}:{type(backbone).__name__}"}
-    text = json.dumps(description, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    files["config.json"] = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
+    return {**files, "model.safetensors": {name: x.detach() for name, x in model.state_dict().items()}}
+
+
+def save_model(folder: Path, files: Files) -> None:
+    """Write the files of a model.
+
+    Raises:
+        UserError: a weight is not finite; it is named, and nothing written.
+    """
+    # nothing is written before all of it is known to be good: a folder is a model or it is not there
+    weights = files["model.safetensors"]
+    assert not isinstance(weights, bytes)
+    require_finite_file(folder / "model.safetensors", weights)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_files(folder, files)
 
 
 def read_description(folder: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from raylib.models.base import (
     FusionBackbone,
     RegionBackbone,
     load_weights,
+    model_files,
     read_description,
     save_model,
 )
@@ -33,6 +34,7 @@ from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
 from raylib.precision import exact_linear
+from raylib.saving import Files
 from raylib.settings import FitConfig, stored_fit
 
 
@@ -174,15 +176,19 @@ class FinetuneModel(nn.Module):
         """Names of the matrices that pruning may take: the backbone's, never the head's."""
         return [f"backbone.{name}" for name in self.backbone.prunable()]
 
-    def save(self, folder: Path | str) -> None:
-        """Write `config.json` and `model.safetensors`."""
+    def files(self) -> Files:
+        """Return `config.json` and `model.safetensors`."""
         description = {
             "model_type": "polyglance-finetuned",
             **self.description,
             "backbone": self.backbone.kind,
             "sizes": self.backbone.sizes_to_store(),
         }
-        save_model(self, self.backbone, description, folder)
+        return model_files(self, self.backbone, description)
+
+    def save(self, folder: Path | str) -> None:
+        """Write `files` into a folder."""
+        save_model(Path(folder), self.files())
 
     @classmethod
     def from_pretrained(cls, folder: Path, name: str = "") -> "FinetuneModel":
