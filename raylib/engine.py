@@ -29,7 +29,6 @@ from raylib.engine_state import (
     StoredState,
     make_state,
     share_out,
-    write_state,
 )
 from raylib.errors import UserError
 from raylib.finite import is_finite
@@ -267,6 +266,8 @@ class Engine(ABC):
     ):
         self.objective, self.config, self.device, self.bf16 = objective.to(device), config, device, bf16
         self.rates, self.guard, self.gradient_dtype = rates, guard or StepGuard(device), gradient_dtype
+        # called before a step changes weights or optimizer, of which a copy may be under way
+        self.before_update: Callable[[], None] = lambda: None
         self.names = {p: name for name, p in objective.named_parameters() if p.requires_grad}
         # on all workers together: a fault on one must not leave the others waiting
         if start:
@@ -295,10 +296,6 @@ class Engine(ABC):
     def state(self) -> EngineState:
         """Return this worker's part of what a run goes on from, besides the model's own state: moments and
         step counts of the optimizer, and what the objective has besides its model."""
-
-    def save(self, folder: Path, rank: int) -> None:
-        """Write this worker's `state`. `fit` writes the model."""
-        write_state(self.state(), folder, rank)
 
     def find_not_finite(self) -> str | None:
         """Name the first weight, or tensor of this worker's part of the state, that is not finite."""
@@ -377,6 +374,7 @@ class TorchEngine(Engine):
         # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of
         # steps, and no host has to wait for the device to know
         self.optimizer.found_inf = self.guard.count(step, norm)
+        self.before_update()
         self.optimizer.step()
         return {**terms, "grad_norm": norm}
 

@@ -11,6 +11,7 @@ objective has besides its model. A worker writes what it alone holds (its partit
 of what all hold alike (DDP). A reader takes the slices that it needs. Nothing is unpickled.
 """
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from raylib.errors import UserError
-from raylib.fileio import read_json, write_json
+from raylib.fileio import read_json
+from raylib.saving import FileContent
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
 VALUE = "value"
@@ -76,11 +77,11 @@ def state_file(folder: Path, rank: int) -> Path:
     return folder / f"optimizer-{rank:05d}.safetensors"
 
 
-def write_state(state: EngineState, folder: Path, rank: int) -> None:
-    """Write a worker's state into a checkpoint's folder."""
-    path = state_file(folder, rank)
-    save_file(state.tensors, path)
-    write_json(path.with_suffix(".json"), state.layout, compact=True)
+def state_files(state: EngineState, rank: int) -> dict[str, FileContent]:
+    """Return the files of a worker's state in a checkpoint."""
+    path = state_file(Path(), rank)
+    layout = json.dumps(state.layout, ensure_ascii=False, separators=(",", ":"))
+    return {path.name: state.tensors, path.with_suffix(".json").name: layout.encode()}
 
 
 class StoredState:

@@ -23,6 +23,7 @@ class DeepSpeedEngine(Engine):
     waits = True
 
     def step(self, batch: dict, step: int, lr: float) -> dict[str, Tensor]:
+        self.before_update()
         for i, (group, members) in enumerate(zip(self.optimizer.param_groups, self.members, strict=True)):
             if set_rate(group, members, self.rates, step, lr):
                 # its moments are zero, but Adam has counted the frozen steps

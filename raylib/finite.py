@@ -91,7 +91,7 @@ class StepMonitor:
     """Reads `guard` before anything is kept.
 
     replay: `replay(step)` -> this worker's batch of a step, after seeding what that step's forward draws.
-    last_checkpoint: the checkpoint that the run can go on from.
+    find_newest: returns the checkpoint that the run can go on from, if there is one.
     """
 
     def __init__(
@@ -99,9 +99,9 @@ class StepMonitor:
         guard: "StepGuard",
         engine: "Engine",
         replay: Callable[[int], dict],
-        last_checkpoint: Path | None,
+        find_newest: Callable[[], Path | None],
     ):
-        self.guard, self.engine, self.replay, self.last_checkpoint = guard, engine, replay, last_checkpoint
+        self.guard, self.engine, self.replay, self.find_newest = guard, engine, replay, find_newest
         self.counts = guard.read_counts()
 
     def read(self) -> None:
@@ -117,7 +117,7 @@ class StepMonitor:
         terms = self.guard.nonfinite_terms_at_end()
         what = f"{', '.join(terms)} not finite" if terms else "all terms finite, the gradient is not"
         rows = f"{self.guard.limit + 1} steps in a row skipped, more than fit.max_skipped={self.guard.limit}"
-        where = "goes on from there" if self.last_checkpoint else "starts anew"
+        where = "goes on from there" if self.find_newest() else "starts anew"
         more = f"if it is the data, with a larger fit.max_skipped the same command {where}"
         raise NotFinite(
             f"step {end + 1}: {rows}: {what}; {self._first_parameter(end)}; {self.advice()}; {more}"
@@ -153,7 +153,7 @@ class StepMonitor:
 
     def advice(self) -> str:
         """Return what to do about a run that ended."""
-        path = self.last_checkpoint
+        path = self.find_newest()
         last = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
         return f"lower optim.lr or optim.clip, under another name=; {last}"
 

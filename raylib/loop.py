@@ -2,7 +2,7 @@
 step."""
 
 import copy
-import shutil
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
 from raylib.data.loading import BatchStream, StepDataset, to_device
-from raylib.distributed import all_reduce, barrier, broadcast_from_rank0
+from raylib.distributed import all_reduce, broadcast_from_rank0
 from raylib.engine import (
     Engine,
     LayerRates,
@@ -24,14 +24,15 @@ from raylib.engine import (
     TorchEngine,
     learning_rate,
 )
+from raylib.engine_state import state_files
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import NotFinite, RunLost, UserError
-from raylib.fileio import write_json
 from raylib.finite import StepMonitor, finite_values, require_finite_values
-from raylib.lock import find_lock, require_owned
+from raylib.lock import find_lock
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.randomness import hash64
 from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_flops, peak_memory
+from raylib.saving import CheckpointWriter
 from raylib.settings import FitConfig, OptimConfig
 
 
@@ -122,15 +123,19 @@ def fit(
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     metrics_log = MetricsLog(runtime.run, first) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
-    saver = _Saver(runtime, engine, describe, meter, config.steps, meta.get("samples_replaced", 0))
+    writer = CheckpointWriter(
+        runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save
+    )
+    engine.before_update = writer.before_update
+    saver = _Saver(runtime, engine, writer, describe, meter, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
-    monitor = StepMonitor(engine.guard, engine, replay, start)
+    monitor = StepMonitor(engine.guard, engine, replay, writer.find_newest)
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
     stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
     lock = find_lock(runtime.run)
-    with StallWatch(runtime) as watch:
+    with StallWatch(runtime) as watch, writer:
         for step in range(first, last):
             if lock and lock.problem:
                 raise RunLost(lock.problem)
@@ -152,6 +157,8 @@ def fit(
                 losses = _all_finite(terms) or losses
                 means = engine.guard.interval.means(ends=done % config.log_every == 0)
                 stream.warn_of_waiting(done, progress.log(done, lr, means, monitor.counts.skipped))
+            if logs or runtime.world_size == 1:
+                writer.check()
             # weights are looked at before they are evaluated or kept, never after
             if evaluates or saves:
                 monitor.require_usable_weights(done)
@@ -159,7 +166,7 @@ def fit(
                 evaluation = _evaluate(objective, evaluate, meter, done, monitor, advice)
                 progress.log_evaluation(done, evaluation)
             if saves:
-                monitor.last_checkpoint = saver.save(done, losses, evaluation, monitor)
+                saver.save(done, losses, evaluation, monitor, is_last=done == last)
     return {
         "steps": last,
         "finished": last == config.steps,
@@ -210,12 +217,21 @@ class _Replay:
 
 
 class _Saver:
-    """Writes a checkpoint: this worker's engine shard; from worker 0 the model and `meta.json` too."""
+    """Gives `writer` what a checkpoint consists of: this worker's part of the engine's state; from worker 0
+    the model and `meta.json` too."""
 
     def __init__(
-        self, runtime: Runtime, engine: Engine, describe: dict, meter: Meter, steps: int, total_replaced: int
+        self,
+        runtime: Runtime,
+        engine: Engine,
+        writer: CheckpointWriter,
+        describe: dict,
+        meter: Meter,
+        steps: int,
+        total_replaced: int,
     ):
-        self.runtime, self.engine, self.meter, self.steps = runtime, engine, meter, steps
+        self.runtime, self.engine, self.writer = runtime, engine, writer
+        self.meter, self.steps = meter, steps
         self.engine_facts = {"workers": runtime.world_size, "engine": engine.name}
         self.describe = {**describe, **self.engine_facts}
         self.first_batch_time = 0.0  # when the first batch was there, by the clock on the wall
@@ -247,8 +263,10 @@ class _Saver:
             "peak_memory_gb": peak_memory(self.runtime.device),
         }
 
-    def save(self, step: int, losses: dict, evaluation: dict, monitor: StepMonitor) -> Path:
-        """Save what `step` steps came to; returns where it will be."""
+    def save(
+        self, step: int, losses: dict, evaluation: dict, monitor: StepMonitor, is_last: bool = False
+    ) -> None:
+        """Save what `step` steps came to; the last one is there when this returns."""
         self.total_replaced += int(all_reduce(torch.tensor(self.num_replaced, device=self.runtime.device)))
         self.num_replaced = 0
         meta = {
@@ -260,47 +278,16 @@ class _Saver:
             "interval": monitor.guard.interval.state(),
         }
 
-        def write(folder: Path) -> None:
-            self.engine.save(folder, self.runtime.rank)
-            if self.runtime.rank == 0:
-                self.engine.objective.model.save(folder)
-                write_json(folder / "meta.json", meta | {"times": self.meter.seconds})
-
+        files = state_files(self.engine.state(), self.runtime.rank)
+        if self.runtime.rank == 0:
+            text = json.dumps(meta | {"times": self.meter.seconds}, indent=1, allow_nan=False)
+            files |= self.engine.objective.model.files() | {"meta.json": text.encode()}
         report = {"step": step, "steps": self.steps, "ready": self.first_batch_time, **evaluation}
-        self._write(step, write)
+        report |= {f"loss/{name}": value for name, value in losses.items()}
         folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
-        self.runtime.report(report | {f"loss/{k}": v for k, v in losses.items()}, folder)
+        waits = is_last or self.runtime.waits_for_saves
+        self.writer.save(step, files, lambda: self.runtime.report(report, folder), waits)
         self.meter.lap("checkpoint")
-        return folder
-
-    def _write(self, step: int, write: Callable[[Path], None]) -> None:
-        """Make one checkpoint of what all workers write: each calls `write` with an empty folder of its
-        own."""
-        name, rank = checkpoint.step_name(step), self.runtime.rank
-        partial = self.runtime.run / checkpoint.FOLDER / f".{name}.partial"
-        if rank == 0:
-            checkpoint.remove_folder(partial)
-            partial.mkdir()
-        barrier()
-        # each worker lists the files that it wrote, so it writes into a folder of its own first; then all of
-        # them move together, since ZeRO's workers have files in one folder
-        folder = partial / f".worker-{rank}"
-        folder.mkdir()
-        write(folder)
-        checkpoint.write_file_list(folder, rank)
-        for path in list(filter(Path.is_file, folder.rglob("*"))):
-            target = partial / path.relative_to(folder)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.rename(target)
-        shutil.rmtree(folder)
-        barrier()
-        if rank == 0:
-            require_owned(self.runtime.run)  # or a folder that another start has registered would go
-            final = partial.with_name(name)
-            checkpoint.remove_folder(final)  # an unregistered leftover of a crash
-            partial.rename(final)
-            checkpoint.register(self.runtime.run, name, self.runtime.keep)
-        barrier()
 
 
 def _step(

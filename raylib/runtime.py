@@ -46,6 +46,8 @@ class LocalRuntime:
 
     def __init__(self, run: Path, keep: int, reporter: Reporter | None = None):
         self.run, self.keep, self.reporter = run, keep, reporter
+        # a search is told of a checkpoint, and may end the trial, in the thread that trains
+        self.waits_for_saves = reporter is not None
         self.rank, self.world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.device = local_device()
         if self.world_size > 1 and not dist.is_initialized():
@@ -69,6 +71,9 @@ class RayRuntime:
     """A Ray Train worker. Ray owns the process group. keep, cpus: as of `LocalRuntime`."""
 
     sharding: Sharding = "zero2"
+    waits_for_saves = (
+        False  # Ray takes reports in any thread; after two it blocks until its next look at them
+    )
 
     def __init__(self, run: Path, keep: int):
         from ray import train

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -32,9 +32,10 @@ from raylib import checkpoint
 from raylib.distributed import gather_objects
 from raylib.errors import MachineError, UserError, error_line, name_errors
 from raylib.fileio import sync_file, sync_folder, write_json
+from raylib.lock import require_owned
 
-T = TypeVar("T")
-Files = Mapping[str, bytes | Mapping[str, Tensor]]  # contents of a folder by name; tensors: as safetensors
+FileContent = bytes | Mapping[str, Tensor]  # tensors are written as safetensors
+Files = Mapping[str, FileContent]  # of a folder, by name
 CHUNK = 1 << 24  # bytes written, and hashed, at a time
 ALIGNMENT = 64  # of tensors in host memory
 DTYPES = {  # https://github.com/huggingface/safetensors, format
@@ -73,7 +74,7 @@ def num_bytes(files: Files) -> int:
     return sum(sum(map(len, _head_of(content))) + _data_bytes(content) for content in files.values())
 
 
-def _write_file(path: Path, content: bytes | Mapping[str, Tensor]) -> dict[str, Any]:
+def _write_file(path: Path, content: FileContent) -> dict[str, Any]:
     sha256, size = hashlib.sha256(), 0
     with open(path, "wb", buffering=1 << 20) as file:
         for part in _parts(content):
@@ -88,16 +89,16 @@ def _write_file(path: Path, content: bytes | Mapping[str, Tensor]) -> dict[str, 
     return {"bytes": size, "sha256": sha256.hexdigest()}
 
 
-def _parts(content: bytes | Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def _parts(content: FileContent) -> Iterator[bytes | memoryview]:
     yield from _head_of(content)
     if not isinstance(content, bytes):
         for name in _order(content):
             values = content[name].detach().cpu().contiguous().reshape(-1)
             if len(values):
-                yield memoryview(values.view(torch.uint8).numpy())
+                yield values.view(torch.uint8).numpy().data
 
 
-def _head_of(content: bytes | Mapping[str, Tensor]) -> Iterator[bytes]:
+def _head_of(content: FileContent) -> Iterator[bytes]:
     """Yield the whole of bytes; of tensors the header of a safetensors file."""
     if isinstance(content, bytes):
         yield content
@@ -122,7 +123,7 @@ def _order(tensors: Mapping[str, Tensor]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
-def _data_bytes(content: bytes | Mapping[str, Tensor]) -> int:
+def _data_bytes(content: FileContent) -> int:
     return 0 if isinstance(content, bytes) else sum(x.nbytes for x in content.values())
 
 
@@ -136,7 +137,7 @@ class HostCopy:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.copied: torch.cuda.Event | None = None
 
-    def take(self, files: Files) -> dict[str, bytes | dict[str, Tensor]]:
+    def take(self, files: Files) -> dict[str, FileContent]:
         """Return `files` with tensors in host memory, whose content is that of this moment of the device's
         work: `wait_on_device` before anything changes the tensors, `wait_on_host` before the copies are
         read."""
@@ -147,7 +148,7 @@ class HostCopy:
         if needed > len(self.buffer):
             self.buffer = torch.empty(0, dtype=torch.uint8)  # lets go of the old one first
             self.buffer = torch.empty(needed, dtype=torch.uint8, pin_memory=self.stream is not None)
-        offset, copies = 0, dict[str, bytes | dict[str, Tensor]]()
+        offset, copies = 0, dict[str, FileContent]()
         if self.stream:
             # what has been computed so far is part of the copy
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -200,11 +201,6 @@ class CheckpointWriter:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    @property
-    def has_failed(self) -> bool:
-        """True if what is written in the background has come to an error; `wait` raises it."""
-        return self.error is not None
-
     def save(self, step: int, files: Files, then: Callable[[], None], waits: bool = False) -> None:
         """Write the checkpoint of `step`, of which this worker has `files`, after the one before it; call
         `then` on every worker once it is registered.
@@ -223,10 +219,24 @@ class CheckpointWriter:
         self.thread = threading.Thread(target=self._write_copies, args=arguments, name="save", daemon=True)
         self.thread.start()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
+        # whatever has ended the training, its last checkpoint becomes whole; but Ctrl-C waits for nothing
+        if self.thread and not (kind and issubclass(kind, KeyboardInterrupt)):
+            self.thread.join()
+
     def before_update(self) -> None:
         """Let the device finish copying before it changes weights and optimizer."""
         if self.copy:
             self.copy.wait_on_device()
+
+    def check(self) -> None:
+        """Raise what the save under way has come to, if it has failed: on all workers, which call this after
+        the same step."""
+        if self.thread and any(gather_objects(self.error is not None)):
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the save under way, on all workers.
@@ -234,16 +244,19 @@ class CheckpointWriter:
         Raises:
             MachineError, UserError: it has failed; the same on every worker.
         """
-        self.finish()
+        if self.thread:
+            self.thread.join()
+            self.thread = None
         if error := self.error:
             self.error = None
             raise error
 
-    def finish(self) -> None:
-        """Wait for the save under way, whatever it comes to, because the training itself has failed."""
+    def find_newest(self) -> Path | None:
+        """Return the newest checkpoint, that under way included if it can be written; for a worker whose
+        training has failed."""
         if self.thread:
             self.thread.join()
-            self.thread = None
+        return checkpoint.find_newest(self.run)
 
     def _write_copies(self, step: int, files: Files, then: Callable[[], None], copy: HostCopy) -> None:
         try:
@@ -294,6 +307,7 @@ class CheckpointWriter:
                 sync_file(metrics)  # lines of steps that no start would do again
             sync_folder(partial)
             final = partial.with_name(name)
+            require_owned(self.run)  # or a folder that another start has registered would go
             checkpoint.remove_folder(final)  # an unregistered leftover of a crash
             partial.rename(final)
             sync_folder(partial.parent)

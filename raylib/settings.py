@@ -72,6 +72,7 @@ MUTABLE_SETTINGS = (
     "fit.eval_every",
     "fit.save_every",
     "fit.keep",
+    "fit.async_save",
     "fit.loader_workers",
     "fit.track",
     "fit.sharding",
@@ -107,6 +108,9 @@ class FitConfig(Config):
     """Steps between two checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
     """Number of newest checkpoints that stay, beside the best one."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy in the host's memory (12 bytes a parameter, over
+    all workers together); false: training waits."""
     max_skipped: NonNegativeInt = 10
     """Steps in a row whose loss or gradient may be not finite: they change nothing; one more ends the run."""
     bf16: bool | None = None

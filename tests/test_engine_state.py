@@ -13,9 +13,10 @@ from torch import nn
 
 from raylib.distributed import barrier, gather_objects
 from raylib.engine import OptimConfig, TorchEngine
-from raylib.engine_state import MOMENTS, VALUE, StoredState, share_out, state_file
+from raylib.engine_state import MOMENTS, VALUE, StoredState, share_out, state_file, state_files
 from raylib.engine_zero import DeepSpeedEngine, Fragment
 from raylib.errors import UserError
+from raylib.saving import write_files
 from tests.test_strategies import Stack
 from tests.workers import run_workers
 
@@ -117,7 +118,7 @@ def train(rank, world, name, start, first, last, folder=None):
     if folder:
         folder.mkdir(exist_ok=True)
         barrier()
-        engine.save(folder, rank)
+        write_files(folder, state_files(engine.state(), rank))
         if rank == 0:
             objective.model.save(folder)
         barrier()

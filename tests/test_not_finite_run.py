@@ -208,7 +208,7 @@ def zero_report(rank, world, folder):
     os.environ["LOCAL_RANK"] = str(rank)
     faults, guard = dict.fromkeys(range(2, 20), "gradient"), StepGuard(CPU, 2)
     engine = DeepSpeedEngine(Faulty(Stack()), OPTIM, CPU, False, None, None, guard)
-    monitor = StepMonitor(guard, engine, lambda step: faulty_batch(step, rank, world, faults), None)
+    monitor = StepMonitor(guard, engine, lambda step: faulty_batch(step, rank, world, faults), lambda: None)
     for step in range(10):
         engine.step(faulty_batch(step, rank, world, faults), step, OPTIM.lr)
         try:
@@ -231,7 +231,7 @@ def mean_norms(rank, world):
     """Return what is said of two gradients of the last worker, the others' being zero."""
     from raylib.finite import StepMonitor
 
-    monitor = StepMonitor(StepGuard(CPU), Engine(Faulty(Stack())), None, None)
+    monitor = StepMonitor(StepGuard(CPU), Engine(Faulty(Stack())), None, lambda: None)
     first, *others = monitor.engine.objective.parameters()
     found = []
     for largest in (2.5e19, 5e19):  # squares of more than 1.8e19 overflow float32

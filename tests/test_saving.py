@@ -186,7 +186,7 @@ def test_writer_whose_run_vanished_says_so(tmp_path):
         MachineError, match="run/checkpoints: the folder of this run is gone, and its checkpoints"
     ):
         saver.wait()
-    assert not (tmp_path / "run").exists() and not saver.has_failed
+    assert not (tmp_path / "run").exists()
 
 
 def save_together(rank, world, run):

@@ -18,8 +18,10 @@ from finetune.strategies.pruning import apply_mask, prune_mask, read_mask, spars
 from finetune.strategies.tuning import LayerDecay, ScheduledUnfreezing, TopLayers
 from raylib.config import validate
 from raylib.engine import OptimConfig, TorchEngine, parameter_groups
+from raylib.engine_state import state_files
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
+from raylib.saving import write_files
 from tests.factories import make_model
 from tests.workers import run_workers
 
@@ -80,7 +82,7 @@ def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, 
         engine.step(batch_of(step, rank, world), step, OPTIM.lr)
     if folder:
         folder.mkdir(exist_ok=True)
-        engine.save(folder, rank)
+        write_files(folder, state_files(engine.state(), rank))
         if rank == 0:
             save_file(model.state_dict(), folder / "model.safetensors")
     return {name: p.detach().clone() for name, p in model.named_parameters()}

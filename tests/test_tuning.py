@@ -21,6 +21,7 @@ from finetune.strategies.tuning import (
 from finetune.tasks.classification import ClassificationObjective
 from raylib.config import validate
 from raylib.engine import OptimConfig, TorchEngine
+from raylib.engine_state import state_files
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
 from raylib.models import BACKBONES, peft
@@ -28,6 +29,7 @@ from raylib.models.attention import Block
 from raylib.models.finetuned import FinetuneModel
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.packed import Ragged
+from raylib.saving import write_files
 from raylib.text import PromptedTokenizer, Tokenizer
 from tests.factories import make_model
 from tests.workers import run_workers
@@ -281,7 +283,7 @@ def train_tuned(
         engine.step({"examples": part}, step, optim.lr)
     if folder:
         folder.mkdir(exist_ok=True)
-        engine.save(folder, rank)
+        write_files(folder, state_files(engine.state(), rank))
         if rank == 0:
             save_file(model.state_dict(), folder / "model.safetensors")
     return {name: p.detach().clone() for name, p in model.named_parameters() if name in trained}
