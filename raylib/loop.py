@@ -126,7 +126,8 @@ def fit(
     writer = CheckpointWriter(
         runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save
     )
-    engine.before_update = writer.before_update
+    if on_gpu:
+        engine.before_update = writer.before_update
     saver = _Saver(runtime, engine, writer, describe, meter, config.steps, meta.get("samples_replaced", 0))
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
