@@ -71,9 +71,9 @@ def convert_checkpoint(folder: Path) -> None:
         new: dict[int, list[Path]] = {}
         for rank, state in enumerate(states):
             path = state_file(folder, rank)
-            with atomic_file(path, durable=True) as temporary:
+            with atomic_file(path) as temporary:
                 save_file(state.tensors, temporary)
-            write_json(path.with_suffix(".json"), state.layout, compact=True, durable=True)
+            write_json(path.with_suffix(".json"), state.layout, compact=True)
             new[rank] = [path, path.with_suffix(".json")]
     except UnpicklingError as e:
         reason = "a file holds more than tensors and plain values, or is no pickle"
@@ -87,7 +87,7 @@ def convert_checkpoint(folder: Path) -> None:
         files = {k: v for k, v in read_json(listing).items() if not checkpoint.is_for_training(k)}
         for path in new.get(rank, ()):
             files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        write_json(listing, files, durable=True)
+        write_json(listing, files)
     _remove_old(folder)
 
 
