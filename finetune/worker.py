@@ -118,7 +118,7 @@ class FinetuneJob:
         )
         return {
             **result,
-            "finished": result["steps"] == end,
+            "finished": result["steps"] == end and "notice" not in result,
             "examples": len(examples),
             "unknown_training_answers": len(unknown),
             "unknown_training_answer": next((answer for e in unknown for answer in e.labels), None),

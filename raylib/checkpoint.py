@@ -42,6 +42,7 @@ from raylib.lock import require_owned
 # what engines of earlier versions wrote, pickled
 OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py", "zero_to_torch.py")
 FOLDER, REGISTRY = "checkpoints", "registry.json"
+SCORES = "scores.json"  # of a checkpoint that was saved without
 # of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
 OLD_BEST, OLD_START, OLD_SNAPSHOT = "best", "start.json", "checkpoint_manager_snapshot.json"
 
@@ -132,15 +133,27 @@ def verify(folder: Path, names: Collection[str] | None = None) -> dict:
 
 
 def read_meta(folder: Path) -> dict:
-    """Read `meta.json` of a checkpoint folder.
+    """Read `meta.json` of a checkpoint folder, and the scores that it got later.
 
     Raises:
         UserError: there is none.
     """
     try:
-        return read_json(folder / "meta.json")
+        meta = read_json(folder / "meta.json")
     except FileNotFoundError:
         raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint") from None
+    scores = folder / SCORES
+    return {**meta, **read_json(scores)} if meta.get("evaluation_due") and scores.is_file() else meta
+
+
+def add_scores(folder: Path, scores: dict[str, float], is_judged: bool) -> None:
+    """Store the scores of a checkpoint that a notice had saved without them; is_judged: `best` goes by them.
+
+    In a file of its own, written whole: a kill leaves the checkpoint with its scores or without, and its list
+    of files true.
+    """
+    score = scores.get("score") if is_judged else None
+    write_json(folder / SCORES, {"evaluation_due": False, "evaluation": scores, "score": score})
 
 
 def find_newest(run: Path) -> Path | None:

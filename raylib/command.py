@@ -5,7 +5,6 @@ recipe becomes a run.
 
 import argparse
 import ast
-import contextlib
 import functools
 import importlib
 import importlib.util
@@ -13,11 +12,9 @@ import inspect
 import os
 import re
 import select
-import signal
 import sys
 import textwrap
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +22,7 @@ from raylib import __version__
 from raylib.config import Config, dump_config, load_config, lookup, override, suggest
 from raylib.errors import UserError, error_line
 from raylib.help import recipe_list, settings_page, table, wrap
+from raylib.notice import Interrupted, last_signal, signals_handled
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
 RECIPE_SETTINGS = "Settings with their values here; each path=value changes one:"
@@ -35,20 +33,23 @@ PROGRAM = "polyglance"
 def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
     """Make `main(arguments)` an entry point: without arguments it takes the process's. A mistake in the input
     is one line on stderr and exit code 2, a failure of the machine (a full disk) one and exit code 1
-    (`raylib.errors`); Ctrl-C is one, with `restart_hint`, and exit code 130. SIGTERM, by which Slurm,
-    Kubernetes and `ray job stop` end a process, is taken for Ctrl-C."""
+    (`raylib.errors`). A signal that asks it to end is one, with `restart_hint`: exit code 130 of Ctrl-C, 143
+    of SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process; a training saves before
+    (`raylib.notice`)."""
 
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(arguments: Sequence[str] | None = None) -> int:
             try:
-                with _sigterm_as_ctrl_c():
+                with signals_handled():
                     code = main(sys.argv[1:] if arguments is None else arguments)
                     sys.stdout.flush()
                 return code
-            except KeyboardInterrupt:
-                print("; ".join(filter(None, ("interrupted", restart_hint))), file=sys.stderr)
-                return 130
+            except KeyboardInterrupt as e:
+                stop = e if isinstance(e, Interrupted) else Interrupted(last_signal())
+                if words := stop.describe(restart_hint) if stop.line is None else stop.line:
+                    print(words, file=sys.stderr)
+                return stop.exit_code
             except BrokenPipeError:
                 if _is_read():  # another pipe broke
                     raise
@@ -81,20 +82,6 @@ def _is_read() -> bool:
     poll = select.poll()
     poll.register(sys.stdout.fileno(), select.POLLOUT)
     return not any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-@contextlib.contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Take SIGTERM for Ctrl-C within the block; who calls a command from Python has the signal as before
-    after it."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def module_doc(module: str) -> str:

@@ -17,6 +17,7 @@ from raylib.distributed import barrier
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.lock import add_ray_job, hold_run, owner_of, stored_owner, watch_file, work_for
+from raylib.notice import Interrupted, stop_line
 from raylib.provenance import DataFile, record_identity
 from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime, set_deterministic
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
@@ -152,6 +153,9 @@ def launch(
                 result = main(runtime, config)
         else:
             result = _on_ray(main, config, run, reporter)
+        if notice := result.get("notice"):
+            line = stop_line(notice, result["steps"], result["total_steps"])
+            raise Interrupted(notice, line if is_main_process(config) else "")
         if not result["finished"]:
             tracking.status = "stopped"
         return result

@@ -3,9 +3,12 @@ step."""
 
 import copy
 import json
+import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
 from raylib.data.loading import BatchStream, StepDataset, to_device
-from raylib.distributed import all_reduce, broadcast_from_rank0
+from raylib.distributed import all_reduce, barrier, broadcast_from_rank0
 from raylib.engine import (
     Engine,
     LayerRates,
@@ -28,8 +31,9 @@ from raylib.engine_state import state_files
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import NotFinite, RunLost, UserError
 from raylib.finite import StepMonitor, finite_values, require_finite_values
-from raylib.lock import find_lock
+from raylib.lock import find_lock, require_owned
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
+from raylib.notice import StopVote, notice_name, stop_line
 from raylib.randomness import hash64
 from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_flops, peak_memory
 from raylib.saving import CheckpointWriter
@@ -121,7 +125,8 @@ def fit(
     meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
     engine = _build_engine(objective, runtime, config, optim, start, meta, rates)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
-    metrics_log = MetricsLog(runtime.run, first) if runtime.rank == 0 else None
+    is_evaluation_due = meta.get("evaluation_due", False)
+    metrics_log = MetricsLog(runtime.run, first, not is_evaluation_due) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
     writer = CheckpointWriter(
         runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save
@@ -132,12 +137,16 @@ def fit(
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
     monitor = StepMonitor(engine.guard, engine, replay, writer.find_newest)
+    vote = StopVote(runtime.world_size)
+    evaluator = _Evaluator(objective, evaluate, saver, monitor, vote, progress, advice)
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
     stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
-    lock = find_lock(runtime.run)
-    with StallWatch(runtime) as watch, writer:
-        for step in range(first, last):
+    lock, done = find_lock(runtime.run), first
+    with StallWatch(runtime) as watch, writer, runtime.notices_to(vote.receive):
+        if start and is_evaluation_due and (scores := evaluator.catch_up(start, losses)):
+            evaluation = scores
+        for step in range(first, last if not vote.agreed else first):
             if lock and lock.problem:
                 raise RunLost(lock.problem)
             watch.start(step)
@@ -147,10 +156,10 @@ def fit(
             replay.start(step, batch)
             lr, done = learning_rate(step, config.steps, optim), step + 1
             terms = _step(engine, batch, step, lr, runtime, meter, advice)
-            logs, evaluates, saves = config.due_after(done, last)
+            (logs, evaluates, saves), stops = config.due_after(done, last), vote.at_boundary() > 0
             # a GPU works ahead of the host, which would wait here; on the CPU nothing waits, and DeepSpeed
             # has waited in its step
-            if logs or evaluates or saves or engine.waits or not on_gpu:
+            if logs or evaluates or saves or stops or engine.waits or not on_gpu:
                 monitor.read()
             meter.lap("step")
             watch.stop()
@@ -161,19 +170,29 @@ def fit(
             if logs or runtime.world_size == 1:
                 writer.check()
             # weights are looked at before they are evaluated or kept, never after
-            if evaluates or saves:
+            if evaluates or saves or stops:
                 monitor.require_usable_weights(done)
-            if evaluates:
-                evaluation = _evaluate(objective, evaluate, meter, done, monitor, advice)
-                progress.log_evaluation(done, evaluation)
-            if saves:
-                saver.save(done, losses, evaluation, monitor, is_last=done == last)
+                saver.add_up()
+            if evaluates and not stops:
+                scores = evaluator(done, losses, evaluation, saves)
+                if scores is None:
+                    break
+                evaluation = scores
+            if saves or stops:
+                due, is_last = evaluates and stops, stops or done == last
+                saver.save(done, losses, evaluation, monitor, saves, due, is_last)
+            if stops:
+                break
+        notice = vote.at_end()
+    vote.require_heeded()
+    stop = {"notice": notice, "stopped_by": notice and notice_name(notice), "total_steps": config.steps}
     return {
-        "steps": last,
-        "finished": last == config.steps,
+        "steps": done,
+        "finished": done == config.steps and not notice,
         "bf16": bf16,
-        "samples_per_second": progress.mean_rate(last),
+        "samples_per_second": progress.mean_rate(done),
         **saver.summary(losses, evaluation, monitor),
+        **(stop if notice else {}),
     }
 
 
@@ -264,17 +283,34 @@ class _Saver:
             "peak_memory_gb": peak_memory(self.runtime.device),
         }
 
-    def save(
-        self, step: int, losses: dict, evaluation: dict, monitor: StepMonitor, is_last: bool = False
-    ) -> None:
-        """Save what `step` steps came to; the last one is there when this returns."""
+    def add_up(self) -> None:
+        """Add up what the workers have counted since the last time; all of them call it."""
         self.total_replaced += int(all_reduce(torch.tensor(self.num_replaced, device=self.runtime.device)))
         self.num_replaced = 0
+
+    def save(
+        self,
+        step: int,
+        losses: dict,
+        evaluation: dict,
+        monitor: StepMonitor,
+        is_scheduled: bool = True,
+        evaluation_due: bool = False,
+        is_last: bool = True,
+    ) -> None:
+        """Save what `step` steps came to; the last one is there when this returns.
+
+        is_scheduled: settings ask for a checkpoint here; else a notice does, and `best` never looks at it.
+        evaluation_due: it stopped before the end of this step's evaluation: whoever goes on evaluates first.
+        """
+        is_judged = is_scheduled and not evaluation_due
         meta = {
             **self.describe,
             **self.state(losses, evaluation, monitor),
             "step": step,
-            "score": evaluation.get("score"),
+            "score": evaluation.get("score") if is_judged else None,
+            "evaluation_due": evaluation_due,
+            "is_scheduled": is_scheduled,
             "skipped_in_a_row": monitor.counts.in_a_row,
             "interval": monitor.guard.interval.state(),
         }
@@ -283,12 +319,29 @@ class _Saver:
         if self.runtime.rank == 0:
             text = json.dumps(meta | {"times": self.meter.seconds}, indent=1, allow_nan=False)
             files |= self.engine.objective.model.files() | {"meta.json": text.encode()}
-        report = {"step": step, "steps": self.steps, "ready": self.first_batch_time, **evaluation}
-        report |= {f"loss/{name}": value for name, value in losses.items()}
-        folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
-        waits = is_last or self.runtime.waits_for_saves
-        self.writer.save(step, files, lambda: self.runtime.report(report, folder), waits)
+        report = partial(self._report, step, losses, evaluation) if is_judged else lambda: None
+        self.writer.save(step, files, report, is_last or self.runtime.waits_for_saves)
         self.meter.lap("checkpoint")
+
+    def add_scores(self, folder: Path, step: int, losses: dict, scores: dict) -> None:
+        """Add the scores to the checkpoint of `step`, which was saved without them; it is judged by them now,
+        if settings asked for it."""
+        is_scheduled, runtime = checkpoint.read_meta(folder)["is_scheduled"], self.runtime
+        if runtime.rank == 0:
+            require_owned(runtime.run)
+            checkpoint.add_scores(folder, scores, is_scheduled)
+            checkpoint.register(runtime.run, folder.name, runtime.keep)
+        barrier()
+        if is_scheduled:
+            self._report(step, losses, scores)
+
+    def _report(self, step: int, losses: dict, evaluation: dict) -> None:
+        """Report a checkpoint to the search that this is a trial of."""
+        folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
+        ready = self.first_batch_time or time.time()
+        named = {f"loss/{name}": value for name, value in losses.items()}
+        values = {"step": step, "steps": self.steps, "ready": ready, **evaluation, **named}
+        self.runtime.report(values, folder)
 
 
 def _step(
@@ -319,26 +372,62 @@ def _all_finite(terms: dict[str, Tensor]) -> dict[str, float]:
     return values if values == finite_values(values) else {}
 
 
-def _evaluate(
-    objective: Objective,
-    evaluate: Callable,
-    meter: Meter,
-    done: int,
-    monitor: StepMonitor,
-    advice: MemoryAdvice,
-) -> dict[str, float]:
-    """The scores after `done` steps.
+class _Evaluator:
+    """The scores after a step, unless a notice ends the evaluation: then the state is saved without them."""
 
-    Raises:
-        NotFinite: embeddings, logits or a score are not finite (named).
-    """
-    objective.eval()
-    where = f"step {done}: the evaluation", monitor.guard.device
-    try:
-        with torch.inference_mode(), advise_on_memory(*where, lambda: advice.evaluation):
-            values = evaluate(objective.model)
-        require_finite_values("evaluation", values)
-    except NotFinite as e:
-        raise NotFinite(f"step {done}: {e}; {monitor.advice()}") from None
-    meter.lap("evaluation")
-    return values
+    def __init__(
+        self,
+        objective: Objective,
+        evaluate: Callable[[Any], dict[str, float]],
+        saver: _Saver,
+        monitor: StepMonitor,
+        vote: StopVote,
+        progress: ProgressLog,
+        advice: MemoryAdvice,
+    ):
+        self.objective, self.evaluate, self.saver, self.monitor = objective, evaluate, saver, monitor
+        self.vote, self.progress, self.advice = vote, progress, advice
+
+    def __call__(self, done: int, losses: dict, before: dict, is_scheduled: bool) -> dict[str, float] | None:
+        """The scores after `done` steps, logged; None if they were not waited for.
+
+        before: those of the last evaluation. is_scheduled: a checkpoint is due after this step too.
+
+        Raises:
+            NotFinite: embeddings, logits or a score are not finite (named).
+        """
+        save = partial(self.saver.save, done, losses, before, self.monitor, is_scheduled, True)
+        scores = self.vote.evaluate(partial(self._scores, done), save, partial(self._leave, done))
+        if scores is not None:
+            self.progress.log_evaluation(done, scores)
+        return scores
+
+    def catch_up(self, start: Path, losses: dict) -> dict[str, float] | None:
+        """As a call, of the checkpoint `start`, which was saved without its scores: it gets them, and is
+        judged by them now."""
+        done = checkpoint.read_meta(start)["step"]
+        scores = self.vote.evaluate(partial(self._scores, done), lambda: None, partial(self._leave, done))
+        if scores is not None:
+            self.progress.log_evaluation(done, scores)
+            self.saver.add_scores(start, done, losses, scores)
+        return scores
+
+    def _scores(self, done: int) -> dict[str, float]:
+        self.objective.eval()
+        where = f"step {done}: the evaluation", self.monitor.guard.device
+        try:
+            with torch.inference_mode(), advise_on_memory(*where, lambda: self.advice.evaluation):
+                values = self.evaluate(self.objective.model)
+            require_finite_values("evaluation", values)
+        except NotFinite as e:
+            raise NotFinite(f"step {done}: {e}; {self.monitor.advice()}") from None
+        self.saver.meter.lap("evaluation")
+        return values
+
+    def _leave(self, done: int) -> None:
+        """End this worker's process: its evaluation waits for one that has ended."""
+        if self.saver.runtime.rank == 0:
+            print(stop_line(self.vote.agreed, done, self.saver.steps), file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(128 + self.vote.agreed)

@@ -32,14 +32,22 @@ if TYPE_CHECKING:
 
 class MetricsLog:
     """Appends one line a record. A resumed run drops the lines of steps that it will do again, and of others
-    what is not finite, which earlier versions wrote as NaN: JSON has no such word."""
+    what is not finite, which earlier versions wrote as NaN: JSON has no such word.
 
-    def __init__(self, run: Path, start: int):
+    start: the step that it goes on from; is_evaluated: the evaluation there does not come again.
+    """
+
+    def __init__(self, run: Path, start: int, is_evaluated: bool = True):
         self.path, self.name = run / "metrics.jsonl", run.name
         for note in repair_jsonl(self.path, "step"):
             print(note, flush=True)
+
         # a run that crashed has logged steps after its newest checkpoint, which come again
-        lines = [json.dumps(finite_values(r)) + "\n" for r in read_metrics(run) if r["step"] <= start]
+        def stays(record: dict) -> bool:
+            is_evaluation = any(name.startswith("eval/") for name in record)
+            return record["step"] < start or (record["step"] == start and (is_evaluated or not is_evaluation))
+
+        lines = [json.dumps(finite_values(r)) + "\n" for r in read_metrics(run) if stays(r)]
         write_atomically(self.path, "".join(lines))
         watch_file(self.path)
 

@@ -9,7 +9,7 @@ import os
 import re
 import resource
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from raylib.errors import UserError
+from raylib.notice import notices_to
 from raylib.settings import Sharding
 
 
@@ -66,6 +67,10 @@ class LocalRuntime:
         if self.reporter and self.rank == 0:
             self.reporter(metrics, checkpoint)
 
+    def notices_to(self, receive: Callable[[int], None]) -> AbstractContextManager[None]:
+        """Hand this process's signals to `receive` within the block."""
+        return notices_to(receive)
+
 
 class RayRuntime:
     """A Ray Train worker. Ray owns the process group. keep, cpus: as of `LocalRuntime`."""
@@ -95,6 +100,10 @@ class RayRuntime:
         from ray import train
 
         train.report(metrics)
+
+    def notices_to(self, receive: Callable[[int], None]) -> AbstractContextManager[None]:
+        """Hand this process's signals to `receive` within the block."""
+        return notices_to(receive)
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Show `metrics` as Ray's gauges, such as "polyglance_loss_itm", in its Prometheus endpoints, with

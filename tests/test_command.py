@@ -117,18 +117,46 @@ def test_command_whose_output_is_on_a_full_disk_is_one_line():
     assert ended.returncode == 1 and ended.stderr == f"error: no space left on the disk; {FREE_SPACE}\n"
 
 
-def test_command_takes_sigterm_for_ctrl_c_and_leaves_the_signal_as_it_was(capsys):
+@pytest.mark.parametrize(
+    ("number", "code", "line"),
+    [
+        (signal.SIGINT, 130, "interrupted"),
+        (signal.SIGTERM, 143, "stopped by SIGTERM"),
+        (signal.SIGUSR1, 138, "stopped by SIGUSR1"),
+        (signal.SIGUSR2, 140, "stopped by SIGUSR2"),
+    ],
+)
+def test_command_ends_at_once_by_a_signal_and_leaves_it_as_it_was(number, code, line, capsys):
     @entry_point(RESUME_HINT)
     def main(arguments):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         return 0
 
-    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGINT, signal.default_int_handler)
+    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(number)
     try:
-        assert main([]) == 130 and capsys.readouterr().err == f"interrupted; {RESUME_HINT}\n"
-        assert signal.getsignal(signal.SIGTERM) == before[0]
+        assert main([]) == code and capsys.readouterr().err == f"{line}; {RESUME_HINT}\n"
+        assert signal.getsignal(number) == before
     finally:
-        signal.signal(signal.SIGINT, before[1])
+        signal.signal(signal.SIGINT, sigint)
+
+
+def test_command_of_a_library_that_takes_ctrl_c_itself_gets_sigterm_as_ctrl_c(capsys):
+    """As Tune does, to end its trials in order."""
+
+    @entry_point(RESUME_HINT)
+    def main(arguments):
+        ended = []
+        signal.signal(signal.SIGINT, lambda *_: ended.append(True))
+        signal.raise_signal(signal.SIGTERM)
+        assert ended
+        raise KeyboardInterrupt
+
+    sigint = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main([]) == 143 and capsys.readouterr().err == f"stopped by SIGTERM; {RESUME_HINT}\n"
+    finally:
+        signal.signal(signal.SIGINT, sigint)
 
 
 def test_command_takes_arguments_of_its_process(monkeypatch):

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from raylib.errors import MachineError, UserError, error_line
+from raylib.notice import STOP_SIGNALS
 from raylib.packed import Ragged, Sentences, TreeLayout, pack_tree, unpack_tree
 
 T = TypeVar("T")
@@ -170,6 +171,7 @@ class BatchStream:
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             prefetch_factor=PREFETCH if self.workers else None,
+            worker_init_fn=_start_loader,
         )
         others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
         read = iter(packed)
@@ -242,6 +244,24 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
         while (item := future.result()) is not end:
             future = thread.submit(next, source, end)
             yield item
+
+
+def _start_loader(worker: int) -> None:
+    """Let a loader process end by its parent's word alone: Ctrl-C, Slurm and torchrun signal all processes of
+    a group, and a training that is to save needs its batches a step longer."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGTERM:
+            signal.signal(number, signal.SIG_IGN)
+    # torch ends a loader by SIGTERM; a handler in Python does not learn who has sent a signal, a wait for it
+    # does
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_by_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_by_parent(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 class _PackedBatches(Dataset):

@@ -1,0 +1,259 @@
+"""Notices that a run must stop: a signal from Slurm, Kubernetes, `ray job stop` or the keyboard, or Ray's
+word that a node goes away. A training answers one by a checkpoint at its next step boundary.
+
+1. `signals_handled`: a command's main thread takes signals. They end it at once,
+2. `notices_to(receive)`: but within this block, the first one is handed to `receive` instead.
+3. `StopVote`: the training loop's `receive`; all workers agree on the step after which they stop.
+"""
+
+import ctypes
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# Slurm users send the last two: sbatch --signal=B:USR1@300
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+PREEMPTION = 1  # the notice that Ray takes a node away: no signal has this number but SIGHUP, which is none
+SECOND_CTRL_C = b"Ctrl-C: saves after this step, and stops; a second one ends at once\n"
+
+_receivers: list[Callable[[int], None]] = []  # the innermost block of `notices_to` is last
+_received: list[int] = []  # signals of the command under way
+
+
+class Interrupted(KeyboardInterrupt):
+    """A command ends because of the signal `number`. line: says where it stood; "": another process says so;
+    None: there is nothing to say of that."""
+
+    def __init__(self, number: int, line: str | None = None):
+        super().__init__(number, line)
+        self.number, self.line = number, line
+
+    @property
+    def exit_code(self) -> int:
+        """Return the exit code that a shell knows of this signal."""
+        return 128 + self.number
+
+    def describe(self, restart_hint: str) -> str:
+        """Return the line of a command that had nothing to save."""
+        what = "interrupted" if self.number == signal.SIGINT else f"stopped by {notice_name(self.number)}"
+        return "; ".join(filter(None, (what, restart_hint)))
+
+
+def notice_name(number: int) -> str:
+    """Return "Ctrl-C", "SIGTERM" ... of the number of a notice."""
+    if number == PREEMPTION:
+        return "Ray's preemption notice"
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def last_signal() -> int:
+    """Return the signal that ends this command, for an exception that does not say so: Ray and Tune take
+    Ctrl-C themselves."""
+    return _received[-1] if _received else signal.SIGINT
+
+
+@contextmanager
+def signals_handled() -> Iterator[None]:
+    """Take the signals that ask a command to end, within the block, where this is the main thread; who calls
+    a command from Python has them as before after it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # a shell starts what runs in its background with Ctrl-C ignored: it stays so
+    taken = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _receive) for number in taken}
+    _received.clear()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _receive(number: int, frame: FrameType | None) -> None:
+    is_second_ctrl_c = number == signal.SIGINT and signal.SIGINT in _received
+    _received.append(number)
+    if _receivers and not is_second_ctrl_c:
+        if number == signal.SIGINT:
+            os.write(2, SECOND_CTRL_C)  # `print` may be what the signal has interrupted
+        _receivers[-1](number)
+    elif number != signal.SIGINT and signal.getsignal(signal.SIGINT) not in (_receive, signal.SIG_IGN):
+        signal.raise_signal(signal.SIGINT)  # Tune takes Ctrl-C itself, to end its trials in order
+    else:
+        raise Interrupted(number)
+
+
+@contextmanager
+def notices_to(receive: Callable[[int], None]) -> Iterator[None]:
+    """Hand the first signal to `receive`, called in the main thread between any two of its instructions,
+    while the block lasts; a second Ctrl-C still ends the command at once."""
+    _received.clear()
+    _receivers.append(receive)
+    try:
+        yield
+    finally:
+        _receivers.remove(receive)
+
+
+def stop_line(number: int, step: int, steps: int) -> str:
+    """Return the line with which a stopped training ends."""
+    where = f"step {step} of {steps}"
+    return f"stopped by {notice_name(number)} at {where}; saved; the same command goes on from there"
+
+
+class EvaluationStopped(BaseException):
+    """Raised inside an evaluation that a notice ends: no `except Exception` of its code takes it."""
+
+
+class StopVote:
+    """The workers' agreement on the step after which they stop, whoever of them got the notice.
+
+    Each step boundary starts an all_reduce of notices on the CPU, which the next boundary reads: nobody waits
+    for a device, and all see the same notice at the same step. One worker alone needs none of it. An
+    evaluation is no place to wait for its end, nor one that all workers can leave together: a thread votes
+    meanwhile, and has the state saved (`evaluate`).
+
+    agreed: the notice that all stop for; 0: none so far.
+    """
+
+    VOTE_SECONDS, LEAVE_SECONDS = 0.2, 3.0  # between votes; for an evaluation to be left
+
+    def __init__(self, world_size: int):
+        self.notice = self.agreed = 0
+        self.lock = threading.RLock()  # a signal's handler runs in the thread that may hold it
+        self.evaluating: int | None = None  # the thread that evaluates
+        self.group: Any = None
+        self.work: Any = None
+        self.flag: Any = None
+        if world_size > 1:
+            import torch.distributed as dist
+
+            self.group = dist.new_group(backend="gloo")
+
+    def receive(self, number: int) -> None:
+        """Take a notice, in any thread. A signal outranks a preemption: the run ends, and is not moved."""
+        self.notice = max(self.notice, number)
+        if self.group is None:
+            self._end_evaluation()
+
+    def at_boundary(self) -> int:
+        """Return the notice for which all workers stop after this step, or 0. All workers call it after each
+        step."""
+        if self.group is None:
+            self.agreed = self.notice
+        elif not self._read():
+            self._start()
+        return self.agreed
+
+    def at_end(self) -> int:
+        """As `at_boundary`, after the last step: what has come since then counts too, and no vote is left
+        open."""
+        if self.group is not None and not self._read():
+            self._start()
+            self._read()
+        self.agreed = self.agreed or (self.notice if self.group is None else 0)
+        return self.agreed
+
+    def require_heeded(self) -> None:
+        """End the command by a notice that came when no step was left to stop after.
+
+        Raises:
+            Interrupted: there is one.
+        """
+        if self.notice and not self.agreed:
+            raise Interrupted(self.notice)
+
+    def _start(self) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.flag = torch.tensor([self.notice])
+        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, self.group, async_op=True)
+
+    def _read(self) -> int:
+        if self.work is not None:
+            self.work.wait()
+            self.agreed, self.work = int(self.flag), None
+        return self.agreed
+
+    def evaluate(
+        self, evaluation: Callable[[], T], save: Callable[[], object], leave: Callable[[], object]
+    ) -> T | None:
+        """Return `evaluation()`; None if a notice has ended it, after `save()`, which keeps the state without
+        its scores.
+
+        save: with several workers called in a thread while the evaluation may still run: it must not use the
+            default process group.
+        leave: ends this process, where the evaluation waits for workers that have left theirs.
+        """
+        done = threading.Event()
+        voters = threading.Thread(target=self._vote_until, args=(done, save, leave), daemon=True)
+        try:
+            with self.lock:
+                self.evaluating = threading.get_ident()
+            if self.group is not None:
+                voters.start()
+            elif self.notice:
+                raise EvaluationStopped
+            value = evaluation()
+            with self.lock:
+                self.evaluating = None
+                _raise_in_thread(threading.get_ident(), None)  # none is left under way
+            done.set()
+        except BaseException as e:
+            self.evaluating = None
+            done.set()
+            if self.group is None and isinstance(e, EvaluationStopped):
+                save()
+                self.agreed = self.notice
+                return None
+            if self.group is not None:  # other workers have left, and this one has lost them
+                voters.join(self.LEAVE_SECONDS)
+            if not self.agreed:
+                raise
+            return None
+        if self.group is not None:
+            voters.join()
+        return None if self.agreed else value
+
+    def _vote_until(
+        self, done: threading.Event, save: Callable[[], object], leave: Callable[[], object]
+    ) -> None:
+        import torch
+        import torch.distributed as dist
+
+        while True:
+            done.wait(self.VOTE_SECONDS)
+            flags = torch.tensor([self.notice, not done.is_set()])
+            dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
+            notice, is_any_evaluating = flags.tolist()
+            if notice:
+                save()
+                self.agreed = notice
+                self._end_evaluation()
+                if not done.wait(self.LEAVE_SECONDS):
+                    leave()
+                return
+            if not is_any_evaluating:
+                return
+
+    def _end_evaluation(self) -> None:
+        with self.lock:
+            thread, self.evaluating = self.evaluating, None
+            if thread == threading.get_ident():
+                raise EvaluationStopped
+            if thread is not None:
+                _raise_in_thread(thread, EvaluationStopped)
+
+
+def _raise_in_thread(thread: int, kind: type[BaseException] | None) -> None:
+    """Raise `kind` between two instructions of a thread's Python code; None: take back what was not raised
+    yet."""
+    error = ctypes.py_object(kind) if kind else None
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
