@@ -74,7 +74,7 @@ def test_tracer_sees_every_operation_in_order(folder, tmp_path):
 def test_tracer_kills_before_an_operation_or_in_the_middle_of_a_write(folder, tmp_path, torn):
     point = Operation("write", "c", 1)
     point = torn_writes([point])[0] if torn else point
-    found = trace([lambda: use_folder(folder)], folder, tmp_path / "log", kill=(0, point))
+    found = trace([lambda: use_folder(folder)], folder, tmp_path / "log", point=(0, point))
     assert found.codes == [-9] and found.reached
     assert found.operations[0][-1] == point._replace(torn=False)
     assert (folder / "c").read_bytes() == (TEXT[:5] if torn else b"")
@@ -88,7 +88,7 @@ def test_power_failure_takes_what_was_renamed_before_it_was_synced(folder, tmp_p
         [lambda: replace_file(folder, sync)],
         folder,
         tmp_path / "log",
-        kill=(0, Operation("openat", "end", 1)),
+        point=(0, Operation("openat", "end", 1)),
         power_fails=True,
     )
     assert found.reached and (folder / "kept").read_bytes() == content

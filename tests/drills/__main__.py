@@ -23,12 +23,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.results import RESULTS, commit
 from raylib.fileio import append_jsonl
-from tests.drills import kills
+from tests.drills import disks, ends, kills
 from tests.drills.harness import ROWS, Drill, NotRun, Workshop
 from tests.drills.runs import build_data, finetuning, preload, pretraining
 
 FILE = RESULTS / "drills.jsonl"
-MODULES = (kills,)
+MODULES = (kills, disks, ends)  # whose rows are in the table, in this order
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
         for name in names:
             print(textwrap.fill(f"{name}: {describe(name)}", 110, subsequent_indent="    "))
         return 0
+    if reason := disks.enter_mount_namespace():
+        print(f"rows that mount disks will not run: {reason}")
     folder = Path(tempfile.mkdtemp(prefix="drills-"))
     print(f"seed {given.seed}; runs in {folder}", flush=True)
     workshop = prepare(folder)

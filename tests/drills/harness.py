@@ -17,6 +17,7 @@ from tests.drills.runs import (
     samples_of,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 T = TypeVar("T")
 ROWS: dict[str, Callable[["Drill"], None]] = {}
 
@@ -86,6 +87,8 @@ class Drill:
         folder.mkdir()
         try:
             work(folder)
+        except NotRun:
+            raise
         except Exception as error:
             if not isinstance(error, AssertionError):
                 error.add_note(f"at: {what}")

@@ -19,12 +19,14 @@ RANDOM_KILLS = 50
 ROUND = 5  # kills of one run, after which it is left to end
 
 
-def require_undisturbed(drill: Drill, case: Case, runs: Path, world: int = 1) -> None:
+def require_undisturbed(
+    drill: Drill, case: Case, runs: Path, world: int = 1, notes: Path | None = None
+) -> None:
     """Raises AssertionError: the run below `runs` did not come to what it comes to undisturbed: losses,
     weights, best, predictions, to the bit; each sample once; no file more or less."""
     reference = drill.workshop.reference(case, world)
     require_equal(outcome(runs / "run"), reference.outcome)
-    assert samples_of(runs, world) == reference.samples, "other samples"
+    assert samples_of(notes or runs, world) == reference.samples, "other samples"
 
 
 def list_points(case: Case, drill: Drill, world: int) -> list[tuple[int, Operation]]:
@@ -51,7 +53,7 @@ def kill_everywhere(
 
         def disturb(runs: Path, point=(worker, operation)) -> None:
             works = case.workers(runs, world=world)
-            done = trace(works, runs / "run", runs / "log.txt", point, power_fails)
+            done = trace(works, runs / "run", runs / "log.txt", point, power_fails=power_fails)
             if not done.reached:
                 # of threads, or workers, that took turns in another order; that run has ended
                 assert done.codes == [0] * world, f"exit codes {done.codes}"

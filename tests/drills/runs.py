@@ -80,8 +80,9 @@ class Case(NamedTuple):
         """Return its words after `python -m`, for a run in the folder `runs`/run."""
         return [self.stage, *self.arguments, f"runs={runs}", "name=run", *settings]
 
-    def workers(self, runs: Path, *settings: str, world: int = 1) -> list[Work]:
-        """Return what each of `world` workers does, in a process of its own, as torchrun would start it."""
+    def workers(self, runs: Path, *settings: str, world: int = 1, notes: Path | None = None) -> list[Work]:
+        """Return what each of `world` workers does, in a process of its own, as torchrun would start it. The
+        samples that it trains on are logged in the folder `notes`, or in `runs`."""
         port = free_port()
         words = self.command(runs, *settings)
 
@@ -92,7 +93,7 @@ class Case(NamedTuple):
                 os.environ.update(
                     {k: str(v) for k, v in {**size, **place, "GLOO_SOCKET_IFNAME": "lo"}.items()}
                 )
-            _log_samples(runs / f"samples-{rank}.jsonl")
+            _log_samples((notes or runs) / f"samples-{rank}.jsonl")
             main = importlib.import_module(f"{self.stage}.__main__").main
             return main(words[1:])
 
@@ -178,15 +179,22 @@ class Group:
                 os.waitpid(pid, 0)
 
 
-def run_to_end(case: Case, runs: Path, *settings: str, world: int = 1, seconds: float = 120.0) -> str:
-    """Run a case in forked processes; return what it printed.
+def run_to_end(
+    case: Case,
+    runs: Path,
+    *settings: str,
+    world: int = 1,
+    notes: Path | None = None,
+    seconds: float = 120.0,
+) -> str:
+    """Run a case in forked processes; return what it printed, which is in log.txt of `notes`, or `runs`.
 
     Raises:
         AssertionError: it did not end well.
     """
-    log = runs / "log.txt"
+    log = (notes or runs) / "log.txt"
     start = log.stat().st_size if log.exists() else 0
-    with Group(case.workers(runs, *settings, world=world), log) as group:
+    with Group(case.workers(runs, *settings, world=world, notes=notes), log) as group:
         codes = group.wait(seconds)
     assert codes == [0] * world, f"exit codes {codes}; {last_lines(log)}"
     return log.read_bytes()[start:].decode()

@@ -1,4 +1,4 @@
-"""Tracing of every file operation of a process below a folder, to end the process at any one of them.
+"""Tracing of every file operation of a process below a folder, to do something to it at any one of them.
 
 The process is forked, traced through ptrace(2), and stopped by a seccomp filter at the calls of `CALLS`
 alone: so whatever writes is seen (Python, C++, Rust, any thread, any child process), and all else runs at
@@ -86,7 +86,7 @@ class Operation(NamedTuple):
 
 class Trace(NamedTuple):
     """What a traced run did: the operations of each worker in order; each worker's exit code (-9: killed);
-    whether the operation came at which it was to be killed."""
+    whether the operation came at which something was to be done."""
 
     operations: list[list[Operation]]
     codes: list[int]
@@ -101,20 +101,21 @@ def trace(
     workers: Sequence[Callable[[], int]],
     folder: Path,
     log: Path,
-    kill: tuple[int, Operation] | None = None,
+    point: tuple[int, Operation] | None = None,
+    action: Callable[[list[int]], object] | None = None,
     power_fails: bool = False,
     seconds: float = 120.0,
 ) -> Trace:
     """Run each of `workers` in a process forked from this one, with its output appended to `log`, and trace
     what they do below `folder`.
 
-    kill: (worker, operation) at which that worker gets SIGKILL, before the call, or in the middle of a torn
-        write; the others get it then too. power_fails: what was not synced by then is lost (`Durability`).
+    point: (worker, operation) before which, or in the middle of which, `action` is done, given the process of
+        each worker; None kills all of them. power_fails: what was not synced by then is lost (`Durability`).
 
     Raises:
         TimeOut: they did not end in so many `seconds`.
     """
-    tracer = _Tracer(folder, log, kill)
+    tracer = _Tracer(folder, log, point, action)
 
     def expire(*_) -> None:
         raise TimeOut(f"no end after {seconds:.0f} s; see {log}")
@@ -172,8 +173,15 @@ class _Call(NamedTuple):
 class _Tracer:
     """The state of `trace`."""
 
-    def __init__(self, folder: Path, log: Path, kill: tuple[int, Operation] | None):
-        self.folder, self.log, self.kill = str(folder), log, kill
+    def __init__(
+        self,
+        folder: Path,
+        log: Path,
+        point: tuple[int, Operation] | None,
+        action: Callable[[list[int]], object] | None,
+    ):
+        self.folder, self.log = str(folder), log
+        self.point, self.action = point, action
         self.names = {call[MACHINE != "x86_64"]: name for name, call in CALLS.items()}
         self.workers: list[int] = []
         self.owner: dict[int, int] = {}  # a traced thread: the worker that it belongs to
@@ -213,11 +221,11 @@ class _Tracer:
         """End every process of the workers."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.workers[0], signal.SIGKILL)
-        for pid in self.workers:
-            while pid not in self.codes:
-                _, status = os.waitpid(pid, WALL)
-                if not os.WIFSTOPPED(status):
-                    self.codes[pid] = os.waitstatus_to_exitcode(status)
+        while len(self.codes) < len(self.workers):
+            # each thread that is traced must be waited for, or the process does not end
+            pid, status = os.waitpid(-self.workers[0], WALL)
+            if pid in self.workers and not os.WIFSTOPPED(status):
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
 
     def _go_on(self, pid: int, number: int, event: int) -> None:
         request, deliver = CONT, 0
@@ -245,12 +253,15 @@ class _Tracer:
         self.counts[worker][call.name, own] += 1
         operation = Operation(call.name, own, self.counts[worker][call.name, own])
         self.operations[worker].append(operation)
-        if self.kill and self.kill == (worker, self.kill[1]) and self.kill[1][:3] == operation[:3]:
-            if self.kill[1].torn:
-                self._tear(pid, call)
+        if self.point and (worker, operation) == (self.point[0], self.point[1]._replace(torn=False)):
             self.reached = True
-            os.killpg(self.workers[0], signal.SIGKILL)
-            return CONT
+            if self.action:
+                self.action(self.workers)
+            else:
+                if self.point[1].torn:
+                    self._tear(pid, call)
+                os.killpg(self.workers[0], signal.SIGKILL)
+                return CONT
         if call.name in CHANGES and os.path.isfile(call.path):
             self.durability.note_change(call.path, os.stat(call.path).st_size)
         self.pending[pid] = call
