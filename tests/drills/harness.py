@@ -3,6 +3,7 @@
 import inspect
 import random
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -44,8 +45,7 @@ class Workshop:
     def reference(self, case: Case, world: int = 1) -> Reference:
         """Return what `case` comes to if nothing disturbs it, on so many workers."""
         if (case, world) not in self._references:
-            runs = self.folder / f"undisturbed-{len(self._references)}"
-            runs.mkdir()
+            runs = Path(tempfile.mkdtemp(prefix="undisturbed-", dir=self.folder))
             began = time.perf_counter()
             run_to_end(case, runs, world=world)
             seconds = time.perf_counter() - began

@@ -223,7 +223,7 @@ def outcome(run: Path) -> dict[str, Any]:
     """Return what a finished run came to: all of it must be equal in a run that was disturbed."""
     newest = checkpoint.find_newest(run)
     assert newest is not None, f"{run}: no checkpoint"
-    best = checkpoint.find_trained(run, "best", newest)
+    best, record = checkpoint.find_best(run), checkpoint.read_registry(run).best
     result = json.loads((run / "result.json").read_text())
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     kept = [folder for name in ("predictions", "dev") for folder in run.rglob(name)]
@@ -231,7 +231,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "log of losses": [{k: v for k, v in line.items() if k.startswith(LOGGED)} for line in lines],
         "checkpoint": newest.name,
         "weights": tensors_of(newest),
-        "best": (checkpoint.read_meta(best)["step"], checkpoint.read_meta(best)["score"], tensors_of(best)),
+        "best": record and (*record, checkpoint.verify(best)["score"], tensors_of(best)),
         "result": {k: v for k, v in result.items() if k not in VOLATILE},
         "predictions": {
             str(path.relative_to(run)): _sha256(path)
