@@ -5,7 +5,6 @@ predictions and result."""
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from raylib.command import (
     RESUME_HINT,
@@ -13,6 +12,7 @@ from raylib.command import (
     check_writable,
     command_parser,
     entry_point,
+    local_path,
     module_doc,
     run_stage,
 )
@@ -42,7 +42,7 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     """Evaluate a run's model again."""
     parser = command_parser("finetune evaluate", _evaluate.__doc__)
-    parser.add_argument("run", type=Path, help="a run that has been trained")
+    parser.add_argument("run", type=local_path, help="a run that has been trained")
     parsed = parser.parse_args(arguments)
     from finetune.report import table
     from finetune.train import evaluate_run
@@ -54,12 +54,14 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _compare(arguments: Sequence[str]) -> int:
     """Put runs side by side, in tables with intervals."""
     parser = command_parser("finetune compare", module_doc("finetune.compare"))
-    parser.add_argument("runs", type=Path, nargs="+", help="finished runs")
-    parser.add_argument("--baseline", type=Path, metavar="RUN", help="the row to subtract (the first one)")
+    parser.add_argument("runs", type=local_path, nargs="+", help="finished runs")
     parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="also write a line for each row and score, unrounded"
+        "--baseline", type=local_path, metavar="RUN", help="the row to subtract (the first one)"
     )
-    parser.add_argument("--latex", type=Path, metavar="FILE", help="also write the tables as LaTeX")
+    parser.add_argument(
+        "--csv", type=local_path, metavar="FILE", help="also write a line for each row and score, unrounded"
+    )
+    parser.add_argument("--latex", type=local_path, metavar="FILE", help="also write the tables as LaTeX")
     parsed = parser.parse_args(arguments)
     check_writable(parsed.csv)
     check_writable(parsed.latex)
@@ -77,7 +79,7 @@ def _compare(arguments: Sequence[str]) -> int:
 def _analyse(arguments: Sequence[str]) -> int:
     """Draw every figure of a run, into RUN/analysis."""
     parser = command_parser("finetune analyse", _analyse.__doc__)
-    parser.add_argument("run", type=Path, help="a finished run")
+    parser.add_argument("run", type=local_path, help="a finished run")
     parser.add_argument(
         "--limit",
         type=_positive,
@@ -112,7 +114,9 @@ def _translate(arguments: Sequence[str]) -> int:
 
     parser = command_parser("finetune translate", TranslateConfig.__doc__, settings=TranslateConfig)
     parser.add_argument("task", help="whose captions are translated")
-    parser.add_argument("model", type=Path, help="folder of a translation model, as transformers saves it")
+    parser.add_argument(
+        "model", type=local_path, help="folder of a translation model, as transformers saves it"
+    )
     parser.add_argument(
         "settings", nargs="*", metavar="path=value", help="such as data=FOLDER split=shots direction=from_en"
     )

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finetune.strategies import StrategiesConfig
-from raylib.config import NameOrFile
+from raylib.config import FolderName, NameOrFile
 from raylib.memory import next_settings
 from raylib.settings import AugmentConfig, Checkpointing, DecoderConfig, FitConfig, LaunchConfig, OptimConfig
 
@@ -48,7 +48,7 @@ class FinetuneConfig(LaunchConfig):
     another name for these."""
     shots: int | str = 5
     """Number of shots, as few-shot files are called: 5, 48, 10x2."""
-    languages: tuple[str, ...] = ()
+    languages: tuple[FolderName, ...] = ()
     """Languages that are evaluated; empty: all of the task's."""
     method: str = ""
     """Name of the run in tables; empty: that of its strategies."""

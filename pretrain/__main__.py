@@ -3,7 +3,6 @@ its config, checkpoints, curves and result."""
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from raylib.command import (
     RESUME_HINT,
@@ -11,6 +10,7 @@ from raylib.command import (
     check_writable,
     command_parser,
     entry_point,
+    local_path,
     module_doc,
     run_stage,
 )
@@ -40,9 +40,11 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluate(arguments: Sequence[str]) -> int:
     """Evaluate a model zero-shot: retrieval of images and captions, per language."""
     parser = command_parser("pretrain evaluate", _evaluate.__doc__)
-    parser.add_argument("model", help="an exported model, a run or a checkpoint")
-    parser.add_argument("data", help="shards, or a folder with images and captions.json")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures into this file")
+    parser.add_argument("model", type=local_path, help="an exported model, a run or a checkpoint")
+    parser.add_argument("data", type=local_path, help="shards, or a folder with images and captions.json")
+    parser.add_argument(
+        "--json", type=local_path, metavar="FILE", help="also write the figures into this file"
+    )
     args = parser.parse_args(arguments)
     check_writable(args.json)
     from pretrain.evaluate import evaluate_folder, recall_table, write_result
@@ -57,8 +59,8 @@ def _evaluate(arguments: Sequence[str]) -> int:
 def _export(arguments: Sequence[str]) -> int:
     """Write a run's model as a folder that Hugging Face reads."""
     parser = command_parser("pretrain export", module_doc("raylib.api.export"))
-    parser.add_argument("run", type=Path, help="a run or one of its checkpoints")
-    parser.add_argument("dir", type=Path, help="a new folder")
+    parser.add_argument("run", type=local_path, help="a run or one of its checkpoints")
+    parser.add_argument("dir", type=local_path, help="a new folder")
     parser.add_argument("--language", help="of a run that trained a model for each language, which one")
     parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
     args = parser.parse_args(arguments)
@@ -73,7 +75,7 @@ def _export(arguments: Sequence[str]) -> int:
 def _convert(arguments: Sequence[str]) -> int:
     """Write the optimizer states of an earlier version anew, so that its run can be trained on."""
     parser = command_parser("pretrain convert", module_doc("raylib.convert"))
-    parser.add_argument("run", type=Path, help="a run of your own, of pretraining or fine-tuning")
+    parser.add_argument("run", type=local_path, help="a run of your own, of pretraining or fine-tuning")
     run = parser.parse_args(arguments).run
     from raylib.convert import convert_run
 
@@ -86,15 +88,17 @@ def _convert(arguments: Sequence[str]) -> int:
 def _overlap(arguments: Sequence[str]) -> int:
     """Find test images that are in a pretraining corpus."""
     parser = command_parser("pretrain overlap", module_doc("pretrain.image_overlap"))
-    parser.add_argument("corpus", type=Path, help="image-text shards, or a corpus with a folder image_text")
     parser.add_argument(
-        "data", type=Path, help="a folder or a tar of test images, a retrieval set, or shards"
+        "corpus", type=local_path, help="image-text shards, or a corpus with a folder image_text"
     )
     parser.add_argument(
-        "--names", type=Path, nargs="+", default=[], help="annotation files: only images that they name"
+        "data", type=local_path, help="a folder or a tar of test images, a retrieval set, or shards"
+    )
+    parser.add_argument(
+        "--names", type=local_path, nargs="+", default=[], help="annotation files: only images that they name"
     )
     parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
-    parser.add_argument("--json", type=Path, help="write all figures, and each pair, into this file")
+    parser.add_argument("--json", type=local_path, help="write all figures, and each pair, into this file")
     args = parser.parse_args(arguments)
     if not 0 <= args.distance <= 32:
         raise UserError(f"--distance {args.distance}: give a number from 0 to 32")

@@ -19,6 +19,7 @@ from raylib.settings import (
 class StreamConfig(Config):
     """One stream of the data."""
 
+    takes_urls = ("folder",)
     folder: str | None = None
     """Folder, or URL (`raylib.data.fetch`), of the stream's shards; null: the corpus's."""
     batch: NonNegativeInt = 0

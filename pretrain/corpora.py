@@ -24,7 +24,7 @@ import numpy as np
 import raylib.sample
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
-from raylib.command import command_parser, entry_point
+from raylib.command import command_parser, entry_point, local_path
 from raylib.data import index, shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
@@ -266,11 +266,16 @@ def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:
 @entry_point()
 def main(arguments: Sequence[str]) -> int:
     parser = command_parser("pretrain.corpora", __doc__.partition("\n")[0])
-    parser.add_argument("out", type=Path)
+    parser.add_argument("out", type=local_path)
     parser.add_argument(
-        "--tokenizer", required=True, help="SentencePiece model or tokenizer.json, or its folder"
+        "--tokenizer",
+        required=True,
+        type=local_path,
+        help="SentencePiece model or tokenizer.json, or its folder",
     )
-    parser.add_argument("--image-text", nargs="+", action="extend", default=[], metavar="FILE")
+    parser.add_argument(
+        "--image-text", nargs="+", type=local_path, action="extend", default=[], metavar="FILE"
+    )
     for stream in ("--parallel", "--text"):
         parser.add_argument(stream, nargs="+", action="extend", default=[], metavar="LANGUAGE=FILE")
     parser.add_argument("--image-size", type=int, help="shrink images to this shorter side, in pixels")
@@ -279,13 +284,13 @@ def main(arguments: Sequence[str]) -> int:
     )
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    streams: dict[str, dict[str, list[str]]] = {"parallel": {}, "text": {}}
+    streams: dict[str, dict[str, list[Path]]] = {"parallel": {}, "text": {}}
     for stream, files in streams.items():
         for pair in getattr(args, stream):
             language, equals, path = pair.partition("=")
             if not equals:
                 parser.error(f"--{stream} {pair}: wanted LANGUAGE=FILE")
-            files.setdefault(language, []).append(path)
+            files.setdefault(language, []).append(local_path(path))
     prepare(
         args.out,
         args.tokenizer,

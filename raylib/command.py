@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib import __version__
-from raylib.config import Config, dump_config, load_config, lookup, override, suggest
+from raylib.config import Config, dump_config, load_config, lookup, override, path_problem, suggest
 from raylib.errors import UserError, error_line
 from raylib.help import recipe_list, settings_page, table, wrap
 from raylib.notice import Interrupted, last_signal, signals_handled
@@ -90,6 +90,17 @@ def module_doc(module: str) -> str:
     spec = importlib.util.find_spec(module)
     assert spec is not None and spec.origin is not None
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
+
+
+def local_path(text: str) -> Path:
+    """Return a path that a command line names.
+
+    Raises:
+        UserError: it is a URL, or has a NUL.
+    """
+    if problem := path_problem(text):
+        raise UserError(f"{text}: {problem}")
+    return Path(text)
 
 
 def check_writable(path: Path | None) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Set
@@ -19,7 +20,15 @@ from types import ModuleType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, WrapValidator, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    ValidationError,
+    ValidationInfo,
+    WrapValidator,
+    field_validator,
+)
 
 from raylib.errors import UserError
 from raylib.renames import MODULES, rename_path, rename_settings
@@ -80,6 +89,16 @@ class Config(BaseModel):
     # the text below a field is what help says of the setting (`raylib.help`)
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
     stored_as: ClassVar[str] = ""  # the kind in `raylib.renames` by which stored ones are read
+    takes_urls: ClassVar[tuple[str, ...]] = ()  # settings that may be a URL; a path may not
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _is_no_url(cls, value: Any, info: ValidationInfo) -> Any:
+        if info.field_name not in cls.takes_urls and cls.__module__ not in _user_sources:
+            for text in value if isinstance(value, tuple) else (value,):
+                if isinstance(text, str) and (problem := path_problem(text)):
+                    raise ValueError(problem)
+        return value
 
     @field_validator("*", mode="before")
     @classmethod
@@ -102,6 +121,32 @@ def _is_list(annotation: Any) -> bool:
     )
 
 
+# of 255: a file has more before and behind its name while it is written
+LONGEST_NAME = 200
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes s3:/ of s3://
+
+
+def path_problem(text: str) -> str:
+    """Say what keeps a text from being a path of this machine: it is a URL, or has a NUL; "": nothing."""
+    if URL.match(text):
+        return (
+            "a path of this machine, no URL: copy it here, or mount it; URLs are taken by "
+            "data.image_text.folder, data.parallel.folder and data.text.folder of pretraining, and by "
+            "--images of predict, and its --out with --ray"
+        )
+    return "no path has a NUL character" if "\0" in text else ""
+
+
+def _check_folder_name(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", name) or name in (".", "..") or len(name.encode()) > LONGEST_NAME:
+        raise ValueError(
+            f"give the name of one folder: letters, digits, '_', '-' and '.', at most {LONGEST_NAME} bytes"
+        )
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(_check_folder_name)]  # of a run, in `runs`
+FolderNameOrNone = Annotated[str, AfterValidator(lambda name: name and _check_folder_name(name))]  # "": none
 ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
 _user_sources: dict[str, "UserSource"] = {}  # by module
@@ -171,7 +216,8 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] in ("model_type", "model_attributes_type"):
             message = f"it has settings of its own; give these, as {path}.NAME=..., or {{}} for its defaults"
-        got = f" (got {first['input']!r})" if path else ""
+        given = repr(first["input"])
+        got = f" (got {given if len(given) <= LONGEST_NAME else given[:50] + '...'})" if path else ""
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
 
 

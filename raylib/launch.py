@@ -5,6 +5,8 @@ import json
 import logging
 import os
 import signal
+import socket
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +16,7 @@ from typing import Any
 from raylib import cache, checkpoint
 from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
 from raylib.distributed import barrier
-from raylib.errors import NotFinite, UserError
+from raylib.errors import MachineError, NotFinite, UserError
 from raylib.fileio import read_json, write_atomically, write_json
 from raylib.lock import add_ray_job, hold_run, owner_of, stored_owner, watch_file, work_for
 from raylib.notice import Interrupted, stop_line
@@ -39,6 +41,9 @@ RAY_ENV = {  # environment variables of every process
 }
 
 
+CONNECT_SECONDS = 10.0  # for the head of a cluster to answer
+NO_CLUSTER = "start that cluster, give the address of another, or unset RAY_ADDRESS to start one here"
+JOB_COPIES = "working_dir_files"  # folder of Ray's, with the copies of jobs' working directories
 IDLE_CPUS = 0.01  # of a trial that only waits for its workers: 0 is refused
 TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their own processes
 
@@ -73,7 +78,19 @@ def hold(config: LaunchConfig) -> AbstractContextManager[bool]:
     """Own the folder of a run in the block (`raylib.lock.hold_run`); under torchrun worker 0 does for all."""
     if not is_main_process(config):
         return nullcontext(False)
+    warn_of_copy(config.runs)
     return hold_run(run_folder(config), job_has_ended)
+
+
+def warn_of_copy(runs: str) -> None:
+    """Print a line if a relative `runs` lies in the copy of a working directory that a Ray job runs in."""
+    if not Path(runs).is_absolute() and JOB_COPIES in Path.cwd().parts:
+        print(
+            f"warning: runs={runs} is relative, and this job's working directory is a copy that Ray deletes "
+            f"({Path.cwd()}): give runs= an absolute path, or set POLYGLANCE_RUNS",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def open_run(
@@ -308,7 +325,9 @@ def connect_to_ray(quiet: bool = False) -> bool:
     `quiet`: nothing that workers print comes here.
 
     Raises:
-        UserError: Ray is not installed.
+        UserError: Ray is not installed, or RAY_ADDRESS is no address of a cluster.
+        MachineError: there is no cluster at that address, or it does not take this process (another version,
+            another token); none starts here.
     """
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
@@ -324,17 +343,46 @@ def connect_to_ray(quiet: bool = False) -> bool:
     # that tokens are on is no news; a warning if they are off stays
     tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
     tokens.addFilter(lambda record: "is enabled" not in record.getMessage())
-    context: Any = ray.init(
-        address=os.environ.get("RAY_ADDRESS", "local"),
-        log_to_driver=not quiet,
-        logging_level=logging.WARNING,
-        runtime_env={"env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k)}},
-    )
-    if "RAY_ADDRESS" not in os.environ:
+    address = os.environ.get("RAY_ADDRESS") or "local"
+    _check_address(address)
+    try:
+        context: Any = ray.init(
+            address=address,
+            log_to_driver=not quiet,
+            logging_level=logging.WARNING,
+            runtime_env={"env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k)}},
+        )
+    except Exception as e:  # of many kinds: no connection, another version, a token
+        reason = " ".join(str(e).split())[:300] or type(e).__name__
+        if address == "local":
+            raise MachineError(
+                f"Ray does not start here ({reason}); its logs are in /tmp/ray/session_latest/logs; "
+                "runtime=local trains without it"
+            ) from e
+        raise MachineError(f"RAY_ADDRESS={address}: {reason}; {NO_CLUSTER}") from e
+    if address == "local":
         print(f"Ray's dashboard: http://{context.dashboard_url} (a token? `ray get-auth-token`)", flush=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
     return True
+
+
+def _check_address(address: str) -> None:
+    """Look for a cluster at RAY_ADDRESS: Ray itself would go on trying for minutes.
+
+    Raises:
+        UserError: it is no address. MachineError: nothing answers there.
+    """
+    if address in ("local", "auto") or address.startswith("ray://"):
+        return
+    host, _, port = address.rpartition(":")
+    if not host or "/" in address or not port.isdecimal() or int(port) >= 1 << 16:
+        raise UserError(f"RAY_ADDRESS={address}: not of the form HOST:PORT, such as 10.0.0.1:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as e:
+        reason = e.strerror or e
+        raise MachineError(f"RAY_ADDRESS={address}: nothing answers there ({reason}); {NO_CLUSTER}") from None
 
 
 def this_job() -> dict[str, Any]:

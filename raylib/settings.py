@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, NameOrFile, UserFile, load_user_file, lookup
+from raylib.config import Config, FolderName, NameOrFile, UserFile, load_user_file, lookup
 from raylib.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class LaunchConfig(Config):
 
     recipe: str = ""
     """The recipe that the config began as; set by the command line."""
-    name: str = Field(default="run", pattern=r"^[\w.-]+$")
+    name: FolderName = "run"
     """Name of the run: its folder is `runs`/`name`."""
     runs: str = "runs"
     """Folder of all runs; the environment variable POLYGLANCE_RUNS gives another one."""

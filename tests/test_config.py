@@ -1,7 +1,10 @@
+import importlib
+
 import pytest
 from pydantic import model_validator
 
 from finetune.config import FinetuneConfig
+from pretrain.recipes import RECIPES as PRETRAINING
 from raylib.config import (
     Config,
     differing_paths,
@@ -195,3 +198,75 @@ def test_load_user_class_says_in_one_line_what_is_wrong(tmp_path, source, name, 
     with pytest.raises(UserError, match=message) as e:
         load_user_class(path, Config, name)
     assert "\n" not in str(e.value)
+
+
+NAME, URL = "give the name of one folder: ", "a path of this machine, no URL: "
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        *((f"name={name}", NAME) for name in ("..", ".", "", "a/b", "/a", "a\nb", "a\0b", "a b", "ä" * 101)),
+        *((f"{path}=s3://bucket/a", URL) for path in ("runs", "corpus", "init.model", "data.tokenizer")),
+        *((f"{path}=hf://a/b", URL) for path in ("data.retrieval", "data.dev", "data.cache", "init.vision")),
+        ("corpus=s3:/bucket", URL),
+        ("runs=a\0b", "no path has a NUL character"),
+    ],
+)
+def test_override_refuses_names_and_paths_that_are_none(assignment, words):
+    with pytest.raises(UserError) as caught:
+        override(PRETRAINING["tiny"](), [assignment])
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_override_takes_urls_where_they_are_read_and_names_of_any_alphabet():
+    config = override(
+        PRETRAINING["tiny"](), ["data.text.folder=s3://bucket/a", "name=пример.2_a-b", "runs=C:/a"]
+    )
+    assert config.data.text.folder == "s3://bucket/a" and config.name == "пример.2_a-b"
+
+
+@pytest.mark.parametrize("path", ["model", "data", "images", "regions", "wordnet", "runs"])
+def test_override_refuses_urls_in_paths_of_fine_tuning(path):
+    from finetune.recipes import RECIPES
+
+    with pytest.raises(UserError, match=URL):
+        override(RECIPES["scenes_xvnli"](), [f"{path}=gs://bucket/a"])
+
+
+def test_override_refuses_languages_that_are_no_names():
+    from finetune.recipes import RECIPES
+
+    with pytest.raises(UserError, match=NAME):
+        override(RECIPES["scenes_xvnli"](), ["languages=../ru"])
+
+
+def test_override_refuses_names_of_searches_that_are_none():
+    from raylib.search.config import SearchConfig
+
+    assert override(SearchConfig(recipe="a"), ["name="]).name == ""
+    for assignment, words in (("name=..", NAME), ("runs=s3://a", URL), ("warm_start=s3://a", URL)):
+        with pytest.raises(UserError, match=words):
+            override(SearchConfig(recipe="a"), [assignment])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pretrain", "evaluate", "s3://a/model", "data"],
+        ["pretrain", "export", "model", "s3://a/out"],
+        ["finetune", "evaluate", "hf://a/b"],
+        ["raylib.api.predict", "hf://a/b", "--texts", "a.txt"],
+        ["pretrain.corpora", "s3://a", "--tokenizer", "t"],
+        ["raylib.data.shards", "https://a/b", "text"],
+    ],
+)
+def test_command_refuses_urls_in_paths(arguments, tmp_path, monkeypatch, capsys):
+    module, *rest = arguments
+    package = module if "." in module else f"{module}.__main__"
+    (tmp_path / "a.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    assert importlib.import_module(package).main(rest) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    err = capsys.readouterr().err
+    assert URL in err and err.count("\n") == 1

@@ -1,8 +1,11 @@
-"""What a run asks of a cluster."""
+"""What a run asks of a cluster, and what becomes of it where there is none."""
+
+import socket
 
 import pytest
 
-from raylib.launch import gpu_share, worker_resources
+from raylib.errors import MachineError, UserError
+from raylib.launch import connect_to_ray, gpu_share, warn_of_copy, worker_resources
 
 HEAD, CPU4 = {"CPU": 0.0}, {"CPU": 4.0}
 BOX, NODE = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}
@@ -47,3 +50,56 @@ def test_worker_with_a_gpu_asks_for_its_share_of_cpus(nodes, workers, loaders, i
 
 def test_share_of_a_gpu_is_that_of_the_poorest_node():
     assert gpu_share([HEAD, BOX, NODE]) == 11 and gpu_share([NODE]) == 15 and gpu_share([CPU4]) == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "error", "words"),
+    [
+        ("http://127.0.0.1:8265", UserError, "not of the form HOST:PORT"),
+        ("garbage", UserError, "not of the form HOST:PORT"),
+        ("127.0.0.1:99999", UserError, "not of the form HOST:PORT"),
+        (
+            "127.0.0.1:{closed}",
+            MachineError,
+            r"nothing answers there \(Connection refused\); start that cluster",
+        ),
+        ("no-such-host.invalid:6379", MachineError, "nothing answers there"),
+    ],
+)
+def test_connect_to_ray_where_no_cluster_is_is_one_line_at_once(address, error, words, monkeypatch):
+    with socket.socket() as probe:  # bound, but not listening
+        probe.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("RAY_ADDRESS", address.format(closed=probe.getsockname()[1]))
+        with pytest.raises(error, match=words):
+            connect_to_ray()
+
+
+@pytest.mark.parametrize("address", ["local", "auto"])
+def test_connect_to_ray_tells_what_ray_says_in_one_line(address, monkeypatch):
+    """Another version, another token: whatever `ray.init` raises."""
+    import ray
+
+    def refuse(**options):
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.0.0\n")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(
+        MachineError, match="Version mismatch: The cluster was started with: Ray: 2.0.0"
+    ) as caught:
+        connect_to_ray()
+    assert "\n" not in str(caught.value)
+
+
+def test_relative_runs_in_the_copy_of_a_job_are_warned_of(tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "session" / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    copy.mkdir(parents=True)
+    warn_of_copy("runs")
+    monkeypatch.chdir(copy)
+    warn_of_copy("/shared/runs")
+    assert capsys.readouterr().err == ""
+    warn_of_copy("runs")
+    assert capsys.readouterr().err.startswith(
+        "warning: runs=runs is relative, and this job's working directory"
+    )

@@ -121,6 +121,40 @@ def test_ray_killed_worker_is_replaced_without_trace(mini):
     assert [event.step for event in tracked.Scalars("loss/itm")] == list(range(1, 61))
 
 
+def test_ray_killed_driver_leaves_workers_that_register_nothing_and_another_start_goes_on(mini, tmp_path):
+    """Two owners: SIGKILL of the driver, and the same command again at once."""
+    settings = ["fit.steps=400", "fit.save_every=2", "fit.keep=500"]
+    undisturbed, killed = mini("name=undisturbed", *settings), mini("name=killed", *settings)
+    run(undisturbed)
+    (tmp_path / "killed.json").write_text(dump_config(killed))
+    command = [sys.executable, "-m", "pretrain", "--config", str(tmp_path / "killed.json")]
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    folder = tmp_path / "killed"
+
+    def registered() -> list[str]:
+        return checkpoint.read_registry(folder).checkpoints if folder.is_dir() else []
+
+    first = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while len(registered()) < 20:
+        assert first.poll() is None
+        time.sleep(0.02)
+    tree = psutil.Process(first.pid).children(recursive=True)
+    workers = [p for p in tree if "RayTrainWorker" in " ".join(p.cmdline())]
+    assert len(workers) == 2
+    first.kill()
+    first.wait()
+    before = registered()
+    again = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    assert not alive and again.poll() is None
+    # a rename may have been under way; the workers would have saved five times a second
+    assert len(registered()) <= len(before) + 1
+    said = again.communicate(timeout=300)[0]
+    assert again.returncode == 0 and f"taken over from process {first.pid} on " in said, said
+    assert losses(undisturbed) == losses(killed)
+    assert states(undisturbed, 400) == states(killed, 400)
+
+
 def test_ray_only_complete_registered_checkpoints_count(mini):
     config = mini("name=broken", "fit.stop_after=4")
     run(config)

@@ -14,6 +14,7 @@ import pytest
 
 from finetune.__main__ import main as finetune_main
 from finetune.recipes import RECIPES
+from raylib.checkpoint import find_newest
 from raylib.config import load_config, override
 from raylib.errors import UserError
 from raylib.monitoring import read_metrics
@@ -397,9 +398,9 @@ def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
     while time.time() < deadline:  # until one is finished and a second has a checkpoint
         completed = [path.parent for path in folder.glob("trials/*/result.json")]
         going = [
-            path.parents[1]
-            for path in folder.glob("trials/*/checkpoints/registry.json")
-            if path.parents[1] not in completed and json.loads(path.read_text())[-1] >= "step_000006"
+            run
+            for run in folder.glob("trials/*")
+            if run not in completed and (newest := find_newest(run)) and newest.name >= "step_000006"
         ]
         if completed and going:
             break
@@ -409,11 +410,11 @@ def test_search_killed_driver_resumes_without_loss(tmp_path, model, scenes):
     assert completed and going
     before = {path.name: (path / "result.json").read_bytes() for path in completed}
     steps = max(r["step"] for r in read_metrics(going[0]) if "lr" in r)
-    time.sleep(10)  # the killed driver's cluster ends by itself
     again = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400)
     assert again.returncode == 0, again.stdout + again.stderr
     for noise in ("pid=", " INFO ", "View detailed results", "Token authentication is enabled"):
         assert noise not in again.stdout + again.stderr, again.stdout + again.stderr
+    assert f"{folder}: taken over from process {first.pid} on " in again.stdout
     assert "5 of 5 trials: 5 finished" in again.stdout and "best so far: english_dev" in again.stdout
     rows = trials(folder)
     assert len(rows) == 5 and {row["state"] for row in rows} == {"finished"}

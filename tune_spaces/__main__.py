@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
         if not is_setting(type(base), path):
             raise UserError(f"unknown setting '{path}'{suggest(path, known)}")
     if not search.name:
-        search = search.model_copy(update={"name": f"{name}_{search.recipe}"})
+        search = override(search, [f"name={name}_{search.recipe}"])
     run_search(search, name, space, job, override(base, recipe_settings))
     return 0
 

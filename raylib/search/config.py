@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from raylib.config import Config, differing_paths, read_stored_settings
+from raylib.config import Config, FolderNameOrNone, differing_paths, read_stored_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.search.space import Space
@@ -59,7 +59,7 @@ class SearchConfig(Config):
     stored_as = "search"
     recipe: str
     """Of the trials."""
-    name: str = Field(default="", pattern=r"^[\w.-]*$")
+    name: FolderNameOrNone = ""
     """The search lives in `runs`/`name`; "": it is called by space and recipe."""
     runs: str = "runs"
     """Folder of the search's folder."""

@@ -26,7 +26,15 @@ from raylib.command import spell_commands
 from raylib.config import change_settings, dump_config
 from raylib.errors import UserError
 from raylib.fileio import write_json
-from raylib.launch import IDLE_CPUS, connect_to_ray, gpu_share, job_has_ended, list_nodes, this_job
+from raylib.launch import (
+    IDLE_CPUS,
+    connect_to_ray,
+    gpu_share,
+    job_has_ended,
+    list_nodes,
+    this_job,
+    warn_of_copy,
+)
 from raylib.lock import add_ray_job, hold_run, owner_of, watch_file
 from raylib.provenance import record_identity
 from raylib.search import report
@@ -81,6 +89,7 @@ def run_search(config: SearchConfig, name: str, space: Space, job: SearchJob, ba
         "search": {**json.loads(dump_config(config)), "runs": str(folder.parent)},
         "recipe": json.loads(dump_config(base)),
     }
+    warn_of_copy(config.runs)
     with hold_run(folder, job_has_ended):
         return _search_in(folder, config, name, space, job, base, fingerprint)
 

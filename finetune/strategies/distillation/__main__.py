@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raylib.command import command_parser, entry_point
+from raylib.command import command_parser, entry_point, local_path
 from raylib.config import lookup
 from raylib.display import progress
 from raylib.errors import UserError
@@ -59,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = command_parser("finetune.strategies.distillation", __doc__)
     parser.add_argument(
-        "encoder", type=Path, help="folder of a multilingual encoder of transformers, such as mBERT"
+        "encoder", type=local_path, help="folder of a multilingual encoder of transformers, such as mBERT"
     )
-    parser.add_argument("data", type=Path, help="the data folder of fine-tuning")
+    parser.add_argument("data", type=local_path, help="the data folder of fine-tuning")
     parser.add_argument("--task", default="cvil_vqa")
     parser.add_argument("--languages", nargs="+", required=True)
-    parser.add_argument("--out", type=Path, help="default: DATA/alignments")
+    parser.add_argument("--out", type=local_path, help="default: DATA/alignments")
     parser.add_argument(
         "--layer", type=int, default=8, help="whose states are compared (default: 8, of mBERT's 12)"
     )

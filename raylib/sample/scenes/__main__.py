@@ -5,9 +5,8 @@ python -m raylib.sample.scenes OUT [train=3000 dev=300 test=1000 shots=100 size=
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from raylib.command import command_parser, entry_point
+from raylib.command import command_parser, entry_point, local_path
 from raylib.config import override
 from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 
@@ -16,7 +15,7 @@ from raylib.sample.scenes.writer import ScenesConfig, write_scenes
 def main(arguments: Sequence[str]) -> int:
     """Run a command line."""
     parser = command_parser("raylib.sample.scenes", __doc__, settings=ScenesConfig)
-    parser.add_argument("out", type=Path, help="a new or empty folder")
+    parser.add_argument("out", type=local_path, help="a new or empty folder")
     parser.add_argument("settings", nargs="*", metavar="name=value", help="such as train=300 test=100")
     options = parser.parse_args(arguments)
     print(write_scenes(options.out, override(ScenesConfig(), options.settings)))
