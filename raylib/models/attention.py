@@ -238,15 +238,15 @@ class Block(RecomputedModule):
         """x (T, d) -> (T, d), or (R, d) at the tokens `output_index` (R,) alone, which are then those that
         `plan` has as queries. Without `memory` the cross-attention is skipped.
         """
-        key_value = None
-        if output_index is not None:
-            key_value, x = self.attention.key_value(x), x.index_select(0, output_index)
         cross = None
         if memory is not None:
             values = memory.values
             if not memory.is_projected:
                 values = self.cross_attention.key_value(values)
             cross = select(values, memory.tokens), memory.plan
+        key_value = None
+        if output_index is not None:
+            key_value, x = self.attention.key_value(x), x.index_select(0, output_index)
         return self._attend(x, key_value, plan, cross)
 
     def cross_row(self, x: Tensor, rows: Ragged) -> Tensor:

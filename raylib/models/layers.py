@@ -173,11 +173,17 @@ class Encoder(SplitModule):
         assert output_mask is None or not self.causal, "a causal mask lines up with all queries alone"
         if output_mask is None:
             output_mask = torch.ones(int(lengths.sum()), dtype=torch.bool)
+        elif len(lengths) and not output_mask.any():
+            # Another worker's rows may have outputs where these have none, and ZeRO adds up the workers'
+            # gradients in the order in which backward reaches parameters: so one token runs through all
+            # blocks, and is dropped.
+            plan = self.plan(lengths, device, torch.arange(len(output_mask)) == 0, memory)
+            return plan._replace(order=torch.empty(0, dtype=torch.int64))
         joined = None
         if memory is not None and not self.cross:
             joined, output_mask = _append_memory(lengths, output_mask, memory)
             lengths, memory = lengths + memory.lengths[memory.rows], None
-        chunks, tokens_of_outputs = [], []
+        chunks, tokens_of_outputs, is_whole = [], [], bool(output_mask.all())
         for rows in self._chunks(lengths, device, memory):
             tokens = token_index(lengths, rows)
             chunk_mask = output_mask[tokens]
@@ -185,7 +191,7 @@ class Encoder(SplitModule):
                 chunk_memory, span = None, None
                 if memory is not None:
                     chunk_memory, span = _memory_of(memory, rows, self.pieces_now > 1)
-                chunk = self._plan_chunk(lengths[rows], device, chunk_mask, chunk_memory)
+                chunk = self._plan_chunk(lengths[rows], device, chunk_mask, is_whole, chunk_memory)
                 tokens_in_order = unless_in_order(tokens, len(output_mask))
                 chunks.append(chunk._replace(tokens=tokens_in_order, memory_span=span))
                 tokens_of_outputs.append(tokens[chunk_mask])
@@ -199,13 +205,14 @@ class Encoder(SplitModule):
             assert memory is not None
             x, memory = torch.cat([x, memory]).index_select(0, plan.joined), None
         memories: Sequence[Tensor | None] = [memory] * len(plan.chunks)
-        projected: list[Tensor] = []
+        projected: list[Tensor] | None = None
         if memory is not None and plan.chunks and plan.chunks[0].memory_span:
             memories = _split_spans(memory, [chunk.memory_span or (0, 0) for chunk in plan.chunks])
         elif memory is not None and len(plan.chunks) > 1:
             # once for all chunks and all rows that attend to the same image; one chunk's blocks do it
             # themselves, so that keys and values too can be computed again
-            projected = [b.cross_attention.key_value(memory) for b in self.blocks]
+            keep = self.blocks if self.pieces_now else ()
+            projected = [block.cross_attention.key_value(memory) for block in keep]
         outputs = [
             self.run_piece(self._run_chunk, select(x, chunk.tokens), chunk, values, projected)
             for chunk, values in zip(plan.chunks, memories, strict=True)
@@ -248,10 +255,16 @@ class Encoder(SplitModule):
         return list(rows.split(chunk.unique_consecutive(return_counts=True)[1].tolist()))
 
     def _plan_chunk(
-        self, lengths: Tensor, device: torch.device, output_mask: Tensor, memory: MemoryLayout | None
+        self,
+        lengths: Tensor,
+        device: torch.device,
+        output_mask: Tensor,
+        is_whole: bool,
+        memory: MemoryLayout | None,
     ) -> ChunkPlan:
-        """Plan all blocks over the rows of `_chunks`."""
-        is_whole = bool(output_mask.all())
+        """Plan all blocks over the rows of `_chunks`. `is_whole`: all tokens of the call, not of the chunk
+        alone, come out: rows by chance in one chunk do not decide how the last block runs, and so in which
+        order parameters get their gradients."""
         counts = lengths
         if not is_whole:  # how many tokens of each row are output
             counts = output_mask.cumsum(0)[lengths.cumsum(0) - 1].diff(prepend=lengths.new_zeros(1))
@@ -269,16 +282,20 @@ class Encoder(SplitModule):
         return chunk._replace(memory_index=memory_index, cross=(cross[0], cross[-1]))
 
     def _run_chunk(
-        self, x: Tensor, chunk: ChunkPlan, memory: Tensor | None, projected: list[Tensor]
+        self, x: Tensor, chunk: ChunkPlan, memory: Tensor | None, projected: list[Tensor] | None
     ) -> Tensor:
         """All blocks over a chunk (t, d) and its memory (C, d) -> (R, d). `projected`: the memory's keys and
-        values, by block; none where the blocks project it."""
+        values, by block, where chunks share them: what is missing is added; None: blocks project it."""
         for i, block in enumerate(self.blocks):
             is_last = i == len(self.blocks) - 1
             cross = None
             if memory is not None and chunk.cross is not None:
-                values = projected[i] if projected else memory
-                cross = BlockMemory(values, bool(projected), chunk.memory_index, chunk.cross[is_last])
+                if projected is not None and i == len(projected):
+                    # here, where a single chunk's block would do it, so that parameters get their
+                    # gradients in the same order: in that of each worker, ZeRO adds up those of all
+                    projected.append(block.cross_attention.key_value(memory))
+                values = memory if projected is None else projected[i]
+                cross = BlockMemory(values, projected is not None, chunk.memory_index, chunk.cross[is_last])
             x = block(x, chunk.attention[is_last], cross, chunk.output_index if is_last else None)
         return x
 
