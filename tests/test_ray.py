@@ -91,6 +91,27 @@ def test_ray_resume_with_another_number_of_workers_agrees(mini):
             assert got[step] == pytest.approx(expected[step], rel=2e-4), (name, step)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("first", ["ray", "local"])
+def test_ray_run_goes_on_without_ray_and_the_reverse(mini, first):
+    """Under ZeRO to the bit; between 2 workers of Ray's and PyTorch in this process but for rounding."""
+    parts = [f"runtime={first}", f"runtime={'local' if first == 'ray' else 'ray'}"]
+    zero = ("name=zero", "workers=1", "fit.sharding=zero2")
+    run(mini("name=whole", "workers=1"))
+    run(mini(*zero, parts[0], "fit.stop_after=3"))
+    assert run(mini(*zero, parts[1]))["finished"]
+    assert losses(mini("name=zero")) == losses(mini("name=whole"))
+    assert states(mini("name=zero", "workers=1"), 6) == states(mini("name=whole", "workers=1"), 6)
+    settings = {"runtime=ray": "workers=2", "runtime=local": "fit.sharding=none"}
+    run(mini("name=mixed", parts[0], settings[parts[0]], "fit.stop_after=3"))
+    end = run(mini("name=mixed", parts[1], settings[parts[1]]))
+    assert (end["engine"], end["workers"]) == (("torch", 1) if first == "ray" else ("deepspeed", 2))
+    got, expected = losses(mini("name=mixed")), losses(mini("name=whole"))
+    assert got.keys() == expected.keys()
+    for step, terms in expected.items():
+        assert got[step] == pytest.approx(terms, rel=2e-4)
+
+
 def test_ray_killed_worker_is_replaced_without_trace(mini):
     settings = ["fit.steps=60", "fit.save_every=10", "fit.keep=2"]
     undisturbed = mini("name=undisturbed", *settings)
