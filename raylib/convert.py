@@ -18,13 +18,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from raylib import checkpoint
-from raylib.engine_state import MOMENTS, VALUE, EngineState, Piece, make_state, state_file
+from raylib.engine_state import MOMENTS, VALUE, EngineState, Piece, make_state, state_files
 from raylib.errors import UserError
-from raylib.fileio import atomic_file, read_json, sha256_file, write_json
+from raylib.fileio import read_json, write_json
 from raylib.lock import hold_run
+from raylib.saving import write_files
 
 SHARDS = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 # what DeepSpeed's files hold besides tensors and plain values
@@ -68,13 +68,7 @@ def convert_checkpoint(folder: Path) -> None:
     workers = checkpoint.verify(folder)["workers"]
     try:
         states = _read_zero(folder / "zero") if (folder / "zero").is_dir() else _read_torch(folder)
-        new: dict[int, list[Path]] = {}
-        for rank, state in enumerate(states):
-            path = state_file(folder, rank)
-            with atomic_file(path) as temporary:
-                save_file(state.tensors, temporary)
-            write_json(path.with_suffix(".json"), state.layout, compact=True)
-            new[rank] = [path, path.with_suffix(".json")]
+        written = [write_files(folder, state_files(state, rank)) for rank, state in enumerate(states)]
     except UnpicklingError as e:
         reason = "a file holds more than tensors and plain values, or is no pickle"
         raise UserError(f"{folder}: its optimizer state is not read: {reason}; nothing changed") from e
@@ -85,9 +79,7 @@ def convert_checkpoint(folder: Path) -> None:
     for rank in reversed(range(workers)):
         listing = folder / f"files-{rank:05d}.json"
         files = {k: v for k, v in read_json(listing).items() if not checkpoint.is_for_training(k)}
-        for path in new.get(rank, ()):
-            files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        write_json(listing, files)
+        write_json(listing, files | (written[rank] if rank < len(written) else {}))
     _remove_old(folder)
 
 

@@ -108,6 +108,7 @@ def test_converted_run_is_the_old_one(old, tmp_path, name, capsys):
     assert main(["convert", str(old / name)]) == 0 and "0 checkpoints converted" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [("none", 1), ("zero2", 3)])
 def test_converted_run_goes_on_under_another_engine(old, other):
     """By their places in the groups, or by their names."""
@@ -123,7 +124,7 @@ def test_converted_run_goes_on_under_another_engine(old, other):
 def test_conversion_killed_at_any_moment_is_finished_by_another(old, name, monkeypatch):
     """Killed before each file that it writes, and each that it removes."""
     expected, steps = old_state(old / name / "checkpoints" / NAME, int(name[-1]))
-    calls = ("write_json", "save_file", "atomic_file"), ("rmtree",), ("unlink",)
+    calls = ("write_json", "write_files"), ("rmtree",), ("unlink",)
     places = zip((convert, shutil, Path), calls, strict=True)
     functions = [(place, function) for place, names in places for function in names]
     for count in range(100):

@@ -290,14 +290,16 @@ def train_tuned(
 
 
 def tuned_workers(rank, world, folder):
-    """Each method under ZeRO-2, whole and stopped after 3 of 4 steps, in mid-phase; and under DDP."""
+    """Each method under ZeRO-2, whole and stopped after 3 of 4 steps, in mid-phase, to go on under ZeRO-2 and
+    under DDP; and under DDP alone."""
     os.environ["LOCAL_RANK"], out = str(rank), []
     for i, method in enumerate(TUNED):
         whole = train_tuned(DeepSpeedEngine, method, rank, world)
         train_tuned(DeepSpeedEngine, method, rank, world, folder=folder / f"{world}{i}")
         torch.distributed.barrier()
         parts = train_tuned(DeepSpeedEngine, method, rank, world, start=folder / f"{world}{i}", first=3)
-        out.append((whole, parts, train_tuned(TorchEngine, method, rank, world)))
+        other = train_tuned(TorchEngine, method, rank, world, start=folder / f"{world}{i}", first=3)
+        out.append((whole, parts, other, train_tuned(TorchEngine, method, rank, world)))
     return out
 
 
@@ -305,10 +307,11 @@ def tuned_workers(rank, world, folder):
 def test_peft_tuned_weights_agree_between_engines_and_after_resume(world, tmp_path):
     expected = [train_tuned(TorchEngine, method) for method in TUNED]
     for results in run_workers(tuned_workers, world, tmp_path):
-        for (whole, parts, plain), wanted in zip(results, expected, strict=True):
+        for (whole, parts, other, plain), wanted in zip(results, expected, strict=True):
             for name, value in wanted.items():
                 torch.testing.assert_close(whole[name], value, rtol=1e-4, atol=1e-5, msg=name)
                 torch.testing.assert_close(plain[name], value, rtol=1e-4, atol=1e-5, msg=name)
+                torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-5, msg=name)
                 assert parts[name].equal(whole[name]), name
 
 
