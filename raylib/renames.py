@@ -50,24 +50,6 @@ VALUES: dict[str, dict[str, Any]] = {
     "fit.sharding": {"True": "zero2", "False": "none"},
 }
 
-# what Ray Tune has pickled of a search -> what it is now; read where an interrupted search goes on
-PICKLED = {
-    "raylib.tune.searcher.Searcher": "raylib.search.optuna.OptunaSearcher",
-    "raylib.tune.space.Suggest": "raylib.search.space.DefineByRun",
-    "raylib.tune.space.Float": "raylib.search.space.Float",
-    "raylib.tune.space.Int": "raylib.search.space.Int",
-    "raylib.tune.space.Choice": "raylib.search.space.Choice",
-    "raylib.tune.space.Each": "raylib.search.space.Each",
-    "raylib.tune.space.OneOf": "raylib.search.space.OneOf",
-    "raylib.tune.schedulers.Asha": "raylib.search.schedulers.Asha",
-    "raylib.tune.schedulers.Median": "raylib.search.schedulers.Median",
-    "raylib.tune.schedulers.Population": "raylib.search.schedulers.Population",
-    "raylib.tune.schedulers.Within": "raylib.search.schedulers.ClampToSpace",
-    "raylib.tune.sweep.named": "raylib.search.search.trial_name",
-    "raylib.tune.fit.Tidy": "raylib.search.tuner.DropStoppedCheckpoints",
-    "raylib.tune.fit.Keep": "raylib.search.tuner.BackUpState",
-}
-
 # modules that users' files in stored runs import names from -> where these are now
 MODULES = {
     "finetune.formats.jsonl": "finetune.formats",

@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
@@ -12,41 +11,46 @@ from raylib.config import dump_config
 from raylib.errors import NotFinite, UserError
 from raylib.renames import RENAMED
 from raylib.search.config import SearchConfig, check_fingerprint
-from raylib.search.optuna import SearcherOptions, build_searcher, trial_state
+from raylib.search.generator import GeneratorOptions, build_generator
+from raylib.search.optuna import trial_state
 from raylib.search.schedulers import Population, build_population, build_scheduler, rank_agreements
 from raylib.search.space import Float, SettingKey, Space
 from raylib.search.trial import append_report, read_reports
-from raylib.search.tuner import trial_result
+from raylib.search.trial_log import TrialLog
 
 NAN = math.nan
 
 
 @pytest.mark.parametrize("value", [NAN, math.inf])
-def test_trial_with_non_finite_score_is_failed(value):
+def test_trial_with_non_finite_score_is_failed(value, tmp_path):
     finished = {"finished": True, "english_dev": 0.5, "target_dev": value, "trial_id": "t"}
     assert trial_state(finished, False, ("english_dev",)) == TrialState.COMPLETE
     assert trial_state(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
-    row = trial_result(
-        SimpleNamespace(metrics=finished, error=None, config={}, path="t"), ("english_dev", "target_dev")
-    )
+    log = TrialLog(tmp_path)
+    log.begin("t", {})
+    log.end("t", "failed")
+    (tmp_path / "trials" / "t").mkdir(parents=True)
+    report = json.dumps({"at": 1.0, **finished}) + "\n"  # with NaN, as earlier versions wrote it
+    (tmp_path / "trials" / "t" / "told.jsonl").write_text(report)
+    (row,) = log.results(("english_dev", "target_dev"))
     assert (row.state, row.scores, row.error) == ("failed", {"english_dev": 0.5}, "target_dev not finite")
 
 
 def test_trial_with_non_finite_score_is_hidden_from_optuna(tmp_path):
     config = SearchConfig(recipe="", name="s", algorithm="random", metric="score")
     chosen = Space("", "", {"x": Float(0, 1)})
-    options = SearcherOptions(tmp_path, SettingKey(chosen.knobs, config))
-    found = build_searcher(config, chosen, 4, tmp_path, options, begins=True)
+    options = GeneratorOptions(4, SettingKey(chosen.knobs, config))
+    found = build_generator(config, chosen, TrialLog(tmp_path), options)
     for name, score in (("good", 0.25), ("bad", NAN)):
         found.suggest(name)
         found.on_trial_complete(name, {"finished": True, "score": score})
-    states = {trial.state: trial.value for trial in found._ot_study.trials}
+    states = {trial.state: trial.value for trial in found.study.trials}
     assert states == {TrialState.COMPLETE: 0.25, TrialState.FAIL: None}
 
 
 @pytest.mark.parametrize("stop", ["asha", "median"])
 def test_schedulers_ignore_non_finite_scores(tmp_path, stop):
-    rule = build_scheduler(stop, ["score"], min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path)
+    rule = build_scheduler(stop, ["score"], min_epochs=1, reduction_factor=2.0, max_epochs=9)
     assert [
         rule.is_comparable({"age": 1, "judged": True, "score": score}) for score in (0.5, NAN, math.inf)
     ] == [
@@ -54,7 +58,7 @@ def test_schedulers_ignore_non_finite_scores(tmp_path, stop):
         False,
         False,
     ]
-    population = build_population({"optim.lr": Float(0, 1)}, "score", 1, 0, tmp_path)
+    population = build_population({"optim.lr": Float(0, 1)}, "score", 1, 0, TrialLog(tmp_path))
     assert isinstance(population, Population)
     assert [population.is_comparable({"epoch": 1, "epochs": 2, "score": score}) for score in (0.5, NAN)] == [
         True,

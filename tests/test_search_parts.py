@@ -1,11 +1,7 @@
 """Parts of a search, without a cluster: who is stopped, what Optuna is told, what the report
 reckons."""
 
-import importlib
-import json
-import pickle
 import statistics
-import time
 from types import SimpleNamespace
 
 import optuna
@@ -15,13 +11,14 @@ from ray import tune
 from ray.tune.schedulers import TrialScheduler
 
 from finetune.recipes import RECIPES
-from raylib import renames
 from raylib.config import Config, override
 from raylib.errors import UserError
-from raylib.search import display, report, schedulers, space, tuner
+from raylib.fileio import write_json
+from raylib.search import display, report, space, tuner
 from raylib.search.config import SearchConfig
 from raylib.search.final_runs import Finalist
-from raylib.search.optuna import SearcherOptions, build_searcher, trial_state
+from raylib.search.generator import GeneratorOptions, build_generator
+from raylib.search.optuna import trial_state
 from raylib.search.schedulers import (
     Asha,
     ClampToSpace,
@@ -33,7 +30,8 @@ from raylib.search.schedulers import (
     rank_agreements,
 )
 from raylib.search.space import Choice, Float, Int, OneOf, Space
-from raylib.search.trial import TrialResult, append_report, model_epochs, trial_progress
+from raylib.search.trial import SETTING, TrialResult, append_report, model_epochs, trial_progress
+from raylib.search.trial_log import TrialLog
 from tune_spaces.jobs import FinetuneSearchJob
 
 
@@ -57,13 +55,16 @@ class Member(Trial):
 
     def __init__(self, name: str):
         super().__init__(name)
-        self.experiment_tag, self.config, self.checkpoint = name, {"optim.lr": 5e-4}, f"checkpoint of {name}"
+        self.experiment_tag, self.config, self.evaluated_params = name, {"optim.lr": 5e-4}, {}
         self.run_metadata = SimpleNamespace(
             checkpoint_manager=SimpleNamespace(checkpoint_config=tune.CheckpointConfig())
         )
 
     def is_finished(self) -> bool:
         return False
+
+    def set_config(self, config) -> None:
+        self.config = config
 
 
 class Controller:
@@ -78,7 +79,7 @@ def make_report(age: int, score: float, judged: bool = True) -> dict:
 def test_asha_stops_trials_behind_at_a_rung(tmp_path):
     trials = [Trial(str(i)) for i in range(5)]
     rule, controller = (
-        build_scheduler("asha", ["score"], min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path),
+        build_scheduler("asha", ["score"], min_epochs=1, reduction_factor=2.0, max_epochs=9),
         Controller(trials),
     )
     for trial in trials:
@@ -100,30 +101,41 @@ def test_asha_stops_trials_behind_at_a_rung(tmp_path):
     )  # a pruning round has no score
 
 
+def log_of(folder, trials):
+    """A log of trials that have begun, with these reports."""
+    log = TrialLog(folder)
+    for name, reports in trials.items():
+        log.begin(name, {})
+        (log.runs / name).mkdir(parents=True)
+        for each in reports:
+            append_report(log.runs / name, each)
+    return log
+
+
 @pytest.mark.parametrize("stop", ["asha", "median"])
 @pytest.mark.parametrize("restarted", [True, False])
-def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted, monkeypatch):
-    before = [
-        Trial(str(i)) for i in range(4)
-    ]  # some of them ended, one goes on: it has been at its first rung
-    for trial in before:
-        (tmp_path / trial.trial_id).mkdir()
-        for age, score in ((1, 0.8), (2, 0.9)):
-            append_report(tmp_path / trial.trial_id, make_report(age, score))
-        with open(tmp_path / trial.trial_id / "text.jsonl", "a") as file:
-            file.write('{"ag')  # cut off
-    fresh = Trial("fresh")
-    rule, controller = build_scheduler(stop, ["score"], 1, 2.0, 9, tmp_path), Controller([*before, fresh])
-    for trial in (*before, fresh):
+def test_schedulers_restore_scores_after_restart(tmp_path, stop, restarted):
+    """Some of the trials before have ended, one goes on: it has been at its first rung."""
+    log = log_of(tmp_path, {str(i): [make_report(1, 0.8), make_report(2, 0.9)] for i in range(4)})
+    with open(log.runs / "0" / "told.jsonl", "a") as file:
+        file.write('{"ag')  # cut off
+    before, fresh = Trial("0"), Trial("fresh")
+    rule, controller = build_scheduler(stop, ["score"], 1, 2.0, 9), Controller([before, fresh])
+    for trial in (before, fresh):
         rule.on_trial_add(controller, trial)
     assert isinstance(rule, Asha | Median)
-    # what this driver's own trials tell comes to the rule by itself
-    monkeypatch.setattr(schedulers, "DRIVER_START", time.time() if restarted else 0.0)
+    if restarted:
+        assert rule.replay(log) == set()
     assert rule.on_trial_result(controller, fresh, make_report(1, 0.3)) == (STOP if restarted else CONTINUE)
-    if restarted and stop == "asha":
-        assert (
-            rule.on_trial_result(controller, before[0], make_report(2, 0.1)) == CONTINUE
-        )  # this rung it has passed
+    if restarted:  # what it told before comes again
+        assert rule.on_trial_result(controller, before, make_report(2, 0.1)) == CONTINUE
+
+
+@pytest.mark.parametrize("stop", ["asha", "median"])
+def test_schedulers_stop_a_trial_at_the_report_that_a_driver_was_killed_in(tmp_path, stop):
+    good = {str(i): [make_report(1, 0.8 - i / 100)] for i in range(4)}
+    log = log_of(tmp_path, {**good, "bad": [make_report(1, 0.3)]})
+    assert "bad" in build_scheduler(stop, ["score"], 1, 2.0, 9).replay(log)
 
 
 def test_schedulers_ignore_epochs_of_other_stages():
@@ -167,8 +179,11 @@ def test_searcher_proposes_published_settings_first_and_reports_to_optuna(tmp_pa
 
     def build(name, algorithm="tpe", **settings):
         config = SearchConfig(recipe="", name=name, algorithm=algorithm, **(settings or {"metric": "one"}))
-        options = SearcherOptions(tmp_path, space.SettingKey(chosen.knobs, Point()))
-        return build_searcher(config, chosen, 8, tmp_path, options, begins=True)
+        options = GeneratorOptions(8, space.SettingKey(chosen.knobs, Point()))
+        (tmp_path / name).mkdir(exist_ok=True)
+        found = build_generator(config, chosen, TrialLog(tmp_path / name), options)
+        found.go_on(lambda name: False)
+        return found
 
     for algorithm in ("tpe", "nsga2", "random", "cmaes"):
         found = build(algorithm, algorithm, **({"dev_sets": "both"} if algorithm == "nsga2" else {}))
@@ -184,25 +199,22 @@ def test_searcher_proposes_published_settings_first_and_reports_to_optuna(tmp_pa
         "stopped", {"one": 0.625, "epoch": 3, "finished": False}
     )  # Tune tells no more of this epoch
     one.on_trial_complete("crashed", {"one": 0.5, "epoch": 1, "finished": False}, error=True)
-    assert [(t.state, t.value) for t in one._ot_study.trials] == [
+    assert [(t.state, t.value) for t in one.study.trials] == [
         (TrialState.COMPLETE, 0.75),
         (TrialState.PRUNED, 0.625),
         (TrialState.FAIL, None),
     ]
-    assert one._ot_study.trials[1].intermediate_values == {1: 0.5, 3: 0.625}
-    one.suggest("lost")
-    state = tmp_path / "searcher.pkl"
-    one._ot_trials.pop("lost")  # as Tune's state is, when it dies before it saves
-    one.save(str(state))
-    again = build("again")
-    again.restore(str(state))
-    assert again._ot_study.trials[3].state == TrialState.FAIL
-    first = build("first")
-    first.save(str(state))
-    published = first.suggest("lost before Tune has saved it")
-    again = build("once_more")
-    again.restore(str(state))
-    assert again.suggest("anew") == published
+    assert one.study.trials[1].intermediate_values == {1: 0.5, 3: 0.625}
+    (tmp_path / "truth" / "trials.jsonl").write_text("")
+    again = build("truth")
+    assert {name: outcome.state for name, outcome in again.log.outcomes.items()} == {
+        "finished": "finished",
+        "stopped": "stopped",
+        "crashed": "failed",
+    }
+    assert (
+        len(again.log.notes) == 3 and "it lacks trial finished, which is restored from" in again.log.notes[0]
+    )
 
 
 def test_population_stays_in_range_and_refuses_fixed_settings(tmp_path):
@@ -214,7 +226,7 @@ def test_population_stays_in_range_and_refuses_fixed_settings(tmp_path):
     moved = ClampToSpace(knobs)({"optim.lr": 1.2e-3, "strategies.prior.k": 1, "way": "b"})
     assert moved == {"optim.lr": 1e-3, "strategies.prior.k": 2, "way": "b"}
     check_mutable({**knobs, "batch": 32}, ("optim.lr", "strategies.prior.k", "way"))
-    rule = build_population({**knobs, "batch": 32}, "one", 1, 0, tmp_path)
+    rule = build_population({**knobs, "batch": 32}, "one", 1, 0, TrialLog(tmp_path))
     assert set(rule._hyperparam_mutations) == set(knobs)  # what is always the same moves nowhere
     assert (
         rule.on_trial_result(Controller([]), None, {"epoch": 4, "epochs": 4}) == CONTINUE
@@ -225,28 +237,50 @@ def test_population_stays_in_range_and_refuses_fixed_settings(tmp_path):
         check_mutable({"way": OneOf(a={}, b={})}, ("way",))
 
 
-def test_population_restores_ranks_after_restart(tmp_path, monkeypatch):
+def test_population_restores_ranks_and_settings_after_restart(tmp_path):
     members = [Member(str(i)) for i in range(4)]
-    for i, member in enumerate(members):
-        (tmp_path / member.trial_id).mkdir()
-        append_report(tmp_path / member.trial_id, {"epoch": 3.0, "epochs": 9, "score": i / 10})
+    log = log_of(tmp_path, {str(i): [{"epoch": 3.0, "epochs": 9, "score": i / 10}] for i in range(4)})
+    write_json(log.runs / "2" / SETTING, {"optim.lr": 7e-4})  # it has moved
+    for member in members:
+        log.settings[member.trial_id] = {"optim.lr": 5e-4}
     rule, controller = (
-        build_population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, tmp_path),
+        build_population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, log),
         Controller(members),
     )
     controller.search_alg = None
     for member in members:
         rule.on_trial_add(controller, member)
-    taken = []
-    rule._exploit = lambda controller, trial, other: taken.append((trial, other))
-    monkeypatch.setattr(schedulers, "DRIVER_START", time.time())
+    assert [member.config["optim.lr"] for member in members] == [5e-4, 5e-4, 7e-4, 5e-4]
+    exploits = []
+    rule._exploit = lambda controller, trial, other: exploits.append((trial, other))
+    rule._trial_state[members[3]].last_checkpoint = "its checkpoint"
     # the interval of two epochs is counted from the last multiple of it, not from the restart
     assert (
         rule.on_trial_result(controller, members[0], {"epoch": 3.5, "epochs": 9, "score": 0.0}) == CONTINUE
-        and not taken
+        and not exploits
     )
     rule.on_trial_result(controller, members[0], {"epoch": 4.0, "epochs": 9, "score": 0.0})
-    assert taken == [(members[0], members[3])]  # the worst takes the best's checkpoint, which it knows of
+    assert exploits == [(members[0], members[3])]  # the worst takes the best's checkpoint
+
+
+def test_population_draws_for_members_to_come_as_without_the_restart(tmp_path):
+    def add(log):
+        members = [Member(str(i)) for i in range(3)]
+        for member in members:
+            member.config = {}
+        rule, controller = (
+            build_population({"optim.lr": Float(1e-4, 1e-3)}, "score", 2, 0, log),
+            Controller(members),
+        )
+        controller.search_alg = None
+        for member in members:
+            rule.on_trial_add(controller, member)
+        return [member.config["optim.lr"] for member in members]
+
+    (tmp_path / "killed").mkdir()
+    whole, log = add(TrialLog(tmp_path)), TrialLog(tmp_path / "killed")
+    log.begin("0", {"optim.lr": whole[0]})
+    assert add(TrialLog(tmp_path / "killed")) == whole
 
 
 def rows(values, state="finished"):
@@ -355,79 +389,6 @@ def test_effective_epoch_of_few_shot_trial_is_that_of_its_language():
         (5, True),
     ]
     assert model_epochs(job, sparse) == 8 and model_epochs(job, config) == 8
-
-
-@pytest.mark.parametrize(
-    ("metrics", "ended"),
-    [
-        ({"done": True}, True),
-        ({"done": False, "finished": True}, True),
-        ({"finished": False}, False),
-        (None, False),
-    ],
-)
-def test_trial_has_ended_by_its_last_report_if_tune_lost_the_end(metrics, ended):
-    assert tuner.has_ended(SimpleNamespace(metrics=metrics, error=None)) == ended
-
-
-@pytest.fixture
-def tune_state(tmp_path):
-    """A state of Tune's as it lies on disk."""
-    (tmp_path / "search_gen_state-1.json").write_bytes(pickle.dumps({"counter": 1}))
-    (tmp_path / "searcher-state-1.pkl").write_bytes(pickle.dumps({"trials": list(range(100))}))
-    (tmp_path / "experiment_state-1.json").write_text(json.dumps({"trials": 2}))
-    return tmp_path
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_tune_state_of_earlier_names_is_read_and_renamed(tune_state, damaged):
-    def pickled(name):
-        module, name = name.rsplit(".", 1)
-        return f"c{module}\n{name}\n.".encode()  # as protocol 0 refers to a class or a function
-
-    (tune_state / "searcher-state-1.pkl").write_bytes(pickled("raylib.tune.space.Suggest"))
-    hexadecimal = b"\x80\x05" + pickled("raylib.tune.sweep.named")
-    (tune_state / "experiment_state-1.json").write_text(json.dumps({"trials": [hexadecimal.hex()]}))
-    if damaged:
-        tuner.back_up_state(tune_state)
-        (tune_state / "searcher-state-1.pkl").write_bytes(b"")
-    assert tuner.restore_state(tune_state)
-    assert pickle.loads((tune_state / "searcher-state-1.pkl").read_bytes()) is space.DefineByRun
-    (trial_name,) = json.loads((tune_state / "experiment_state-1.json").read_text())["trials"]
-    assert pickle.loads(bytes.fromhex(trial_name)).__name__ == "trial_name"
-
-
-@pytest.mark.parametrize("old", renames.PICKLED)
-def test_renamed_pickles_have_a_place_today(old):
-    module, name = renames.PICKLED[old].rsplit(".", 1)
-    assert hasattr(importlib.import_module(module), name)
-
-
-@pytest.mark.parametrize(
-    "name", ["search_gen_state-1.json", "searcher-state-1.pkl", "experiment_state-1.json"]
-)
-def test_tune_state_damaged_file_is_replaced_by_copy(tune_state, name):
-    tuner.BackUpState(tune_state).on_step_end(1, [])
-    (tune_state / "experiment_state-2.json").write_text('{"trials": 3}')  # of a second driver
-    whole = (tune_state / name).read_bytes()
-    cut = tune_state / name.replace("experiment_state-1.json", "experiment_state-2.json")
-    cut.write_bytes(cut.read_bytes()[:-5])
-    assert (
-        not tuner.is_readable(tune_state)
-        and tuner.restore_state(tune_state)
-        and tuner.is_readable(tune_state)
-    )
-    assert (tune_state / name).read_bytes() == whole
-    assert json.loads(max(tune_state.glob("experiment_state-*")).read_text()) == {"trials": 2}
-
-
-def test_tune_state_without_complete_copy_is_none(tune_state):
-    assert tuner.restore_state(tune_state)
-    (tune_state / "experiment_state-1.json").write_text("")
-    tuner.back_up_state(tune_state)  # what is damaged is not kept
-    assert not (tune_state / tuner.BACKUP).exists() and not tuner.restore_state(tune_state)
-    (tune_state / "experiment_state-1.json").unlink()  # killed before Tune wrote it first
-    assert not tuner.restore_state(tune_state) and not tuner.restore_state(tune_state / "none")
 
 
 def test_search_failed_final_runs_are_reported_and_do_not_win():

@@ -9,7 +9,6 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
-from ray.tune.search.searcher import Searcher
 
 from raylib.config import Config, dump_config
 from raylib.errors import UserError
@@ -17,10 +16,12 @@ from raylib.launch import LaunchConfig
 from raylib.loop import FitConfig
 from raylib.search.config import SearchConfig, check_fingerprint
 from raylib.search.display import SearchTable
-from raylib.search.optuna import GrowingGenerator, SearcherOptions, build_searcher, load_evidence
+from raylib.search.generator import GeneratorOptions, build_generator
+from raylib.search.optuna import load_evidence
 from raylib.search.schedulers import build_scheduler, hypervolume_contributions, pareto_order
 from raylib.search.space import Choice, Float, Int, OneOf, SettingKey, Space
 from raylib.search.trial import REPEAT_OF, REPLICATE, append_report
+from raylib.search.trial_log import TrialLog
 
 CONTINUE, STOP = TrialScheduler.CONTINUE, TrialScheduler.STOP
 
@@ -43,15 +44,25 @@ class Whole(Config):
 SPACE = Space("", "", {"x": Choice(1.0, 2.0), "way": OneOf(a={}, b={"n": Int(0, 3)})})
 
 
-def build(tmp_path, space=SPACE, algorithm="tpe", begins=True, num_trials=8, goals=None, **options):
+def build(tmp_path, space=SPACE, algorithm="tpe", num_trials=8, goals=None, **options):
+    """A source of trials, which goes on where another one in the same folder was."""
     settings = {"dev_sets": "both"} if goals else {"metric": "score"}
     config = SearchConfig(recipe="", name="s", algorithm=algorithm, num_trials=num_trials, **settings)
-    options = SearcherOptions(tmp_path, SettingKey(space.knobs, Whole()), **options)
-    return build_searcher(config, space, num_trials, tmp_path, options, begins)
+    options = GeneratorOptions(num_trials, SettingKey(space.knobs, Whole()), **options)
+    found = build_generator(config, space, TrialLog(tmp_path), options)
+    found.go_on(lambda name: False)
+    return found
 
 
-def states(searcher):
-    return [(t.user_attrs.get("trial"), t.state, t.value) for t in searcher._ot_study.trials]
+def start(found, name):
+    """Begin a trial of this name; return its setting."""
+    setting = found.suggest(name)
+    found.log.begin(name, setting)
+    return setting
+
+
+def states(found):
+    return [(t.user_attrs.get("trial"), t.state, t.value) for t in found.study.trials]
 
 
 def test_setting_key_is_that_of_the_config_to_six_digits():
@@ -76,7 +87,7 @@ def test_searcher_marks_a_setting_that_it_has_proposed(tmp_path, algorithm):
     assert found.suggest("third") == {"x": 1.0, REPEAT_OF: "first"}  # not of the second
     found.on_trial_complete("third", {REPEAT_OF: "first", "finished": False})
     assert [state[1:] for state in states(found)] == [(TrialState.COMPLETE, 0.5)] * 3
-    assert [trial.intermediate_values for trial in found._ot_study.trials] == [{1: 0.25}] * 3
+    assert [trial.intermediate_values for trial in found.study.trials] == [{1: 0.25}] * 3
 
 
 def test_searcher_repeat_of_a_stopped_or_failed_trial_is_that(tmp_path):
@@ -90,26 +101,19 @@ def test_searcher_repeat_of_a_stopped_or_failed_trial_is_that(tmp_path):
     found.on_trial_complete("d", {REPEAT_OF: "b"})
     stopped, failed = (TrialState.PRUNED, 0.5), (TrialState.FAIL, None)
     assert [state[1:] for state in states(found)] == [stopped, failed, stopped, failed]
-    assert found._ot_study.trials[2].intermediate_values == {3: 0.5}
+    assert found.study.trials[2].intermediate_values == {3: 0.5}
 
 
 def test_searcher_knows_repeats_after_a_restart(tmp_path):
     space = Space("", "", {"x": Choice(1.0, 2.0)}, ({"x": 1.0}, {"x": 1.0}, {"x": 1.0}))
     found = build(tmp_path, space, max_seconds=1.0)
-    found.suggest("first")
-    found.suggest("second")
-    found.save(str(tmp_path / "state"))
-    again = build(tmp_path, space, begins=False, max_seconds=60.0)
-    again.restore(str(tmp_path / "state"))
-    assert again.suggest("third")[REPEAT_OF] == "first" and again.options.max_seconds == 60.0
+    start(found, "first")
+    start(found, "second")
+    again = build(tmp_path, space, max_seconds=60.0)
+    assert again.waiting == ["first"]  # a repeat is not run again
+    assert start(again, "third")[REPEAT_OF] == "first" and again.options.max_seconds == 60.0
     again.on_trial_complete("first", {"score": 0.5, "epoch": 2, "finished": True})
     assert [state[1:] for state in states(again)] == [(TrialState.COMPLETE, 0.5)] * 3
-    del found._repeats, found._keys, found.options  # as in a state that an earlier version saved
-    found.save(str(tmp_path / "state"))
-    old = build(tmp_path, space, begins=False)
-    old.restore(str(tmp_path / "state"))
-    old._ot_study.enqueue_trial({"x": 1.0})
-    assert old.suggest("fourth")[REPEAT_OF] == "first"
 
 
 def test_searcher_replicates_count_those_that_were_trained(tmp_path):
@@ -120,33 +124,28 @@ def test_searcher_replicates_count_those_that_were_trained(tmp_path):
     assert [value for *_, value in states(found)] == [0.1, 0.2, 0.3]
 
 
-def test_searcher_begins_no_more_than_its_limits_allow(tmp_path, monkeypatch):
+def test_searcher_begins_no_more_than_its_limits_allow(tmp_path):
     found = build(tmp_path, Space("", "", {"x": Float(0, 1)}), max_concurrent=2, max_seconds=100.0)
-    assert found.suggest("a") and found.suggest("b") and found.suggest("c") is None
-    found.on_trial_complete("a", {"score": 0.1, "epoch": 1, "finished": True})
-    assert found.suggest("c") and len(found._ot_study.trials) == 3
-    found._began -= 99.0  # as if so many seconds had passed
-    found.save(str(tmp_path / "state"))
-    found.on_trial_complete("b", {"score": 0.1, "epoch": 1, "finished": True})
-    assert found.suggest("d")
-    found._began -= 2.0
-    assert found.suggest("e") == Searcher.FINISHED
-    again = build(tmp_path, begins=False, max_seconds=100.0)
-    again.restore(str(tmp_path / "state"))
-    assert 99.0 <= again.seconds() < 100.0
-    generator = GrowingGenerator(found, 3)
-    generator.set_state({"counter": 3, "total_samples": 3, "finished": True, "experiment": None})
-    generator.save_to_dir(str(tmp_path), "1")
-    grown = GrowingGenerator(again, 5)
-    grown.restore_from_dir(str(tmp_path))
-    assert (grown._counter, grown._total_samples, grown.is_finished()) == (3, 5, False)
+    first, second = found.next_name(), found.next_name()
+    assert first and second and found.next_name() is None
+    found.on_trial_complete(first, {"score": 0.1, "epoch": 1, "finished": True})
+    assert found.next_name() and len(found.study.trials) == 3
+    found.log._began -= 99.0  # as if so many seconds had passed
+    found.on_trial_complete(second, {"score": 0.1, "epoch": 1, "finished": True})
+    last = found.next_name()
+    found.log._began -= 2.0
+    assert found.suggest("e") is None
+    found.on_trial_complete(last, {"score": 0.1, "epoch": 1, "finished": True})
+    assert found.next_name() is None and found.is_finished()  # the time is up
+    again = build(tmp_path, Space("", "", {"x": Float(0, 1)}), max_seconds=1000.0, num_trials=5)
+    assert 99.0 <= again.log.seconds() < 150.0 and len(again.log.settings) == 4 and not again.is_finished()
 
 
 def test_evidence_lies_in_the_space_and_is_entered_once(tmp_path):
     wide, narrow = Float(0, 4), Float(0, 1)
     found = build(tmp_path, Space("", "", {"x": wide}, ({"x": 0.5}, {"x": 3.0}, {"x": 0.25})))
     for name in "abc":
-        found.suggest(name)
+        start(found, name)
     for name in "ab":
         found.on_trial_complete(name, {"score": 0.5, "epoch": 1, "finished": True})
     found.on_trial_complete("c", {"score": 0.5, "epoch": 1, "finished": False})  # stopped: no evidence
@@ -156,7 +155,7 @@ def test_evidence_lies_in_the_space_and_is_entered_once(tmp_path):
     other = build(tmp_path / "other", Space("", "", {"x": narrow}))
     other.learn(evidence)
     other.learn(evidence)
-    assert [(trial.params, trial.value) for trial in other._ot_study.trials] == [({"x": 0.5}, 0.5)]
+    assert [(trial.params, trial.value) for trial in other.study.trials] == [({"x": 0.5}, 0.5)]
     assert REPEAT_OF not in other.suggest("a")
 
 
@@ -197,9 +196,7 @@ def test_pareto_order_is_front_by_front():
 def test_two_goals_are_stopped_by_hypervolume_at_equal_epochs(tmp_path):
     trials = [SimpleNamespace(trial_id=str(i)) for i in range(6)]
     controller = SimpleNamespace(get_trials=lambda: trials)
-    rule = build_scheduler(
-        "asha", ["a", "b"], min_epochs=1, reduction_factor=2.0, max_epochs=9, runs=tmp_path
-    )
+    rule = build_scheduler("asha", ["a", "b"], min_epochs=1, reduction_factor=2.0, max_epochs=9)
     assert list(rule.rungs) == [8, 4, 2, 1]
 
     def tell(i, age, a, b, judged=True):
@@ -214,17 +211,16 @@ def test_two_goals_are_stopped_by_hypervolume_at_equal_epochs(tmp_path):
     assert tell(0, 2, 0.1, 0.1) == CONTINUE and tell(2, 3, 0.9, 0.2) == CONTINUE  # another rung
 
 
-def test_two_goals_are_compared_with_trials_before_a_restart(tmp_path, monkeypatch):
-    from raylib.search import schedulers
-
+def test_two_goals_are_compared_with_trials_before_a_restart(tmp_path):
+    log = TrialLog(tmp_path)
     for i, (a, b) in enumerate([(0.5, 0.5), (0.9, 0.2)]):
-        (tmp_path / str(i)).mkdir()
-        append_report(tmp_path / str(i), {"age": 1, "judged": True, "a": a, "b": b})
-    trials = [SimpleNamespace(trial_id=str(i)) for i in range(3)]
-    monkeypatch.setattr(schedulers, "DRIVER_START", float("inf"))
-    rule = build_scheduler("asha", ["a", "b"], 1, 2.0, 9, tmp_path)
+        log.begin(str(i), {})
+        (tmp_path / "trials" / str(i)).mkdir(parents=True)
+        append_report(tmp_path / "trials" / str(i), {"age": 1, "judged": True, "a": a, "b": b})
+    rule = build_scheduler("asha", ["a", "b"], 1, 2.0, 9)
+    rule.replay(log)
     report = {"age": 1, "judged": True, "a": 0.1, "b": 0.4}
-    assert rule.on_trial_result(SimpleNamespace(get_trials=lambda: trials), trials[2], report) == STOP
+    assert rule.on_trial_result(None, SimpleNamespace(trial_id="2"), report) == STOP
 
 
 def test_search_table_has_scores_settings_and_the_best_so_far():
@@ -258,8 +254,8 @@ def test_search_table_has_scores_settings_and_the_best_so_far():
 
 def test_study_has_the_names_of_its_goals(tmp_path):
     found = build(tmp_path, Space("", "", {"x": Float(0, 1)}), algorithm="nsga2", goals=2)
-    assert found._ot_study.metric_names == ["english_dev", "target_dev"]
-    assert isinstance(found._ot_study, optuna.Study)
+    assert found.study.metric_names == ["english_dev", "target_dev"]
+    assert isinstance(found.study, optuna.Study)
 
 
 def fingerprint(**search):
@@ -336,5 +332,8 @@ def test_searcher_of_two_goals_goes_on_beside_stopped_trials(tmp_path, algorithm
         report = {"english_dev": setting["x"], "target_dev": 1 - setting["x"], "epoch": 1 + i % 3}
         found.on_trial_result(str(i), report)
         found.on_trial_complete(str(i), {**report, "finished": i % 3 == 2})
-    ended = [trial.state for trial in found._ot_study.trials]
-    assert ended.count(TrialState.COMPLETE) == 10 and ended.count(TrialState.PRUNED) == 20
+    trials = found.study.trials
+    for i, trial in enumerate(trials):  # a repeat takes the state of the trial before it
+        if "score of trial" not in trial.user_attrs:
+            assert trial.state == (TrialState.COMPLETE if i % 3 == 2 else TrialState.PRUNED)
+    assert len(trials) == 30 and sum("score of trial" in trial.user_attrs for trial in trials) < 10

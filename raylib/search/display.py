@@ -175,7 +175,8 @@ class SearchTable(tune.ProgressReporter):
     """Prints trials with state, epochs, scores and setting, those under way first, then the best; above them
     the best so far. Tune's own table shows neither scores nor settings of a define-by-run search.
 
-    name: of the search; goals: scores that trials report; num_trials: in all; describe: a trial's setting.
+    name: of the search; goals: scores that trials report; num_trials: in all; describe: a trial's setting;
+    earlier: trials that have ended in earlier starts, of which Tune knows nothing.
     """
 
     def __init__(
@@ -184,8 +185,10 @@ class SearchTable(tune.ProgressReporter):
         goals: Sequence[str],
         num_trials: int,
         describe: Callable[[dict[str, Any]], str] = describe_setting,
+        earlier: Sequence[Any] = (),
     ):
         self.name, self.goals, self.num_trials, self.describe = name, goals, num_trials, describe
+        self.earlier = earlier
         self.began = self.last = time.monotonic()
         self.last_text = ""
 
@@ -202,6 +205,8 @@ class SearchTable(tune.ProgressReporter):
 
     def table(self, trials: Sequence[Trial]) -> str:
         """Return the text of the table."""
+        running = {trial.trial_id for trial in trials}  # ended members of a population are begun again
+        trials = [*(trial for trial in self.earlier if trial.trial_id not in running), *trials]
         states = {trial.trial_id: trial_status(trial) for trial in trials}
         reports = {trial.trial_id: trial.last_result or {} for trial in trials}
         for trial_id, report in list(reports.items()):  # a repeat has the score of the trial that was trained

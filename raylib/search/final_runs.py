@@ -110,7 +110,6 @@ def _train(
             tune.with_resources(trainable, resources.trial),
             metrics,
             BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0),
-            len(missing),
             SearchTable(f"final runs of '{config.name}'", config.goals, len(missing), describe),
             num_samples=1,  # of each cell
             callbacks=load_callbacks(config.callbacks),

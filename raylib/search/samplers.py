@@ -18,7 +18,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from raylib.errors import require
-from raylib.randomness import generator
+from raylib.randomness import generator, hash64
 from raylib.search.config import SearchConfig
 from raylib.search.space import Setting, Space
 
@@ -31,29 +31,74 @@ CENTRE = "polyglance:centre"  # in a trial's attributes: the setting that it is 
 
 
 def build_sampler(config: SearchConfig, space: Space, num_trials: int) -> BaseSampler:
-    """Return the sampler of `config.algorithm`, seeded."""
+    """Return the sampler of `config.algorithm`; each trial's draws are seeded by its number."""
 
-    def tpe() -> BaseSampler:
+    def tpe(seed: int) -> BaseSampler:
         # fewer than the usual ten random trials where there are few in all
         startup = max(3, min(10, num_trials // 8))
         return optuna.samplers.TPESampler(
-            seed=config.seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup
+            seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=startup
         )
 
-    samplers: dict[str, Callable[[], BaseSampler]] = {
+    def nsga2(seed: int) -> BaseSampler:
+        return optuna.samplers.NSGAIISampler(seed=seed, population_size=max(4, min(50, num_trials // 4)))
+
+    def cmaes(seed: int) -> BaseSampler:
+        require("cmaes", "ray")
+        return optuna.samplers.CmaEsSampler(seed=seed, warn_independent_sampling=False)
+
+    samplers: dict[str, Callable[[int], BaseSampler]] = {
         "tpe": tpe,
-        "priorband": lambda: PriorSampler(space.published, tpe(), config.seed),
-        "random": lambda: optuna.samplers.RandomSampler(seed=config.seed),
-        "grid": lambda: optuna.samplers.RandomSampler(seed=config.seed),  # every trial is enqueued
-        "nsga2": lambda: optuna.samplers.NSGAIISampler(
-            seed=config.seed, population_size=max(4, min(50, num_trials // 4))
-        ),
-        "cmaes": lambda: (
-            require("cmaes", "ray")
-            and optuna.samplers.CmaEsSampler(seed=config.seed, warn_independent_sampling=False)
-        ),
+        "priorband": tpe,
+        "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+        "grid": lambda seed: optuna.samplers.RandomSampler(seed=seed),  # every trial is enqueued
+        "nsga2": nsga2,
+        "cmaes": cmaes,
     }
-    return samplers[config.algorithm]()
+    sampler = SeededSampler(samplers[config.algorithm], config.seed)
+    return PriorSampler(space.published, sampler, config.seed) if config.algorithm == "priorband" else sampler
+
+
+class SeededSampler(BaseSampler):
+    """A sampler `build(seed of a trial)` for each trial anew: what a trial draws depends on (seed, its
+    number) and on the trials before it, never on what this process drew before, so that a search that goes on
+    draws what it would have drawn."""
+
+    def __init__(self, build: Callable[[int], BaseSampler], seed: int):
+        self.build, self.seed = build, seed
+        self.number, self.sampler = -1, build(0)
+
+    def _of(self, trial: FrozenTrial) -> BaseSampler:
+        if trial.number != self.number:
+            seed = hash64(self.seed, trial.number, "sampler") % 2**32
+            self.number, self.sampler = trial.number, self.build(int(seed))
+        return self.sampler
+
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        self._of(trial).before_trial(study, trial)
+
+    def infer_relative_search_space(
+        self, study: optuna.Study, trial: FrozenTrial
+    ) -> dict[str, BaseDistribution]:
+        return self._of(trial).infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._of(trial).sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        # a trial that a killed driver asked for in part has drawn some of its parameters already
+        seed = hash64(self.seed, trial.number, param_name) % 2**32
+        return self.build(int(seed)).sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        # it draws nothing; another trial may be asked for just now
+        self.build(0).after_trial(study, trial, state, values)
 
 
 class PriorSampler(BaseSampler):

@@ -9,10 +9,10 @@ still frozen, a pruning mask not yet found), and not after its last epoch. Rules
 import itertools
 import math
 import random
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,35 +28,52 @@ from ray.tune.schedulers import (
 
 from raylib.display import markdown_table
 from raylib.errors import UserError
+from raylib.fileio import read_json
 from raylib.renames import rename_path
 from raylib.search.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
-from raylib.search.trial import read_reports
+from raylib.search.trial import SETTING, read_reports
+from raylib.search.trial_log import TrialLog
 
-DRIVER_START = time.time()
 # finished trials: for a rank correlation; for a recommendation based on it
 MIN_TRIALS, MIN_TRIALS_TO_RECOMMEND = 4, 8
 MIN_CORRELATION = 0.5  # rank correlation from which on an early score is worth stopping by
 
 
-class FilterReports(TrialScheduler, ABC):
-    """Mixin before one of Tune's rules: passes on the comparable reports alone, and replays those of earlier
-    drivers first. `runs`: the folder of the trials' folders."""
+class Member(NamedTuple):
+    """A trial as a stopping rule knows it: Tune's own objects are others after a restart."""
 
-    runs: Path
-    replayed = False
+    trial_id: str
+
+
+class FilterReports(TrialScheduler, ABC):
+    """Mixin before one of Tune's rules: passes on the comparable reports alone, each once, after those of
+    earlier drivers."""
+
+    def __init__(self, **arguments: Any):
+        super().__init__(**arguments)
+        self.ages: dict[str, float] = {}  # of the last report that was passed on, of each trial
+
+    # Tune restores nothing of what its rules knew: a rule that starts empty would compare the trials to come
+    # with nobody.
+    def replay(self, log: TrialLog) -> set[str]:
+        """Enter the reports of earlier drivers in their order; return the trials that the rule stops at their
+        last ones, which may be what the driver was killed in."""
+        reports = [(r["at"], name, r) for name in log.settings for r in log.reports(name)]
+        decisions = {}
+        for _, name, report in sorted(reports, key=lambda entry: entry[0]):
+            decisions[name] = self.decide(name, report, None)
+        return {name for name, decision in decisions.items() if decision == TrialScheduler.STOP}
 
     def on_trial_result(self, controller: Any, trial: Trial, result: dict) -> str:
-        # Tune restores trials but not what its rules knew of them: a rule that starts empty would compare the
-        # trials to come with nobody. This driver's own reports come by themselves, so they are not replayed.
-        if not self.replayed:
-            self.replayed = True
-            for restored in controller.get_trials():
-                reports = read_reports(self.runs / restored.trial_id)
-                earlier = [r for r in reports if r["at"] < DRIVER_START and self.is_comparable(r)]
-                self.replay(restored, earlier)
-        if not self.is_comparable(result):
+        return self.decide(trial.trial_id, result, controller)
+
+    def decide(self, name: str, report: dict, controller: Any) -> str:
+        """Return whether a trial goes on after a report; `controller`: Tune's, None of a replay."""
+        # a trial that goes on from its checkpoint may report it again
+        if not self.is_comparable(report) or report["age"] <= self.ages.get(name, -1):
             return TrialScheduler.CONTINUE
-        return super().on_trial_result(controller, trial, result)
+        self.ages[name] = report["age"]
+        return self.compare(Member(name), report, controller)
 
     # Scores of unlike states say nothing of each other: a half-frozen model's is low whatever its settings
     # are. And no comparison with a NaN is true, so a rule would neither stop its trial nor ever forget it.
@@ -65,17 +82,16 @@ class FilterReports(TrialScheduler, ABC):
         return bool(report.get("judged")) and math.isfinite(report.get(self._metric, math.nan))
 
     @abstractmethod
-    def replay(self, trial: Trial, reports: list[dict]) -> None:
-        """Enter comparable reports from before a restart."""
+    def compare(self, trial: Any, report: dict, controller: Any) -> str:
+        """Return the rule's decision by a comparable report."""
 
 
 class Asha(FilterReports, AsyncHyperBandScheduler):
     """Asynchronous successive halving (Li et al. 2020) over effective epochs."""
 
-    def replay(self, trial: Trial, reports: list[dict]) -> None:
-        for report in reports:
-            score = self._metric_op * report[self._metric]
-            self._brackets[0].on_result(trial, report[self._time_attr], score)
+    def compare(self, trial: Any, report: dict, controller: Any) -> str:
+        score = self._metric_op * report[self._metric]
+        return self._brackets[0].on_result(trial, report[self._time_attr], score)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict) -> None:
         """Enter nothing: the last report is of the best checkpoint, not of the last epoch."""
@@ -85,9 +101,11 @@ class Asha(FilterReports, AsyncHyperBandScheduler):
 class Median(FilterReports, MedianStoppingRule):
     """Median stopping (Golovin et al. 2017) over effective epochs."""
 
-    def replay(self, trial: Trial, reports: list[dict]) -> None:
-        if reports:
-            self._results[trial] = reports
+    def compare(self, trial: Any, report: dict, controller: Any) -> str:
+        self._stopped_trials.discard(trial)  # an earlier driver may have heard of reports in another order
+        # where it knows too few trials, the rule asks Tune whether others wait for their turn
+        nobody: Any = SimpleNamespace(get_live_trials=list)
+        return MedianStoppingRule.on_trial_result(self, controller or nobody, trial, report)
 
     def on_trial_complete(self, controller: Any, trial: Trial, result: dict) -> None:
         """Enter nothing: the last report of a stopped trial is entered already, that of a finished one is of
@@ -130,9 +148,8 @@ class ParetoAsha(FilterReports, ParetoHalving):
         scores = [report.get(goal, math.nan) for goal in self.goals]
         return bool(report.get("judged")) and all(map(math.isfinite, scores))
 
-    def replay(self, trial: Trial, reports: list[dict]) -> None:
-        for report in reports:
-            ParetoHalving.on_trial_result(self, None, trial, report)
+    def compare(self, trial: Any, report: dict, controller: Any) -> str:
+        return ParetoHalving.on_trial_result(self, None, trial, report)
 
 
 def pareto_order(points: Sequence[Sequence[float]]) -> list[int]:
@@ -164,29 +181,46 @@ def hypervolume_contributions(front: Sequence[Sequence[float]]) -> list[float]:
     return added
 
 
-class Population(FilterReports, PopulationBasedTraining):
-    """Population-based training (Jaderberg et al. 2017)."""
+class Population(PopulationBasedTraining):
+    """Population-based training (Jaderberg et al. 2017). Its members are entered into the `log`, and go on
+    with the settings that they had, each from its own newest checkpoint."""
 
-    def is_comparable(self, report: dict) -> bool:
-        """Return False for members at their end: no training would follow a change of their settings."""
-        return report["epoch"] < report["epochs"] and math.isfinite(report.get(self._metric, math.nan))
+    def __init__(self, log: TrialLog, **arguments: Any):
+        super().__init__(**arguments)
+        self.log = log
 
-    def replay(self, trial: Trial, reports: list[dict]) -> None:
-        if reports:
+    def on_trial_add(self, controller: Any, trial: Trial) -> None:
+        # draws a setting in any case, so that members that have not begun yet draw what they would have drawn
+        super().on_trial_add(controller, trial)
+        if trial.trial_id not in self.log.settings:
+            self.log.begin(trial.trial_id, dict(trial.config))
+            return
+        file = self.log.runs / trial.trial_id / SETTING
+        setting = read_json(file) if file.is_file() else self.log.settings[trial.trial_id]
+        trial.set_config(dict(setting))
+        if reports := [report for report in self.log.reports(trial.trial_id) if self.is_comparable(report)]:
             state, last = self._trial_state[trial], reports[-1]
             self._save_trial_state(state, last["epoch"], last, trial)
             # the interval goes on from its last multiple, not from the restart
             state.last_perturbation_time = (
                 last["epoch"] // self._perturbation_interval * self._perturbation_interval
             )
-            state.last_checkpoint = trial.checkpoint
+
+    def on_trial_result(self, controller: Any, trial: Trial, result: dict) -> str:
+        if not self.is_comparable(result):
+            return TrialScheduler.CONTINUE
+        return super().on_trial_result(controller, trial, result)
+
+    def is_comparable(self, report: dict) -> bool:
+        """Return False for members at their end: no training would follow a change of their settings."""
+        at_end = report.get("epoch", 0) >= report.get("epochs", 0)
+        return not at_end and math.isfinite(report.get(self._metric, math.nan))
 
 
 def build_scheduler(
-    rule: str, goals: Sequence[str], min_epochs: int, reduction_factor: float, max_epochs: int, runs: Path
-) -> TrialScheduler | None:
-    """Return the stopping rule asha or median; None of "none". `max_epochs`: more than any trial has; `runs`:
-    the folder of the trials' folders."""
+    rule: str, goals: Sequence[str], min_epochs: int, reduction_factor: float, max_epochs: int
+) -> Asha | Median | ParetoAsha | None:
+    """Return the stopping rule asha or median; None of "none". `max_epochs`: more than any trial has."""
     if rule == "none":
         return None
     common: dict[str, Any] = {
@@ -197,22 +231,17 @@ def build_scheduler(
     }
     # `time_attr` is no training iteration of Tune's: a pruning round is one, too, and a trial goes on at the
     # epoch of its checkpoint after a crash.
-    scheduler: Asha | Median | ParetoAsha
     if len(goals) > 1:
-        scheduler = ParetoAsha(goals, min_epochs, reduction_factor, max_epochs)
-    elif rule == "median":
-        scheduler = Median(**common, min_samples_required=3)
-    else:
-        scheduler = Asha(
-            **common, max_t=max_epochs, reduction_factor=reduction_factor, stop_last_trials=False
+        return ParetoAsha(
+            goals=goals, min_epochs=min_epochs, reduction_factor=reduction_factor, max_epochs=max_epochs
         )
-    scheduler.runs = runs
-    return scheduler
+    if rule == "median":
+        return Median(**common, min_samples_required=3)
+    return Asha(**common, max_t=max_epochs, reduction_factor=reduction_factor, stop_last_trials=False)
 
 
 class ClampToSpace:
-    """Moves values that a mutation has taken out of their range back to its end; an object, so that a search
-    can be kept in a file."""
+    """Moves values that a mutation has taken out of their range back to its end."""
 
     def __init__(self, knobs: Knobs):
         self.knobs = knobs
@@ -243,14 +272,14 @@ def check_mutable(knobs: Knobs, mutable_paths: tuple[str, ...], kind: str = "") 
         )
 
 
-def build_population(knobs: Knobs, metric: str, perturb_every: int, seed: int, runs: Path) -> Population:
+def build_population(knobs: Knobs, metric: str, perturb_every: int, seed: int, log: TrialLog) -> Population:
     """Return a population: every so many epochs the worst quarter goes on from the best quarter's
-    checkpoints, with settings moved a fifth up or down or drawn anew. `runs`: the folder of the trials'
-    folders."""
+    checkpoints, with settings moved a fifth up or down or drawn anew."""
     knobs = {path: knob for path, knob in knobs.items() if isinstance(knob, Distribution)}
     random.seed(seed)  # Tune's mutations are drawn from these two
     np.random.seed(seed)
-    population = Population(
+    return Population(
+        log,
         time_attr="epoch",
         metric=metric,
         mode="max",
@@ -259,8 +288,6 @@ def build_population(knobs: Knobs, metric: str, perturb_every: int, seed: int, r
         hyperparam_mutations={path: _tune_domain(knob) for path, knob in knobs.items()},
         custom_explore_fn=ClampToSpace(knobs),
     )
-    population.runs = runs
-    return population
 
 
 def _tune_domain(knob: Distribution) -> Any:

@@ -2,8 +2,9 @@
 
 runs/NAME/
     search.json         space, settings and recipe; a second start with others is refused
-    tune/, finals/tune  Tune's own: state, results, CSV, TensorBoard
-    trials/, finals/    the runs
+    trials.jsonl        the trials, their settings and what became of them: a search goes on from it
+    trials/, finals/    the runs, their reports in told.jsonl
+    tune/, finals/tune  Tune's own: results, CSV, TensorBoard
     optuna.journal      Optuna's study, for optuna-dashboard
     trials.csv, best.yaml, report.md, *.png
 """
@@ -41,14 +42,8 @@ from raylib.search import report
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob, check_fingerprint
 from raylib.search.display import SearchTable
 from raylib.search.final_runs import run_finalists
-from raylib.search.optuna import (
-    JOURNAL,
-    GrowingGenerator,
-    SearcherOptions,
-    WarmStart,
-    build_searcher,
-    load_warm_start,
-)
+from raylib.search.generator import GeneratorOptions, build_generator
+from raylib.search.optuna import WarmStart, load_warm_start
 from raylib.search.schedulers import build_population, build_scheduler, check_mutable
 from raylib.search.space import (
     Choice,
@@ -67,10 +62,10 @@ from raylib.search.trial import (
     TrialResult,
     drop_checkpoints,
     model_epochs,
-    read_reports,
     trial,
 )
-from raylib.search.tuner import load_callbacks, restore_state, run_tuner, with_repeats
+from raylib.search.trial_log import TrialLog
+from raylib.search.tuner import RecordTrials, load_callbacks, run_tuner
 from raylib.settings import LaunchConfig
 
 
@@ -232,7 +227,6 @@ def coverage_settings(space: Space) -> Iterator[tuple[str, dict[str, Any]]]:
             yield description, changes
 
 
-# Tune's stored state calls it by its name
 def trial_name(trial: Any) -> str:
     """Return the name of a trial and of its folder: Tune's own names are as long as its settings."""
     return trial.trial_id
@@ -243,91 +237,90 @@ def run_trials(context: SearchContext, resources: Resources, warm_start: WarmSta
     reports.
 
     Raises:
-        UserError: see `_reset`.
+        UserError: see `TrialLog.restore_from_folders`. MachineError: a disk is full, or the like.
     """
     config, folder = context.config, context.folder
     trainable = tune.with_resources(tune.with_parameters(trial, context=context), resources.trial)
     num_trials = len(context.space.grid_settings()) if config.algorithm == "grid" else config.num_trials
-    goes_on = restore_state(folder / "tune")
-    if not goes_on:
-        _reset(folder)
-    results = run_tuner(
+    metrics = context.job.metric_names(context.base, config.dev_sets)
+    log = TrialLog(folder)
+    scheduler: TrialScheduler | None
+    if config.algorithm == "pbt":
+        search_alg, scheduler = _build_population(context, resources, log)
+    else:
+        search_alg, scheduler = _build_search(context, resources, num_trials, warm_start, log)
+    for note in log.notes:
+        print(f"search '{config.name}': {note}", flush=True)
+    table = SearchTable(f"search '{config.name}'", config.goals, num_trials, earlier=log.ended_trials())
+    run_tuner(
         folder / "tune",
         trainable,
-        context.job.metric_names(context.base, config.dev_sets),
-        _build_search(context, resources, num_trials, warm_start, begins=not goes_on),
-        num_trials,
-        SearchTable(f"search '{config.name}'", config.goals, num_trials),
-        goes_on,
+        metrics,
+        search_alg,
+        table,
         knobs_by_name(context.space.knobs),
-        load_callbacks(config.callbacks),
+        [RecordTrials(log, metrics), *load_callbacks(config.callbacks)],
         num_samples=num_trials,
-        scheduler=_build_scheduler(context),
+        scheduler=scheduler,
         max_failures=config.max_failures,
         # a stopped trial that waits for workers of its own cannot hand on its process
         reuse_actors=not config.workers_per_trial,
         trial_name_creator=trial_name,
         trial_dirname_creator=trial_name,
     )
-    if context.keeps_checkpoints:  # members of a population kept all of them, for others to go on from
-        for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
-            shutil.rmtree(checkpoint)
-        drop_checkpoints(folder / "trials")
+    # members of a population kept all of them, for others to go on from; of others, the driver may have died
+    # before they were dropped
+    for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
+        shutil.rmtree(checkpoint)
+    drop_checkpoints(folder / "trials")
 
     def first_report(result: TrialResult) -> float:
-        return min((report["at"] for report in read_reports(folder / "trials" / result.id)), default=inf)
+        return min((report["at"] for report in log.reports(result.id)), default=inf)
 
     # repeats have no reports: they come after the trials that were trained
-    return sorted(with_repeats(results), key=first_report)
-
-
-def _reset(folder: Path) -> None:
-    """Drop what a search has left that was killed before Tune had written anything.
-
-    Raises:
-        UserError: its trials have trained already.
-    """
-    if any(read_reports(run) for run in (folder / "trials").glob("*")):
-        raise UserError(
-            f"{folder}/tune: Tune's state is damaged, and so is its copy; the trials' reports are in "
-            f"{folder}/trials. Give the search another name="
-        )
-    for part in ("trials", "tune"):
-        shutil.rmtree(folder / part, ignore_errors=True)
-    (folder / JOURNAL).unlink(missing_ok=True)
+    return sorted(log.results(metrics), key=first_report)
 
 
 def _build_search(
-    context: SearchContext, resources: Resources, num_trials: int, warm_start: WarmStart, begins: bool
-) -> SearchAlgorithm:
-    """Return the source of a search's settings."""
+    context: SearchContext, resources: Resources, num_trials: int, warm_start: WarmStart, log: TrialLog
+) -> tuple[SearchAlgorithm, TrialScheduler | None]:
+    """Return (the source of trials, the rule that stops them), both as far as earlier starts came."""
     config = context.config
-    if config.algorithm == "pbt":
-        return BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0, random_state=config.seed)
-    options = SearcherOptions(
-        context.folder / "trials",
+    options = GeneratorOptions(
+        num_trials,
         SettingKey(context.space.knobs, context.base),
         config.repeats,
         resources.max_concurrent or sys.maxsize,
         inf if config.max_hours is None else 3600 * config.max_hours,
     )
-    searcher = build_searcher(config, context.space, num_trials, context.folder, options, begins)
-    searcher.learn(warm_start.trials)
-    return GrowingGenerator(searcher, num_trials)
-
-
-def _build_scheduler(context: SearchContext) -> TrialScheduler | None:
-    config, runs = context.config, context.folder / "trials"
-    if config.algorithm == "pbt":
-        return build_population(context.space.knobs, config.goals[0], config.perturb_every, config.seed, runs)
-    return build_scheduler(
+    generator = build_generator(config, context.space, log, options)
+    log.restore_from_folders(context.folder / "tune")
+    scheduler = build_scheduler(
         config.early_stopping if config.stops_trials else "none",
         config.goals,
         config.min_epochs,
         config.reduction_factor,
         max_epochs=int(model_epochs(context.job, context.base) * config.reduction_factor) + 1,
-        runs=runs,
     )
+    stopped = scheduler.replay(log) if scheduler else set()
+    generator.go_on(stopped.__contains__)
+    generator.learn(warm_start.trials)
+    return generator, scheduler
+
+
+def _build_population(
+    context: SearchContext, resources: Resources, log: TrialLog
+) -> tuple[SearchAlgorithm, TrialScheduler]:
+    """Return (the source of a population's members, its rule). Members of an earlier start have its names."""
+    config = context.config
+    log.restore_from_folders(context.folder / "tune")
+    for checkpoint in (context.folder / "tune").glob("*/checkpoint_*"):
+        shutil.rmtree(checkpoint)  # Tune counts from 0 again
+    members = BasicVariantGenerator(max_concurrent=resources.max_concurrent or 0, random_state=config.seed)
+    if log.settings:
+        members._uuid_prefix = min(log.settings).rpartition("_")[0] + "_"
+    knobs, goal = context.space.knobs, config.goals[0]
+    return members, build_population(knobs, goal, config.perturb_every, config.seed, log)
 
 
 def plan_resources(config: SearchConfig) -> Resources:

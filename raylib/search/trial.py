@@ -30,8 +30,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raylib import cache, checkpoint
 from raylib.config import change_settings
-from raylib.errors import NotFinite
-from raylib.fileio import append_jsonl, read_jsonl
+from raylib.errors import MachineError, NotFinite, error_line
+from raylib.fileio import append_jsonl, read_jsonl, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
 from raylib.lock import require_owned, work_for
@@ -39,6 +39,8 @@ from raylib.search.config import SearchContext, SearchJob
 from raylib.search.space import Setting, apply_changes, config_changes
 
 REPORTS = "told.jsonl"
+SETTING = "setting.json"  # that the trial has now, in its folder
+MACHINE_ERROR = "machine_error"  # in a report: the line of a failure that is not the trial's
 # Marks beside the knobs of a setting that was proposed before: the trial whose score it takes, untrained;
 # or how many trials had it before, each of which was trained on a seed of its own
 REPEAT_OF, REPLICATE = "repeat_of", "replicate"
@@ -79,11 +81,11 @@ def append_report(run: Path, values: dict[str, Any]) -> None:
         NotFinite: a value is not finite; nothing is appended.
     """
     require_finite_values(str(run), values)
-    append_jsonl(run / REPORTS, {"at": time.time(), **values})
+    append_jsonl(run / REPORTS, {"at": time.time(), **values}, durable=True)
 
 
 def read_reports(run: Path) -> list[dict[str, Any]]:
-    """Return the reports of a trial, in order; one cut off by a crash is dropped."""
+    """Return the reports of a trial, in order; one that is cut off is left out."""
     return read_jsonl(run / REPORTS)
 
 
@@ -129,33 +131,50 @@ class TrainCallback(TuneReportCallback):
         self._training_actor_item_queue.put(self.to_report(metrics[0]))
 
 
-# Tune's stored state calls the next two functions by their names: restoring a search needs them as they are.
-
-
 def trial(setting: Setting, context: SearchContext) -> None:
     """Run one setting, on the recipe's seed, or, a replicate, on one of its own; Tune's trainable of a
     search."""
     if REPEAT_OF in setting:
         tune.report({REPEAT_OF: setting[REPEAT_OF], "epoch": 0.0, "judged": False, "finished": False})
         return
-    config = setting_config(context, without_marks(setting), "trials", tune.get_context().get_trial_id())
-    if REPLICATE in setting:
-        seed = context.base.fit.seed + REPLICATE_SEEDS + setting[REPLICATE]
-        config = change_settings(config, {"fit.seed": seed})
-    if context.keeps_checkpoints and (given := tune.get_checkpoint()):
-        with given.as_directory() as folder:
-            _adopt_checkpoint(config, Path(folder))
-    run_trial(context, config, context.keeps_checkpoints)
-    if not context.keeps_checkpoints:
-        drop_checkpoints(run_folder(config))
+    with machine_errors_reported():
+        config = setting_config(context, without_marks(setting), "trials", tune.get_context().get_trial_id())
+        if REPLICATE in setting:
+            seed = context.base.fit.seed + REPLICATE_SEEDS + setting[REPLICATE]
+            config = change_settings(config, {"fit.seed": seed})
+        run = run_folder(config)
+        run.mkdir(parents=True, exist_ok=True)
+        if context.keeps_checkpoints and (given := tune.get_checkpoint()):
+            with given.as_directory() as folder:
+                _adopt_checkpoint(config, Path(folder))
+        write_json(run / SETTING, setting)
+        run_trial(context, config, context.keeps_checkpoints)
+        if not context.keeps_checkpoints:
+            drop_checkpoints(run)
 
 
 def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
     """Run a cell of the grid of best settings and fresh seeds; Tune's trainable of the last stage. None is
     the recipe as it is."""
-    index, seed = cell["cell"]
-    config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
-    run_trial(context, change_settings(config, {"fit.seed": seed, "keep_optimizer": False}), keep=False)
+    with machine_errors_reported():
+        index, seed = cell["cell"]
+        config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
+        config = change_settings(config, {"fit.seed": seed, "keep_optimizer": False})
+        run_trial(context, config, keep=False)
+
+
+@contextlib.contextmanager
+def machine_errors_reported() -> Iterator[None]:
+    """Report a failure of the machine in the block, such as a full disk, to the driver, which ends the
+    search: another setting would meet it too, and no trial is to be counted as failed by it. A connection
+    that was lost may be a trial's own affair: Tune tries it again."""
+    try:
+        yield
+    except Exception as e:
+        line = error_line(e)
+        if not isinstance(line, MachineError) or isinstance(e, ConnectionError | TimeoutError):
+            raise
+        tune.report({MACHINE_ERROR: str(line), "epoch": 0.0, "judged": False, "finished": False})
 
 
 def without_marks(setting: Setting) -> Setting:
