@@ -67,10 +67,10 @@ def kill_everywhere(
     assert drill.count >= 0.9 * drill.tried, f"only {drill.count} of {drill.tried} operations came again"
 
 
-def kill_at_random(drill: Drill, case: Case, world: int = 1) -> None:
+def kill_at_random(drill: Drill, case: Case, world: int = 1, few: bool = False) -> None:
     """Kill runs of `case` at random moments, several times each, then let them end."""
     reference = drill.workshop.reference(case, world)
-    wanted = ROUND if drill.quick else RANDOM_KILLS
+    wanted = ROUND if drill.quick or few else RANDOM_KILLS
 
     def disturb(runs: Path) -> None:
         for _ in range(ROUND):

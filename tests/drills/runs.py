@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from raylib import checkpoint
-from raylib.engine import TorchEngine
+from raylib.engine import Engine, TorchEngine
+from raylib.engine_zero import DeepSpeedEngine
 from raylib.packed import Ragged, Sentences
 from tests.conftest import MINI, QUICK
 from tests.drills.tracer import redirect_output
@@ -298,16 +299,19 @@ def require_each_sample_once(case: Case, samples: dict[int, list[int]]) -> None:
 
 def _log_samples(path: Path) -> None:
     """Let the engine of this process, a forked one, log the samples that it trains on."""
-    step_before = TorchEngine.step
 
-    def step(self: TorchEngine, batch: dict, number: int, lr: float):
-        line = json.dumps([number, _row_hashes(batch)]) + "\n"
-        out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.write(out, line.encode())
-        os.close(out)
-        return step_before(self, batch, number, lr)
+    def logging(take_step: Callable[..., Any]) -> Callable[..., Any]:
+        def step(self: Engine, batch: dict, number: int, lr: float) -> dict:
+            line = json.dumps([number, _row_hashes(batch)]) + "\n"
+            out = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(out, line.encode())
+            os.close(out)
+            return take_step(self, batch, number, lr)
 
-    TorchEngine.step = step
+        return step
+
+    for engine in (TorchEngine, DeepSpeedEngine):
+        engine.step = logging(engine.step)
 
 
 def _row_hashes(batch: dict) -> list[int]:
