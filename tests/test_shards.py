@@ -1,4 +1,5 @@
 import errno
+import http.server
 import io
 import json
 import pickle
@@ -6,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -475,6 +477,29 @@ def test_shards_bad_remote_base_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(fsspec, "open", missing)
     with pytest.raises(UserError, match="Install s3fs"):
         Source("s3://bucket/folder", cache=tmp_path)
+
+
+def test_shards_transfer_that_breaks_off_is_one_line_error(tmp_path):
+    """The library of HTTP raises an exception of its own."""
+
+    class HalfAFile(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Length", "1000")
+            self.end_headers()
+            self.wfile.write(b"1" * 500)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_): ...
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), HalfAFile) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(UserError, match=f"^{base}: could not fetch x.tar: "):
+            fetching.fetch(base, "x.tar", tmp_path)
+        server.shutdown()
+    assert not list(tmp_path.rglob("*.tar"))
 
 
 def test_shards_concurrent_fetches_download_once(images, tmp_path):

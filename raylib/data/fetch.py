@@ -8,12 +8,11 @@ content. A manifest never says where to fetch from, so a command runs only if th
 import hashlib
 import os
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 
 from raylib.data.shards import KINDS, MANIFEST, index_command
-from raylib.errors import UserError
+from raylib.errors import MachineError, UserError, name_errors
 from raylib.fileio import atomic_file, file_lock, read_json, sha256_file
 
 CHUNK = 1 << 20
@@ -107,9 +106,13 @@ def _download(base: str, name: str, target: Path) -> None:
 
     try:
         with fsspec.open(f"{base.rstrip('/')}/{name}", "rb") as remote, open(target, "wb") as file:
-            shutil.copyfileobj(remote, file, CHUNK)
+            while chunk := remote.read(CHUNK):
+                with name_errors(target):
+                    file.write(chunk)
+    except MachineError:  # of the disk here
+        raise
     except ImportError as error:
         raise UserError(f"{base}: a package is missing: {error}") from error
-    except (ValueError, OSError) as error:
+    except Exception as error:  # each kind of address has a library, with exceptions of its own
         message = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{base}: could not fetch {name}: {message}") from error

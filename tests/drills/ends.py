@@ -84,7 +84,7 @@ def sigterm_of_two_workers(drill: Drill) -> None:
 def ctrl_c(drill: Drill) -> None:
     """Ctrl-C in every step of a pretraining run. It saves at the end of that step, ends with exit code 130,
     and goes on."""
-    signal_at_steps(drill, pretraining(drill.data), signal.SIGINT, 130, "interrupted")
+    signal_at_steps(drill, pretraining(drill.data), signal.SIGINT, 130, "Ctrl-C")
 
 
 @row

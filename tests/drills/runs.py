@@ -239,7 +239,8 @@ def outcome(run: Path) -> dict[str, Any]:
             for folder in kept
             for path in sorted(filter(Path.is_file, folder.rglob("*")))
         },
-        "files": sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != "curve.png"),
+        # scores of a checkpoint that was saved before its evaluation have a file of their own
+        "files": sorted(str(path.relative_to(run)) for path in run.rglob("*") if path.name != "scores.json"),
     }
 
 
