@@ -1,11 +1,11 @@
 """What a checkpoint costs the training: `python -m benchmarks.checkpoint` (some minutes, a quiet machine).
 
-The stall of a save is the extra wall time of the step at which it falls due and of the 20 steps after it, beside
-as many steps without a save. An objective of linear layers is trained by the engine of a run, on one CPU thread;
-weights and both moments of AdamW are 1 GB. Peers: the same writer in line (`fit.async_save=false`), PyTorch's
-`torch.distributed.checkpoint.async_save` of the same state, and the way of earlier versions of ours: `torch.save`
-into a temporary folder, read again for its hash, copied. Prints a Markdown table and appends a line to
-`benchmarks/results/checkpoint.jsonl`.
+The stall of a save is the extra wall time of the step at which it falls due and of the 20 steps after it,
+beside as many steps without a save. An objective of linear layers is trained by the engine of a run, on one
+CPU thread; weights and both moments of AdamW are 1 GB. Peers: the same writer in line
+(`fit.async_save=false`), PyTorch's `torch.distributed.checkpoint.async_save` of the same state, and the way
+of earlier versions of ours: `torch.save` into a temporary folder, read again for its hash, copied. Prints a
+Markdown table and appends a line to `benchmarks/results/checkpoint.jsonl`.
 """
 
 import argparse
@@ -113,8 +113,8 @@ class Bench:
 
 
 def measure_checkpoint(size: int, rounds: int, place: Path) -> dict[str, Any]:
-    """{"bytes", "steps", "plain": seconds of the steps alone, "ways": {way: {"first": its stall when it must get
-    its memory, "stall": median seconds of later saves, "saved"}}}."""
+    """{"bytes", "steps", "plain": seconds of the steps alone, "ways": {way: {"first": its stall when it must
+    get its memory, "stall": median seconds of later saves, "saved"}}}."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # the peer wants one
     with tempfile.TemporaryDirectory(dir=place) as folder:

@@ -20,7 +20,7 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import ablations, balance, gpu_tables, priors, processes, search, step, unfreezing
+from benchmarks import ablations, balance, checkpoint, gpu_tables, priors, processes, search, step, unfreezing
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
 from finetune.tasks.datasets import TASKS
@@ -33,6 +33,7 @@ from raylib.renames import rename_settings
 SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translate-test", "untrained": ""}
 # GQA's types of questions, by what their answers are
 QUESTION_TYPES = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
+NOT_MEASURED = "Not measured on a quiet machine yet."
 TWIN = "twin, masked positions"  # that which leaves as much out as ours does
 TRANSFER_PREFIX = "transfer_"  # what runs of papers 3 and 4 are called by
 BASELINE_LABELS = {
@@ -93,6 +94,7 @@ def write_pages(root: Path) -> None:
         root / "docs" / "performance.md",
         speed=speed_tables(),
         processes=processes.table(read_jsonl(processes.FILE)[-1]),
+        checkpoint="".join(map(checkpoint.table, read_jsonl(checkpoint.FILE)[-1:])) or NOT_MEASURED,
         gpu=gpu_part(),
         dry=gpu_tables.dry_table(newest(read_jsonl(RESULTS / "dry.jsonl"), "name")),
         unfreezing=unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"]),

@@ -96,15 +96,6 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def write_file_list(folder: Path, rank: int) -> None:
-    """List size and hash of every file in `folder`, all of them written by worker `rank`."""
-    files = {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(filter(Path.is_file, folder.rglob("*")))
-    }
-    (folder / f"files-{rank:05d}.json").write_text(json.dumps(files, indent=1), encoding="utf-8")
-
-
 def verify(folder: Path, names: Collection[str] | None = None) -> dict:
     """Compare every file of a checkpoint, or those of `names`, with the lists of its workers, and return its
     meta data.
@@ -413,7 +404,10 @@ def copy_from(run: Path, source: Path) -> None:
     settle(run)
     partial = folder / f".{name}.partial"
     shutil.copytree(source, partial)
+    for path in (*filter(Path.is_file, partial.rglob("*")), partial):
+        sync_folder(path) if path.is_dir() else sync_file(path)
     partial.rename(folder / name)
+    sync_folder(folder)
     register(run, name, 1)
 
 

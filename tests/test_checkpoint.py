@@ -12,6 +12,7 @@ import pytest
 from raylib import checkpoint
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import remove_temporaries, write_json
+from raylib.saving import write_files
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
 KILLED = 9
@@ -49,15 +50,20 @@ def killed_everywhere(tmp_path, action):
             return
 
 
-def write_checkpoint(run, step, score=None, name=None, **meta):
+NEW_FILES = ("model.safetensors", "optimizer-00000.safetensors", "optimizer-00000.json")
+OLD_FILES = ("model.safetensors", "zero/a.pt", "zero/b.pt", "latest")
+
+
+def write_checkpoint(run, step, score=None, name=None, files=NEW_FILES, **meta):
     """A small whole checkpoint that nobody has registered yet."""
     folder = run / checkpoint.FOLDER / (name or checkpoint.step_name(step))
     folder.mkdir(parents=True)
-    for file in ("model.safetensors", "optimizer-00000.safetensors", "optimizer-00000.json"):
-        (folder / file).write_text(f"{file} of step {step}")
+    for file in files:
+        (folder / file).parent.mkdir(exist_ok=True)
     values = {"step": step, "workers": 1, "score": score, "skipped_steps": 0, **meta}
-    (folder / "meta.json").write_text(json.dumps(values))
-    checkpoint.write_file_list(folder, 0)
+    contents = {name: f"{name} of step {step}".encode() for name in files}
+    contents["meta.json"] = json.dumps(values).encode()
+    write_json(folder / "files-00000.json", write_files(folder, contents))
     return folder
 
 
@@ -134,17 +140,21 @@ def test_rewind_behind_the_best_chooses_another(tmp_path):
 
 
 def test_drop_optimizers_killed_anywhere_leaves_whole_checkpoints(tmp_path):
-    make_run(tmp_path / "run", {1: 0.9, 2: 0.1})
+    for step, files in ((1, OLD_FILES), (2, NEW_FILES)):
+        write_checkpoint(tmp_path / "run", step, files=files)
+        checkpoint.register(tmp_path / "run", checkpoint.step_name(step), 2)
     for run in killed_everywhere(tmp_path, checkpoint.drop_optimizers):
-        for name in steps(1, 2):
+        for name, files in zip(steps(1, 2), (OLD_FILES, NEW_FILES), strict=True):
             folder = run / checkpoint.FOLDER / name
             checkpoint.verify(folder)
             if checkpoint.has_optimizer(folder):  # all of it
-                assert (folder / "optimizer-00000.safetensors").read_text() and (
-                    folder / "optimizer-00000.json"
-                ).read_text()
+                assert all((folder / file).is_file() for file in files)
+        checkpoint.settle(run)
         checkpoint.drop_optimizers(run)
-        assert not list(run.rglob("optimizer-*"))
+        for name in steps(1, 2):
+            left = sorted(path.name for path in (run / checkpoint.FOLDER / name).iterdir())
+            assert left == ["files-00000.json", "meta.json", "model.safetensors"]
+            checkpoint.verify(run / checkpoint.FOLDER / name)
 
 
 def test_copy_from_killed_anywhere_is_done_by_the_next(tmp_path):

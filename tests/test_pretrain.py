@@ -103,31 +103,6 @@ def test_pretrain_run_without_optimizer_is_exported_and_not_trained_on(mini, tmp
     assert not list(folder.glob("checkpoints.before-*"))
 
 
-def test_checkpoint_whose_optimizer_is_half_dropped_is_whole(tmp_path, monkeypatch):
-    """Killed after the lists were written, or after some files were removed: the next start does the rest."""
-    folder = tmp_path / "checkpoints" / "step_000003"
-    (folder / "zero").mkdir(parents=True)
-    for name in ("model.safetensors", "zero/a.pt", "zero/b.pt", "latest"):
-        (folder / name).write_text(name)
-    (folder / "meta.json").write_text(json.dumps({"step": 3, "workers": 1, "score": 0.5, "skipped_steps": 0}))
-    checkpoint.write_file_list(folder, 0)
-    checkpoint.register(tmp_path, folder.name, 1)
-
-    def killed(path):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(shutil, "rmtree", killed)
-        checkpoint.drop_optimizers(tmp_path)
-    assert checkpoint.verify(folder)["step"] == 3 and checkpoint.find_best(tmp_path) == folder
-    (folder / "zero" / "a.pt").unlink()
-    assert checkpoint.verify(folder) and checkpoint.find_newest(tmp_path) == folder
-    checkpoint.drop_optimizers(tmp_path)
-    names = sorted(path.name for path in folder.iterdir())
-    assert names == ["files-00000.json", "meta.json", "model.safetensors"]
-    assert checkpoint.verify(folder)["step"] == 3
-
-
 USER_TERM = """
 from raylib.objectives import LossPart, term
 

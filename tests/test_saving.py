@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from raylib import checkpoint, saving
+from raylib.config import dump_config
 from raylib.errors import MachineError
 from raylib.saving import DTYPES, CheckpointWriter, HostCopy, num_bytes, write_files
 from tests.test_checkpoint import killed_everywhere, steps
 from tests.workers import run_workers
 
 CPU = torch.device("cpu")
+UNSHARE = ["unshare", *([] if os.geteuid() == 0 else ["--map-root-user"]), "--mount"]
 
 
 def some_tensors():
@@ -68,6 +71,26 @@ def test_host_copy_is_of_its_moment_and_keeps_its_memory():
     place = copy.buffer.data_ptr()
     again = copy.take({"a": before})["a"]
     assert copy.buffer.data_ptr() == place and same(again, before)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_host_copy_of_a_gpu_is_of_its_moment():
+    """While the device computes on, and tensors are changed as soon as it is told to wait for the copy."""
+    device = torch.device("cuda")
+    weights, copy = torch.zeros(1 << 26, device=device), HostCopy(device)
+    noise = torch.randn(4096, 4096, device=device)
+    for step in range(1, 5):
+        for _ in range(20):
+            noise = (noise @ noise).tanh()  # the update below is far behind the host
+        weights.add_(1.0)
+        files = copy.take({"w": {"x": weights, "temporary": weights[:1000] * 2}})
+        assert files["w"]["x"].is_pinned()
+        copy.wait_on_device()
+        weights.mul_(1.0).add_(0.0)
+        scratch = weights * 100  # takes the memory that the temporary tensor had
+        copy.wait_on_host()
+        assert bool((files["w"]["x"] == step).all()) and bool((files["w"]["temporary"] == 2 * step).all())
+        del scratch
 
 
 def writer(run, keep=2, in_background=True, rank=0, world=1):
@@ -133,8 +156,7 @@ def on_small_disk(function, folder, *arguments):
     code = f"from tests import test_saving as t; t.mount_small_disk({str(folder)!r}); "
     code += f"t.{function.__name__}({str(folder)!r}, *{arguments!r})"
     folder.mkdir()
-    unshare = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--map-root-user", "--mount"]
-    done = subprocess.run([*unshare, sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([*UNSHARE, sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -174,6 +196,37 @@ def test_writer_on_full_disk_keeps_last_checkpoint_and_says_what_is_needed(
     assert "/run/checkpoints" in line and "no space left on the disk (2.1 MB needed, " in line, line
     assert "MB free" in line and "\n" not in line
     assert (kept, left, step) == (steps(1), [], 2)
+
+
+def test_pretraining_on_full_disk_ends_with_one_line_and_goes_on_later(mini, tmp_path):
+    """On the command line: a checkpoint takes 5 MB of 8."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    config = mini("name=full", f"runs={disk}", "runtime=local", "workers=1", "fit.bf16=false")
+    (tmp_path / "config.json").write_text(dump_config(config))
+    command = f"{sys.executable} -m pretrain --config {tmp_path}/config.json"
+    script = f"""
+mount -t tmpfs -o size=8m tmpfs {disk}
+{command}
+echo "first $?"
+ls -A {disk}/full/checkpoints
+cat {disk}/full/checkpoints/registry.json
+mount -o remount,size=64m {disk}
+{command}
+echo "then $?"
+"""
+    done = subprocess.run([*UNSHARE, "sh", "-c", script], capture_output=True, text=True)
+    error = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    needed = (
+        r"error: \S+/full/checkpoints: no space left on the disk \(\d\.\d MB needed, [\d.]+ MB free\); free"
+    )
+    assert len(error) == 1 and re.match(needed, error[0]), done.stderr
+    assert "Traceback" not in done.stderr and "then 0" in done.stdout
+    first, found = done.stdout.partition("first 1\n")[::2]
+    assert "step 4/6" in first and found.split()[:2] == ["registry.json", "step_000002"]
+    assert json.loads(found.partition("then 0")[0].partition("step_000002\n")[2].partition("\n}")[0] + "}")[
+        "checkpoints"
+    ] == ["step_000002"]
 
 
 def test_writer_whose_run_vanished_says_so(tmp_path):
