@@ -54,8 +54,10 @@ def start(code, folder, first):
 
 def end(process):
     """(exit code, what it said) of a process that may go on."""
-    out, err = process.communicate("\n", timeout=30)
-    return process.returncode, out + err
+    process.stdin.write("\n")
+    process.stdin.close()
+    out, err = process.stdout.read(), process.stderr.read()  # `communicate` passes over what was buffered
+    return process.wait(timeout=30), out + err
 
 
 def tree(folder):
