@@ -23,7 +23,7 @@ from finetune.lineage import ABSENT, RunSettings, described, read_lineage, varyi
 from finetune.report import read_result, scores_of
 from raylib.config import suggest
 from raylib.display import latex_table, markdown_table, mean_and_interval
-from raylib.errors import UserError
+from raylib.errors import UserError, name_errors
 from raylib.metrics import t_interval
 from raylib.provenance import list_changed_files, read_identity
 
@@ -345,7 +345,5 @@ def _ends(found: Estimate | None) -> list[float | str]:
 
 
 def _write_text(path: Path, text: str) -> None:
-    try:
+    with name_errors(path):
         path.write_text(text, encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{path}: not written ({e.strerror})") from None

@@ -11,6 +11,8 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 
 from tqdm import tqdm
 
+from raylib.errors import name_errors
+
 LATEX = {
     "\\": r"\textbackslash{}",
     "&": r"\&",
@@ -104,7 +106,8 @@ def open_pyplot() -> Any:
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
     """Write a figure as an image file, and let go of its memory."""
-    figure.savefig(path, dpi=dpi)
+    with name_errors(path):
+        figure.savefig(path, dpi=dpi)
     open_pyplot().close(figure)
 
 

@@ -123,19 +123,32 @@ def error_line(
         path: what was being written or read, where the error does not name it.
         needed: bytes that were to be written.
     """
-    seen: set[int] = set()
-    cause: BaseException | None = error
-    while cause is not None and id(cause) not in seen:
-        seen.add(id(cause))
-        if isinstance(cause, UserError | MachineError):
-            return cause if cause is error else None
+    first, *others = _causes(error)
+    if isinstance(error, UserError):
+        # a line that knows better what was being read, or written, than the system's error that it is about
+        is_machine = any(_error_number(e) in MACHINE_ERRORS or _network_error(e) for e in others)
+        return MachineError(str(error)) if is_machine else error
+    if isinstance(error, MachineError):
+        return error
+    if (number := _error_number(first)) is not None:
+        return _system_error(first, number, path, needed)
+    if network := _network_error(first):
+        return network
+    for cause in others:
         number = _error_number(cause)
-        if number is not None and (cause is error or number in DISK_ERRORS):
+        if number in DISK_ERRORS:
             return _system_error(cause, number, path, needed)
-        if cause is error and (network := _network_error(cause)):
-            return network
-        cause = cause.__cause__ or cause.__context__
     return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    """Return an exception, what it was raised from or in the handling of, and so on."""
+    found: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in found:
+        found.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return found
 
 
 @contextmanager
@@ -204,7 +217,7 @@ def _describe_room(name: str | None, needed: int | None) -> str:
     """Return " (... MB needed, ... MB free)" of the disk where `name` lies or should lie."""
     parts = [f"{needed / 1e6:,.1f} MB needed"] if needed is not None else []
     path = Path(name).absolute() if name else None
-    place = next((p for p in (path, *path.parents) if p.exists()), None) if path else None
+    place = next(filter(os.path.exists, (path, *path.parents)), None) if path else None
     with suppress(OSError):
         if place is not None:
             parts.append(f"{shutil.disk_usage(place).free / 1e6:,.1f} MB free")

@@ -102,9 +102,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Meant for one process at a time (`file_lock`)."""
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
-    partial.mkdir(parents=True)
-    yield partial
-    partial.replace(path)
+    with name_errors(path, temporary=partial):
+        partial.mkdir(parents=True)
+        yield partial
+        partial.replace(path)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -1,7 +1,9 @@
 """Ends of command lines: well, by a mistake of the user, by a failure of the machine, by Ctrl-C."""
 
 import errno
+import importlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,8 @@ import pytest
 
 from raylib.command import RESUME_HINT, entry_point
 from raylib.errors import FREE_SPACE, INPUT_ERRORS, MACHINE_ERRORS, MachineError, UserError
+from tests.drills.commands import obey_permissions
+from tests.drills.runs import Group
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,27 @@ def test_command_error_of_the_system_is_one_line_with_its_path(number, tmp_path,
     assert main([]) == (1 if number in MACHINE_ERRORS else 2)
     err = capsys.readouterr().err
     assert err.startswith(f"error: {path}: ") and err.count("\n") == 1 and "{" not in err
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code"),
+    [
+        (PermissionError(errno.EACCES, "denied"), 1),
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), 1),
+        (RuntimeError("cannot read (os error 5)"), 1),
+        (FileNotFoundError(errno.ENOENT, "no such file"), 2),
+        (ValueError("no JSON"), 2),
+    ],
+)
+def test_command_line_about_an_error_of_the_machine_ends_with_its_exit_code(trouble, code, capsys):
+    @entry_point()
+    def main(arguments):
+        try:
+            raise trouble
+        except Exception:
+            raise UserError("a.json: not to be read") from None
+
+    assert main([]) == code and capsys.readouterr().err == "error: a.json: not to be read\n"
 
 
 def _save_pytorch(path):
@@ -200,3 +225,43 @@ def test_command_another_broken_pipe_keeps_its_traceback(monkeypatch):
         monkeypatch.setattr(sys, "stdout", out)
         with pytest.raises(BrokenPipeError):
             main([])
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("pretrain.__main__", "evaluate RUNS/pretrained RETRIEVAL --json OUT/file"),
+        ("pretrain.__main__", "export RUNS/pretrained OUT/export"),
+        ("finetune.__main__", "compare RUNS/classified --csv OUT/file"),
+        ("finetune.__main__", "evaluate OUT/classified"),
+        ("pretrain.__main__", "tiny runtime=local corpus=CORPUS runs=OUT"),
+        ("tune_spaces.__main__", "layer_decay recipe=scenes_xvnli runs=OUT"),
+        ("raylib.data.shards", "OUT text"),
+    ],
+)
+def test_command_that_may_not_write_is_one_line_and_writes_nothing(
+    module, words, stored, corpus, retrieval_set, tmp_path
+):
+    """As anybody's process, or a root's without its rights over files."""
+    out, log = tmp_path / "out", tmp_path / "log.txt"
+    shutil.copytree(stored / "runs" / "classified", out / "classified")
+    shutil.copy2(next((corpus / "text").glob("*.tar")), out)
+    places = {"RUNS": stored / "runs", "RETRIEVAL": retrieval_set, "CORPUS": corpus, "OUT": out}
+    for name, path in places.items():
+        words = words.replace(name, str(path))
+    before = sorted(out.rglob("*"))
+    for path in (*before, out):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+
+    def work() -> int:
+        obey_permissions()
+        sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # no longer pytest's
+        return importlib.import_module(module).main(words.split())
+
+    with Group([work], log) as group:
+        assert group.wait(60) == [1], log.read_text()
+    (line,) = [line for line in log.read_text().splitlines() if line.startswith("error: ")]
+    assert f"{out}/" in line and ": permission denied for " in line and "Traceback" not in log.read_text()
+    assert sorted(out.rglob("*")) == before
+    for path in (out, *before):
+        path.chmod(0o755)

@@ -33,7 +33,7 @@ from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image, resize_image
 from raylib.display import progress
-from raylib.errors import UserError
+from raylib.errors import UserError, name_errors
 from raylib.fileio import read_json
 
 if TYPE_CHECKING:  # PyTorch, which help needs not
@@ -326,7 +326,8 @@ def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
         "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
     }
     try:
-        _note(out, now)
+        with name_errors(out):
+            _note(out, now)
     except (OSError, ImportError, ValueError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or " ".join(str(error).split())
         raise UserError(f"{out}: not written ({reason}); give another --out") from error
