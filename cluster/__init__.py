@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,7 +34,8 @@ from raylib.errors import UserError
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 200_000_000  # batches do not pass through it
 SHARED_MEMORY_BYTES = 300_000_000  # the object store, and the batches that loader processes hand over
-START_SECONDS, STOP_SECONDS = 120, 15  # at most
+START_SECONDS, STOP_SECONDS = 120, 15  # at most, of the cluster
+JOB_STOP_SECONDS = 60  # at most, for a job to save and end; POLYGLANCE_STOP_SECONDS gives it more
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # prctl(2)
 WORKER_PORTS = range(10_002, 20_000)  # Ray's, for worker processes
@@ -105,9 +107,11 @@ def run_job(command: list[str], cpus: int, gpus: int, port: int) -> int:
         )
         return 128 + stopped.args[0]
     finally:
+        hurry = threading.Event()
         for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half a cluster
-        _stop_all(cluster)
+            signal.signal(number, signal.SIG_IGN)  # must not leave half a cluster
+        signal.signal(signal.SIGINT, lambda *_: hurry.set())  # a second Ctrl-C waits for no save
+        _stop_all(cluster, hurry)
         (folder / "token").unlink(missing_ok=True)
         if not isinstance(sys.exc_info()[1], UserError):  # which names the logs
             shutil.rmtree(folder, ignore_errors=True)
@@ -176,6 +180,18 @@ def job_folder() -> Path:
     return ROOT if in_checkout else here
 
 
+def job_stop_seconds() -> int:
+    """Return how long a job that was asked to end may take to save.
+
+    Raises:
+        UserError: POLYGLANCE_STOP_SECONDS is no number.
+    """
+    given = os.environ.get("POLYGLANCE_STOP_SECONDS") or str(JOB_STOP_SECONDS)
+    if not given.isdecimal():
+        raise UserError(f"POLYGLANCE_STOP_SECONDS={given}: no number of seconds")
+    return int(given)
+
+
 def _start_head(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
     token = folder / "token"
     token.touch(mode=0o600)
@@ -192,7 +208,7 @@ def _start_head(folder: Path, cpus: int, gpus: int, port: int) -> Cluster:
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_worker_niceness": "0",  # 15 by default, for machines that have something better to do
-        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS - 5),  # for a job to end by itself
+        "RAY_JOB_STOP_WAIT_TIME_S": str(job_stop_seconds()),  # for a job to save; then it is killed
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # its job has ended: nothing to move elsewhere
         # "one machine": every server then listens on 127.0.0.1 alone
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -279,7 +295,8 @@ def _find_job(cluster: Cluster) -> dict | None:
     raise UserError(f"the cluster ended before the job; see {cluster.folder}/start.log")
 
 
-def _stop_all(cluster: Cluster | None) -> None:
+def _stop_all(cluster: Cluster | None, hurry: threading.Event) -> None:
+    """End the job, which saves first unless there is a `hurry`; then all processes that came from here."""
     import psutil
 
     if cluster and cluster.head.poll() is None:
@@ -287,11 +304,13 @@ def _stop_all(cluster: Cluster | None) -> None:
             for job in cluster.jobs():
                 if job["status"] not in FINAL_STATES:
                     cluster.request(f"/api/jobs/{job['submission_id']}/stop", "POST")
-            limit = time.monotonic() + STOP_SECONDS
+            limit = time.monotonic() + job_stop_seconds() + STOP_SECONDS
             while any(job["status"] not in FINAL_STATES for job in cluster.jobs()):
-                if time.monotonic() > limit:
+                if time.monotonic() > limit or hurry.wait(0.2):
                     break
-                time.sleep(0.2)
+    followers = [p for p in psutil.Process().children() if "cluster.submit" in p.cmdline()]
+    if not hurry.is_set():
+        psutil.wait_procs(followers, timeout=5)  # the job's last lines
     for process in psutil.Process().children():
         process.terminate()  # the head ends its own children
     limit = time.monotonic() + STOP_SECONDS

@@ -40,32 +40,37 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
         def run(arguments: Sequence[str] | None = None) -> int:
-            try:
-                with signals_handled():
-                    code = main(sys.argv[1:] if arguments is None else arguments)
-                    sys.stdout.flush()
-                return code
-            except KeyboardInterrupt as e:
-                stop = e if isinstance(e, Interrupted) else Interrupted(last_signal())
-                if words := stop.describe(restart_hint) if stop.line is None else stop.line:
-                    print(words, file=sys.stderr)
-                return stop.exit_code
-            except BrokenPipeError:
-                if _is_read():  # another pipe broke
-                    raise
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
-                return 141  # as the shell says of SIGPIPE
-            except Exception as e:
-                line = error_line(e)
-                if line is None:  # a bug: it keeps its traceback
-                    raise
-                _drop_unwritable_output()
-                print(spell_commands(f"error: {line}"), file=sys.stderr)
-                return line.exit_code
+            # around all of it: a second SIGTERM, such as torchrun's, must not keep the line from coming
+            with signals_handled():
+                return _run(main, sys.argv[1:] if arguments is None else arguments, restart_hint)
 
         return run
 
     return decorate
+
+
+def _run(main: Main, arguments: Sequence[str], restart_hint: str) -> int:
+    try:
+        code = main(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt as e:
+        stop = e if isinstance(e, Interrupted) else Interrupted(last_signal())
+        if words := stop.describe(restart_hint) if stop.line is None else stop.line:
+            print(words, file=sys.stderr)
+        return stop.exit_code
+    except BrokenPipeError:
+        if _is_read():  # another pipe broke
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the exit
+        return 141  # as the shell says of SIGPIPE
+    except Exception as e:
+        line = error_line(e)
+        if line is None:  # a bug: it keeps its traceback
+            raise
+        _drop_unwritable_output()
+        print(spell_commands(f"error: {line}"), file=sys.stderr)
+        return line.exit_code
 
 
 def _drop_unwritable_output() -> None:

@@ -13,22 +13,23 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from raylib import cache, checkpoint
+from raylib import checkpoint
 from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
 from raylib.distributed import barrier
-from raylib.errors import MachineError, NotFinite, UserError
-from raylib.fileio import read_json, write_atomically, write_json
-from raylib.lock import add_ray_job, hold_run, owner_of, stored_owner, watch_file, work_for
-from raylib.notice import Interrupted, stop_line
+from raylib.errors import MachineError, UserError
+from raylib.fileio import read_json, write_atomically
+from raylib.lock import add_ray_job, hold_run, stored_owner, watch_file, work_for
+from raylib.notice import STOP_SECONDS, Interrupted, known_grace, stop_line
 from raylib.provenance import DataFile, record_identity
-from raylib.runtime import LocalRuntime, RayRuntime, Reporter, Runtime, set_deterministic
+from raylib.ray_run import train_on_ray
+from raylib.runtime import LocalRuntime, Reporter, Runtime, set_deterministic
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
 from raylib.tracking import RunTracking, track_run
 
 RAY_ENV = {  # environment variables of every process
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # Train's run page needs it
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or every print comes twice
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # noisy
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # `raylib.ray_run` has its own, which costs no step
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of a trial are what they are everywhere
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune shows a table of ours only with its older output
     # a stopped trial's loaders may end before its process is given to the next
@@ -181,8 +182,6 @@ def launch(
 def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -> dict:
     has_started = connect_to_ray()
     import ray
-    from ray import train
-    from ray.train.torch import TorchTrainer
 
     resources = ray.cluster_resources()
     gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
@@ -195,40 +194,11 @@ def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -
     is_trial = reporter is not None
     worker = worker_resources(list_nodes(), config.workers, gpu, config.fit.loader_workers, is_trial)
     add_ray_job(run, this_job())
-    failure = run / "failure.json"
-    failure.unlink(missing_ok=True)
-    # Ray's type hints are those of Train's first version, its objects those of the second
-    trainer = TorchTrainer(
-        _run_worker,  # type: ignore[arg-type]
-        train_loop_config={
-            "main": main,
-            "config": config,
-            "run": str(run),
-            "owner": owner_of(run),
-            "object_cache": cache.get_cache(),
-            "opened_files": cache.opened_files(),
-        },
-        scaling_config=train.ScalingConfig(
-            num_workers=config.workers, use_gpu=gpu, resources_per_worker=worker
-        ),
-        run_config=train.RunConfig(
-            name="ray",  # Train's own files; checkpoints are not among them
-            storage_path=str(run),
-            callbacks=[reporter.train_callback()] if reporter else [],
-            failure_config=train.FailureConfig(max_failures=config.max_failures),
-            logging_config=train.LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
-        ),
-    )
     try:
-        result = trainer.fit().return_value  # type: ignore[attr-defined]
-    except SystemExit:  # Train takes Ctrl-C itself: it aborts the run, and then ends the program with code 1
-        raise KeyboardInterrupt from None
+        return train_on_ray(main, config, run, worker, reporter)
     finally:
         if has_started:
             ray.shutdown()
-    if "error" in result:
-        raise (NotFinite if result["not_finite"] else UserError)(result["error"])
-    return result
 
 
 def list_nodes() -> list[dict[str, float]]:
@@ -339,6 +309,8 @@ def connect_to_ray(quiet: bool = False) -> bool:
         ) from None
     if ray.is_initialized():
         return False
+    if grace := known_grace():  # workers, who save, do not have this process's environment
+        os.environ[STOP_SECONDS] = f"{grace.seconds:g}"
     on_sigterm = signal.getsignal(signal.SIGTERM)
     # that tokens are on is no news; a warning if they are off stays
     tokens = logging.getLogger("ray._private.authentication.authentication_token_setup")
@@ -427,25 +399,6 @@ def job_has_ended(record: Mapping[str, Any]) -> bool | None:
 def _is_for_workers(variable: str) -> bool:
     """Return whether an environment variable of this process is one for every process."""
     # WANDB_SERVICE is the address of this process's own helper
-    return variable in RAY_ENV or (variable.startswith(TRACKER_ENV) and variable != "WANDB_SERVICE")
-
-
-def _run_worker(loop_config: dict[str, Any]) -> dict:
-    """Call `main` on a worker of Ray Train."""
-    run = Path(loop_config["run"])
-    # Train starts again after every exception. A user's mistake would only come again, so the first attempt
-    # leaves it in a file, and the next returns it.
-    failure = run / "failure.json"
-    if failure.is_file():
-        return read_json(failure)
-    cache.set_cache(loop_config["object_cache"])
-    logging.getLogger().setLevel(logging.WARNING)  # Train prints each report, whole, as INFO
-    cache.share_opened(loop_config["opened_files"])
-    set_deterministic(loop_config["config"].fit.deterministic)
-    try:
-        config = loop_config["config"]
-        with work_for(loop_config["owner"]):
-            return loop_config["main"](RayRuntime(run, config.fit.keep), config)
-    except UserError as e:
-        write_json(failure, {"error": str(e), "not_finite": isinstance(e, NotFinite)})
-        raise
+    return variable in (*RAY_ENV, STOP_SECONDS) or (
+        variable.startswith(TRACKER_ENV) and variable != "WANDB_SERVICE"
+    )

@@ -33,7 +33,7 @@ from raylib.errors import NotFinite, RunLost, UserError
 from raylib.finite import StepMonitor, finite_values, require_finite_values
 from raylib.lock import find_lock, require_owned
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
-from raylib.notice import StopVote, notice_name, stop_line
+from raylib.notice import StopVote, notice_name, short_grace, stop_line
 from raylib.randomness import hash64
 from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_flops, peak_memory
 from raylib.saving import CheckpointWriter
@@ -257,6 +257,7 @@ class _Saver:
         self.first_batch_time = 0.0  # when the first batch was there, by the clock on the wall
         # samples that others took the place of: on all workers, up to the last save; on this one since then
         self.total_replaced, self.num_replaced = total_replaced, 0
+        self.save_seconds: float | None = None  # of the last save
 
     def count(self, batch: dict) -> None:
         """Count a batch, and those of its samples that others took the place of."""
@@ -303,14 +304,16 @@ class _Saver:
         is_scheduled: settings ask for a checkpoint here; else a notice does, and `best` never looks at it.
         evaluation_due: it stopped before the end of this step's evaluation: whoever goes on evaluates first.
         """
-        is_judged = is_scheduled and not evaluation_due
+        is_judged, began = is_scheduled and not evaluation_due, time.perf_counter()
         meta = {
             **self.describe,
             **self.state(losses, evaluation, monitor),
             "step": step,
+            "total_steps": self.steps,
             "score": evaluation.get("score") if is_judged else None,
             "evaluation_due": evaluation_due,
             "is_scheduled": is_scheduled,
+            "save_seconds": self.save_seconds,
             "skipped_in_a_row": monitor.counts.in_a_row,
             "interval": monitor.guard.interval.state(),
         }
@@ -319,9 +322,20 @@ class _Saver:
         if self.runtime.rank == 0:
             text = json.dumps(meta | {"times": self.meter.seconds}, indent=1, allow_nan=False)
             files |= self.engine.objective.model.files() | {"meta.json": text.encode()}
-        report = partial(self._report, step, losses, evaluation) if is_judged else lambda: None
-        self.writer.save(step, files, report, is_last or self.runtime.waits_for_saves)
+
+        def then() -> None:
+            self._measure(time.perf_counter() - began)
+            if is_judged:
+                self._report(step, losses, evaluation)
+
+        self.writer.save(step, files, then, is_last or self.runtime.waits_for_saves)
         self.meter.lap("checkpoint")
+
+    def _measure(self, seconds: float) -> None:
+        """Keep how long a save took until it was on the disk, and say once if a stop leaves less."""
+        warned, self.save_seconds = self.save_seconds is not None, seconds
+        if not warned and self.runtime.rank == 0 and (note := short_grace(seconds)):
+            print(note, flush=True)
 
     def add_scores(self, folder: Path, step: int, losses: dict, scores: dict) -> None:
         """Add the scores to the checkpoint of `step`, which was saved without them; it is judged by them now,

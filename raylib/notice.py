@@ -7,18 +7,20 @@ word that a node goes away. A training answers one by a checkpoint at its next s
 """
 
 import ctypes
+import math
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
 # Slurm users send the last two: sbatch --signal=B:USR1@300
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SECONDS = "POLYGLANCE_STOP_SECONDS"  # environment variable: what `known_grace` returns
 PREEMPTION = 1  # the notice that Ray takes a node away: no signal has this number but SIGHUP, which is none
 SECOND_CTRL_C = b"Ctrl-C: saves after this step, and stops; a second one ends at once\n"
 
@@ -78,6 +80,8 @@ def signals_handled() -> Iterator[None]:
 
 def _receive(number: int, frame: FrameType | None) -> None:
     is_second_ctrl_c = number == signal.SIGINT and signal.SIGINT in _received
+    if _received and number != signal.SIGINT:
+        return  # both Slurm and torchrun may send one: the command is ending already
     _received.append(number)
     if _receivers and not is_second_ctrl_c:
         if number == signal.SIGINT:
@@ -93,7 +97,6 @@ def _receive(number: int, frame: FrameType | None) -> None:
 def notices_to(receive: Callable[[int], None]) -> Iterator[None]:
     """Hand the first signal to `receive`, called in the main thread between any two of its instructions,
     while the block lasts; a second Ctrl-C still ends the command at once."""
-    _received.clear()
     _receivers.append(receive)
     try:
         yield
@@ -105,6 +108,37 @@ def stop_line(number: int, step: int, steps: int) -> str:
     """Return the line with which a stopped training ends."""
     where = f"step {step} of {steps}"
     return f"stopped by {notice_name(number)} at {where}; saved; the same command goes on from there"
+
+
+class Grace(NamedTuple):
+    """Seconds between a notice and the end of this process by force, as far as they are known; setting: the
+    environment variable that says so."""
+
+    seconds: float
+    setting: str
+
+
+def known_grace() -> Grace | None:
+    """Return how long whoever stops this process will wait for it to save; None: nothing says so."""
+    for name in (STOP_SECONDS, "RAY_JOB_STOP_WAIT_TIME_S"):
+        with suppress(KeyError, ValueError):
+            return Grace(float(os.environ[name]), name)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+        return Grace(float(os.environ.get(name, 30)), name)
+    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # the driver of a job
+        return Grace(3.0, "RAY_JOB_STOP_WAIT_TIME_S")
+    return None
+
+
+def short_grace(seconds: float) -> str | None:
+    """Return a line about a save of so many `seconds`, if a stop may not leave it the time."""
+    grace = known_grace()
+    if grace is None or seconds < grace.seconds:
+        return None
+    stop = f"a save took {seconds:.1f} s, but a stop leaves this run {grace.seconds:g} s"
+    setting = f"{grace.setting} to {2 * math.ceil(seconds) + 10} or more"
+    return f"note: {stop}: set {setting} (docs/cluster.md), or a notice loses what came after the last save"
 
 
 class EvaluationStopped(BaseException):
@@ -179,7 +213,8 @@ class StopVote:
     def _read(self) -> int:
         if self.work is not None:
             self.work.wait()
-            self.agreed, self.work = int(self.flag), None
+            # this vote is from before an evaluation in which another may have been taken
+            self.agreed, self.work = max(self.agreed, int(self.flag)), None
         return self.agreed
 
     def evaluate(

@@ -8,8 +8,9 @@ about Ray.
 import os
 import re
 import resource
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -73,19 +74,20 @@ class LocalRuntime:
 
 
 class RayRuntime:
-    """A Ray Train worker. Ray owns the process group. keep, cpus: as of `LocalRuntime`."""
+    """A Ray Train worker. Ray owns the process group. keep, cpus: as of `LocalRuntime`. board: brings notices
+    from the driver (`raylib.ray_run.NoticeBoard`)."""
 
     sharding: Sharding = "zero2"
     waits_for_saves = (
         False  # Ray takes reports in any thread; after two it blocks until its next look at them
     )
 
-    def __init__(self, run: Path, keep: int):
+    def __init__(self, run: Path, keep: int, board: Any):
         from ray import train
         from ray.train.torch import get_device
 
         context = train.get_context()
-        self.run, self.keep = run, keep
+        self.run, self.keep, self.board = run, keep, board
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         self.device = get_device()
         self.cpus = _ray_cpus() or available_cpus() / context.get_local_world_size()
@@ -101,9 +103,28 @@ class RayRuntime:
 
         train.report(metrics)
 
-    def notices_to(self, receive: Callable[[int], None]) -> AbstractContextManager[None]:
-        """Hand this process's signals to `receive` within the block."""
-        return notices_to(receive)
+    @contextmanager
+    def notices_to(self, receive: Callable[[int], None]) -> Iterator[None]:
+        """Hand what the driver posts to `receive`, on worker 0, within the block: `StopVote` brings it to the
+        others."""
+        import ray
+
+        ray.get(self.board.enter.remote(ray.get_runtime_context().get_node_id(), self.rank == 0))
+        if self.rank == 0:
+            threading.Thread(target=self._listen, args=(receive,), name="notices", daemon=True).start()
+        try:
+            yield
+        finally:
+            if self.rank == 0 and (notice := ray.get(self.board.leave.remote())):
+                receive(notice)
+
+    def _listen(self, receive: Callable[[int], None]) -> None:
+        import ray
+
+        known = 0
+        with suppress(ray.exceptions.RayError):  # the driver has ended, and this worker will
+            while known := ray.get(self.board.wait.remote(known)):
+                receive(known)
 
     def publish(self, metrics: dict[str, float]) -> None:
         """Show `metrics` as Ray's gauges, such as "polyglance_loss_itm", in its Prometheus endpoints, with

@@ -50,7 +50,9 @@ class LaunchConfig(Config):
     gpu: bool | None = None
     """Give each worker a GPU; null: if the cluster has any."""
     max_failures: NonNegativeInt = 3
-    """Times that a run on Ray is started again after a worker was lost."""
+    """Times that a run on Ray goes on by itself after a worker, a node or a connection was lost."""
+    max_preemptions: int = Field(default=-1, ge=-1)
+    """Times that it goes on elsewhere after Ray took a node away (spot instances); -1: without limit."""
     resume: str = "newest"
     """Checkpoint to go on from: newest, best, or step_NNNNNN; newer ones are set aside, never deleted."""
     keep_optimizer: bool = True
@@ -65,6 +67,7 @@ MUTABLE_SETTINGS = (
     "workers",
     "gpu",
     "max_failures",
+    "max_preemptions",
     "resume",
     "keep_optimizer",
     "fit.stop_after",

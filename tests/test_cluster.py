@@ -296,7 +296,14 @@ def test_cluster_rayjob_manifest_matches_project(capsys):
         mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in container["volumeMounts"]}
         assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
         assert "persistentVolumeClaim" in mounts["/shared"]
+    # a notice comes soon enough for a save of the seconds that the run is told of
     env = yaml.safe_load(spec["runtimeEnvYAML"])
+    seconds = int(env["env_vars"]["POLYGLANCE_STOP_SECONDS"])
+    for container, group, name in zip(
+        containers, groups, ("RAY_JOB_STOP_WAIT_TIME_S", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"), strict=True
+    ):
+        assert container["env"] == [{"name": name, "value": str(seconds)}]
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > seconds
     assert env["env_vars"]["POLYGLANCE_RUNS"].startswith("/shared/")
     assert config["corpus"].startswith("/shared/")
     assert cluster["authOptions"] == {"mode": "token"}
@@ -346,6 +353,35 @@ def test_cluster_slurm_script_starts_nodes_and_cleans_up(started, code, tmp_path
         assert command == "node-a:6379 -m pretrain base workers=16 corpus=/a b\n"
     else:
         assert "did not start" in completed.stderr
+
+
+def test_cluster_slurm_script_passes_a_notice_to_the_driver_and_waits_for_its_save(tmp_path):
+    """With a stand-in for the run, which takes a second to save; to srun it would be SIGKILL."""
+    script = ROOT / "cluster/slurm.sh"
+    tools = {
+        "scontrol": "echo node-a",
+        "srun": 'trap "touch killed" TERM; while [ "$1" != ray ]; do shift; done; "$@"',
+        "ray": 'while [ "$1" != -- ]; do shift; done; shift; exec "$@"',
+        "python": 'if [ "$1" = -c ]; then exec python3 "$@"; fi; '
+        'trap "sleep 1; echo saved; exit 143" TERM; touch begun; while :; do sleep 0.05; done',
+    }
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
+    for name, body in tools.items():
+        tool = tmp_path / ".venv/bin" / name
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(0o755)
+    job = {"SUBMIT_DIR": tmp_path, "JOB_ID": 1, "JOB_NUM_NODES": 1, "JOB_NODELIST": "node-a"}
+    env = {k: v for k, v in os.environ.items() if k != "POLYGLANCE_RUNS"} | {"SLURM_CPUS_ON_NODE": "4"}
+    env |= {f"SLURM_{name}": str(value) for name, value in job.items()}
+    with subprocess.Popen(["bash", script, "base"], env=env, stdout=subprocess.PIPE, text=True) as batch:
+        while not (tmp_path / "begun").exists():
+            assert batch.poll() is None
+            time.sleep(0.02)
+        batch.terminate()
+        assert batch.communicate(timeout=30)[0] == "saved\n"
+    assert batch.returncode == 143 and not (tmp_path / "killed").exists()
+    assert list((tmp_path / "runs").iterdir()) == []
 
 
 def test_requirements_are_all_pinned():

@@ -2,9 +2,15 @@
 it, to the bit."""
 
 import json
+import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -13,6 +19,7 @@ from pretrain.__main__ import main
 from raylib import checkpoint, loop
 from raylib.config import dump_config
 from raylib.monitoring import read_metrics
+from raylib.notice import known_grace
 
 ALONE = ("runtime=local", "workers=1")
 
@@ -175,3 +182,153 @@ def test_notice_second_sigterm_is_none(mini, monkeypatch, capfd):
         capfd.readouterr().err
         == "stopped by SIGTERM at step 1 of 6; saved; the same command goes on from there\n"
     )
+
+
+def test_notice_in_fine_tuning_is_a_checkpoint_in_every_training_of_it(finetune, monkeypatch, tmp_path):
+    """A pruning round of 3 steps, and the run's own training of 6, whose dev set is due after 3 and 6: a
+    notice in each of a round, amid an epoch, and at an epoch's end; then in the evaluation of the test sets,
+    which has nothing to save."""
+    from finetune import worker
+
+    settings = ("runtime=local", "strategies.sparse.rounds=1")
+    assert finetune("scenes_xgqa", "name=whole", *settings)[0] == 0
+    for number, step in enumerate((1, 3, 5)):
+        with monkeypatch.context() as patched:
+            # the round has step 1, the training 3, and 5, of which the round has none
+            signal_in_step(patched, step, signal.SIGTERM)
+            code, printed = finetune("scenes_xgqa", "name=parts", *settings)
+        assert code == 143 and f"stopped by SIGTERM at step {step + 1} of 6; saved" in printed, (
+            number,
+            printed,
+        )
+
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(worker, "test_result", interrupted)
+        code, printed = finetune("scenes_xgqa", "name=parts", *settings)
+    assert code == 143 and printed.splitlines()[-1].startswith("stopped by SIGTERM; the same command")
+    assert finetune("scenes_xgqa", "name=parts", *settings)[0] == 0
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    results = [json.loads((run / "result.json").read_text()) for run in (whole, parts)]
+    steady = ("accuracy", "intervals", "steps", "sparsity", "curve")
+    whole_result, parts_result = ({k: r.get(k) for k in steady} for r in results)
+    assert whole_result == parts_result
+    for language in ("en", "ru"):
+        files = [run / "predictions" / f"{language}.jsonl" for run in (whole, parts)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+    assert trained(whole) == trained(parts)
+
+
+def trained(run: Path) -> dict:
+    """What all trainings of a fine-tuning run came to: best, weights, curves without a line twice."""
+    found = {}
+    for folder in sorted(run.glob("**/checkpoints")):
+        part = folder.parent
+        best = checkpoint.find_trained(part, "best")
+        weights = {k: v.tolist() for k, v in load_file(best / "model.safetensors").items()}
+        records = [
+            {k: v for k, v in r.items() if k == "step" or k.startswith(("loss/", "eval/"))}
+            for r in read_metrics(part)
+        ]
+        found[part.relative_to(run)] = (best.name, checkpoint.read_meta(best)["score"], weights, records)
+    return found
+
+
+def torchrun(*arguments) -> subprocess.Popen:
+    """Begin two workers."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*command, *map(str, arguments)], env=env, **pipes, start_new_session=True)
+
+
+def end_of(process: subprocess.Popen) -> tuple[list[str], str]:
+    """(the exit codes that torchrun reports of its workers, their own lines on stderr)."""
+    _, complaints = process.communicate(timeout=240)
+    lines = [line for line in complaints.splitlines() if line.startswith(("stopped", "error", "interrupted"))]
+    return re.findall(r"exitcode\s*: (-?\d+)", complaints), "\n".join(lines)
+
+
+# an evaluation that one worker never leaves by itself, where it gets the notice; the other waits for it
+STUCK = """
+import os, signal, sys, time
+import pretrain.train
+from pretrain.__main__ import main
+
+real = pretrain.train.ZeroShotRetrieval.__call__
+
+def stuck(self, model, bf16):
+    if os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            time.sleep(0.01)
+    return real(self, model, bf16)
+
+pretrain.train.ZeroShotRetrieval.__call__ = stuck
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+def test_notice_of_one_torchrun_worker_stops_all_at_one_step(mini, tmp_path):
+    """To one worker of two, with its loaders; to torchrun, which passes it on; in an evaluation that a worker
+    cannot leave, for it waits for the other."""
+    settings = (
+        "runtime=local",
+        "fit.steps=24",
+        "fit.eval_every=12",
+        "fit.save_every=12",
+        "fit.loader_workers=1",
+    )
+    configs = {name: mini(f"name={name}", *settings) for name in ("whole", "one", "launcher", "stuck")}
+    files = {name: tmp_path / f"{name}.json" for name in configs}
+    for name, config in configs.items():
+        files[name].write_text(dump_config(config), encoding="utf-8")
+    script = tmp_path / "stuck.py"
+    script.write_text(STUCK)
+    assert end_of(torchrun("-m", "pretrain", "--config", files["whole"])) == ([], "")
+    for name in ("one", "launcher", "stuck"):
+        run = Path(configs[name].runs) / name
+        command = (script,) if name == "stuck" else ("-m", "pretrain")
+        begun = torchrun(*command, "--config", files[name])
+        while name != "stuck" and len(read_metrics(run)) < 3:
+            assert begun.poll() is None, begun.communicate()
+            time.sleep(0.01)
+        if name == "one":
+            workers = [p for p in psutil.Process(begun.pid).children() if "pretrain" in p.cmdline()]
+            (second,) = [p for p in workers if p.environ()["RANK"] == "1"]
+            os.killpg(second.pid, signal.SIGTERM)  # torchrun makes a group of each worker
+        elif name == "launcher":
+            begun.terminate()
+        codes, lines = end_of(begun)
+        meta = checkpoint.read_meta(checkpoint.find_newest(run))
+        assert meta["evaluation_due"] == (name == "stuck") and meta["step"] <= 12
+        assert (
+            lines
+            == f"stopped by SIGTERM at step {meta['step']} of 24; saved; the same command goes on from there"
+        )
+        # one that ends a moment later than the other gets another SIGTERM, of torchrun's
+        assert set(codes) <= {"143", "-15"} and (codes or name == "launcher")
+        assert end_of(torchrun("-m", "pretrain", "--config", files[name])) == ([], "")
+        assert outcome(configs[name]) == outcome(configs["whole"]), name
+
+
+def test_notice_is_warned_of_where_a_save_takes_longer_than_a_stop_leaves(mini, monkeypatch, capfd):
+    for name in ("POLYGLANCE_STOP_SECONDS", "RAY_JOB_STOP_WAIT_TIME_S", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    assert known_grace() is None
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert known_grace() == (3.0, "RAY_JOB_STOP_WAIT_TIME_S")  # as Ray has it by default
+    monkeypatch.setenv("RAY_JOB_STOP_WAIT_TIME_S", "0")
+    config = mini("name=slow", *ALONE)
+    assert start(config) == 0
+    note = (
+        r"note: a save took \d+\.\d s, but a stop leaves this run 0 s: set RAY_JOB_STOP_WAIT_TIME_S to \d+ .*"
+    )
+    assert len(re.findall(note, capfd.readouterr().out)) == 1  # of three saves
+    newest = checkpoint.read_meta(checkpoint.find_newest(Path(config.runs) / "slow"))
+    assert 0 < newest["save_seconds"] < 60
+    monkeypatch.setenv("POLYGLANCE_STOP_SECONDS", "100")
+    assert start(mini("name=quick", *ALONE)) == 0 and "a save took" not in capfd.readouterr().out

@@ -19,6 +19,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain.__main__ import main
 from pretrain.train import run
 from raylib import checkpoint
 from raylib.config import dump_config
@@ -44,6 +45,12 @@ def losses(config) -> dict[int, dict[str, float]]:
     records = [r for r in read_metrics(Path(config.runs) / config.name) if "lr" in r]
     assert [r["step"] for r in records] == sorted({r["step"] for r in records})
     return {r["step"]: {k: v for k, v in r.items() if k.startswith(("loss/", "lr"))} for r in records}
+
+
+def has_traceback(printed: str) -> bool:
+    """Return whether a worker, or Ray Train's controller, has printed one; other actors of Ray's do where a
+    machine has several clusters."""
+    return bool(re.search(r"(?m)^(.*(RayTrainWorker|TrainController) pid=\d+\S* )?Traceback", printed))
 
 
 def states(config, step) -> dict[str, bytes]:
@@ -112,7 +119,7 @@ def test_ray_run_goes_on_without_ray_and_the_reverse(mini, first):
         assert got[step] == pytest.approx(terms, rel=2e-4)
 
 
-def test_ray_killed_worker_is_replaced_without_trace(mini):
+def test_ray_killed_worker_is_replaced_without_trace(mini, capfd):
     settings = ["fit.steps=60", "fit.save_every=10", "fit.keep=2"]
     undisturbed = mini("name=undisturbed", *settings)
     killed = mini("name=killed", *settings, "fit.track=tensorboard")
@@ -134,6 +141,9 @@ def test_ray_killed_worker_is_replaced_without_trace(mini):
     thread.join()
     assert len(victims) == 1
     assert result["finished"]
+    printed = "".join(capfd.readouterr())
+    line = r"(?m)^worker \d died \(its process was killed.*\); attempt 2 of 4 goes on from step_0000[2-5]0$"
+    assert len(re.findall(line, printed)) == 1 and not has_traceback(printed), printed
     assert losses(undisturbed) == losses(killed)
     kept = sorted(p.name for p in (Path(killed.runs) / "killed" / "checkpoints").glob("step_*"))
     assert kept == ["step_000050", "step_000060"]
@@ -216,10 +226,87 @@ def test_ray_worker_has_cpus_for_its_loaders(mini, tmp_path):
         assert (found["cpus"], found["threads"]) == (cpus, 1)
 
 
-def test_ray_user_error_on_worker_is_one_line_and_not_retried(mini, tmp_path):
+def test_ray_user_error_on_worker_is_one_line_and_not_retried(mini, tmp_path, capfd):
     config = mini("name=nan", "optim.lr=1e30", "optim.clip=1e30", "optim.warmup=0")
     with pytest.raises(UserError, match=r"step \d: .* not finite; lower optim.lr"):
         run(config)
+    printed = "".join(capfd.readouterr())
+    assert not has_traceback(printed) and "attempt" not in printed
+
+
+def signal_at(config, lines: int, *numbers: int) -> threading.Thread:
+    """Send this process, the driver of a run, signals as soon as its log has so many lines."""
+
+    def send():
+        folder = Path(config.runs) / config.name
+        while len(read_metrics(folder)) < lines:
+            time.sleep(0.02)
+        for number in numbers:
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM")])
+def test_ray_notice_to_the_driver_is_a_checkpoint(mini, capfd, number, code, name):
+    settings = ("fit.steps=60", "fit.save_every=50", "fit.keep=2")
+    whole, parts = mini("name=whole", *settings), mini("name=parts", *settings)
+    assert run(whole)["finished"]
+    thread = signal_at(parts, 8, number)
+    assert start(parts) == code
+    thread.join()
+    newest = checkpoint.find_newest(Path(parts.runs) / "parts")
+    step = checkpoint.read_meta(newest)["step"]
+    assert 8 <= step < 50
+    last = "".join(capfd.readouterr().err).splitlines()[-1]
+    assert last == f"stopped by {name} at step {step} of 60; saved; the same command goes on from there"
+    assert start(parts) == 0 and losses(whole) == losses(parts)
+
+
+def start(config) -> int:
+    """Run a config as a command; return its exit code."""
+    file = Path(config.runs) / f"{config.name}.json"
+    file.write_text(dump_config(config), encoding="utf-8")
+    return main(["--config", str(file)])
+
+
+@pytest.mark.slow
+def test_ray_second_ctrl_c_ends_at_once(mini, capfd):
+    config = mini("name=twice", "fit.steps=100000", "fit.log_every=1")
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread = signal_at(config, 3, signal.SIGINT, signal.SIGINT)
+        assert start(config) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    thread.join()
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1] == "interrupted; the same command resumes from the newest checkpoint"
+    logged = len(read_metrics(Path(config.runs) / "twice"))
+    time.sleep(3)
+    assert len(read_metrics(Path(config.runs) / "twice")) == logged  # nobody trains any more
+
+
+@pytest.mark.slow
+def test_ray_failures_beyond_the_limit_end_with_one_line(mini, capfd):
+    config = mini("name=dying", "fit.steps=100000", "max_failures=0")
+
+    def kill():
+        while len(read_metrics(Path(config.runs) / "dying")) < 3:
+            time.sleep(0.02)
+        own = psutil.Process().children(recursive=True)
+        os.kill([p for p in own if "RayTrainWorker" in " ".join(p.cmdline())][-1].pid, signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert start(config) == 1
+    thread.join()
+    printed = capfd.readouterr()
+    last = printed.err.splitlines()[-1]
+    assert re.fullmatch(r"error: worker \d died .*; 1 failures, more than max_failures=0; the same .*", last)
+    assert not has_traceback(printed.out + printed.err)
 
 
 @pytest.mark.slow
