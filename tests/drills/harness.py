@@ -41,6 +41,7 @@ class Workshop:
     def __init__(self, folder: Path, data: Data):
         self.folder, self.data = folder, data
         self._references: dict[tuple[Case, int], Reference] = {}
+        self.outcomes: dict[str, dict[str, Any]] = {}  # of other undisturbed runs, by name
 
     def reference(self, case: Case, world: int = 1) -> Reference:
         """Return what `case` comes to if nothing disturbs it, on so many workers."""
