@@ -23,12 +23,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from benchmarks.results import RESULTS, commit
 from raylib.fileio import append_jsonl
-from tests.drills import commands, damage, disks, ends, kills, ray_rows
+from tests.drills import commands, damage, disks, ends, kills, ray_rows, search_rows
 from tests.drills.harness import ROWS, Drill, NotRun, Workshop
 from tests.drills.runs import build_data, finetuning, preload, pretraining
 
 FILE = RESULTS / "drills.jsonl"
-MODULES = (kills, disks, commands, ends, damage, ray_rows)  # whose rows are in the table, in this order
+MODULES = (
+    kills,
+    disks,
+    commands,
+    ends,
+    damage,
+    ray_rows,
+    search_rows,
+)  # whose rows are in the table, in this order
 
 
 def main(arguments: list[str] | None = None) -> int:
