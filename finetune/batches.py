@@ -4,8 +4,14 @@ step).
 An epoch is a permutation of the examples drawn from (seed, epoch); what does not fill a last batch waits for
 the next epoch, or is a smaller batch (`keep_last`). What is drawn for an example is drawn from (seed, epoch,
 its number).
+
+An example whose image cannot be read gives its place to another one, drawn from (seed, epoch, its number)
+too: which one follows from the data, and not from the worker, the process or the start that met it. It is
+counted in the first epoch that comes to it, so that the sum over a training is the number of examples left
+out.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +20,12 @@ import torch
 
 from finetune.formats import Captioned, Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
+from raylib.data.images import BadImage
 from raylib.data.loading import StepDataset
 from raylib.distributed import worker_rows
 from raylib.errors import UserError
 from raylib.packed import Ragged, Sentences
-from raylib.randomness import permutation, uniform, uniform_float32
+from raylib.randomness import integers, permutation, uniform, uniform_float32
 from raylib.text import Tokenizer, add_specials, text_ids
 
 # change(example, seed, epoch, id): a training example as strategies show it (`finetune.strategies`)
@@ -28,11 +35,15 @@ VisualInputs = dict[str, Any]  # what grounds the texts of a batch, as `load_vis
 ExtraInputs = Callable[[Sequence[Example], VisualInputs, dict[str, Any]], dict[str, Any]]
 
 
+ATTEMPTS = 20  # examples in a row without a usable image, after which none is looked for any more
+log = logging.getLogger(__name__)
+
+
 class BatchOrder(NamedTuple):
     """The examples that make a batch, and those of them that are one worker's.
 
     size: of the global batch. keep_last: what is left of an epoch is a smaller batch, not left out.
-    change: what strategies make of each example.
+    change: what strategies make of each example. bad_limit: share of them that may have no usable image.
     """
 
     size: int
@@ -41,6 +52,7 @@ class BatchOrder(NamedTuple):
     world: int = 1
     change: Change | None = None
     keep_last: bool = False
+    bad_limit: float = 0.01
 
 
 class EpochBatches(StepDataset):
@@ -64,6 +76,8 @@ class EpochBatches(StepDataset):
             )
         self.epoch_steps = len(examples) // self.size + (last > 0)
         self._permutation: tuple[int, np.ndarray] = (-1, np.empty(0))  # of the epoch that was read last
+        self.faults: dict[int, str] = {}  # number of an example that this process could not read -> why
+        self._visited: dict[int, np.ndarray] = {}  # epoch -> (n,) bool: which examples it comes to
 
     def epoch(self, steps: int) -> float:
         """Return the epochs that so many steps are."""
@@ -85,6 +99,68 @@ class EpochBatches(StepDataset):
         example's id)."""
         examples, change = [self.examples[i] for i in numbers], self.order.change
         return [change(e, self.order.seed, epoch, e.id) for e in examples] if change else examples
+
+    def read_usable(
+        self, epoch: int, numbers: np.ndarray, read: Callable[[Sequence[Any], np.ndarray], VisualInputs]
+    ) -> tuple[np.ndarray, list[Any], VisualInputs, int]:
+        """(numbers of the examples, the examples, what grounds them, how many gave place to others and are to
+        be counted). read: of examples and their numbers what grounds them, or raises BadImage."""
+        drawn, numbers, attempts = numbers, numbers.copy(), np.zeros(len(numbers), np.int64)
+        while True:
+            # a draw for each place: two may fall to the same example, as two epochs do
+            while broken := [row for row, number in enumerate(numbers.tolist()) if number in self.faults]:
+                attempts[broken] += 1
+                if attempts.max() > ATTEMPTS:
+                    raise UserError(
+                        f"{ATTEMPTS} training examples in a row have images that cannot be read, such as "
+                        f"{self.faults[int(numbers[broken[0]])]}"
+                    )
+                keys = (self.order.seed, epoch, "replace", drawn[broken], attempts[broken])
+                numbers[broken] = integers(len(self.examples), *keys)
+            examples = self.changed_examples(epoch, numbers)
+            try:
+                visual = read(examples, numbers)
+            except BadImage:
+                if not self._find_faults(examples, numbers, read):
+                    raise
+                continue
+            counted = sum(n in self.faults and self._is_new(epoch, n) for n in drawn.tolist())
+            return numbers, examples, visual, counted
+
+    def _find_faults(self, examples: Sequence[Any], numbers: np.ndarray, read: Callable) -> bool:
+        """Find those that cannot be read; return whether there are any."""
+        before = len(self.faults)
+        for row, (example, number) in enumerate(zip(examples, numbers.tolist(), strict=True)):
+            if number in self.faults:
+                continue
+            try:
+                read([example], numbers[row : row + 1])
+            except BadImage as error:
+                self.faults[number] = str(error)
+                log.warning("%s; another example takes its place", error)
+        self.check_replaced(len(self.faults))
+        return len(self.faults) > before
+
+    def _is_new(self, epoch: int, number: int) -> bool:
+        """Tell whether no epoch before this one comes to an example."""
+        for before in range(epoch):
+            if before not in self._visited:
+                self._visited[before] = np.zeros(len(self.examples), bool)
+                order = permutation(len(self.examples), self.order.seed, "order", before)
+                self._visited[before][order[: self.epoch_steps * self.size]] = True
+            if self._visited[before][number]:
+                return False
+        return True
+
+    def check_replaced(self, count: int) -> None:
+        """Raise UserError where so many examples are too many to be left out."""
+        limit = self.order.bad_limit
+        if count > limit * len(self.examples):
+            such = next(iter(self.faults.values()), "those in the warnings above")
+            raise UserError(
+                f"{count:,} of {len(self.examples):,} training examples have an image that cannot be read "
+                f"(bad_limit={limit:g} of them may), such as {such}; mend them, or give a higher bad_limit="
+            )
 
     def augmentation(self, visual: VisualSource | None, epoch: int, *keys: np.ndarray) -> np.ndarray | None:
         """Uniform draws (n, d) for n images, which `keys` number; None where images are read as they are."""
@@ -122,10 +198,13 @@ class ExampleBatches(EpochBatches):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, places, numbers = self.rows(step)
-        examples = self.changed_examples(epoch, numbers)
-        images = np.arange(len(examples[0].images))
-        draws = self.augmentation(self.visual, epoch, numbers[:, None, None], images[:, None])
-        visual = load_visual(examples, self.visual, draws)
+
+        def read(examples: Sequence[Any], numbers: np.ndarray) -> VisualInputs:
+            images = np.arange(len(examples[0].images))
+            draws = self.augmentation(self.visual, epoch, numbers[:, None, None], images[:, None])
+            return load_visual(examples, self.visual, draws)
+
+        numbers, examples, visual, bad = self.read_usable(epoch, numbers, read)
         part = {
             **places,
             **encode_inputs(examples, visual, self.tokenizer, self.length),
@@ -141,7 +220,13 @@ class ExampleBatches(EpochBatches):
         part["answer"] = scores.argmax(1)
         if self.soft:
             part["scores"] = scores
-        return {"step": step, "samples": places["size"], "tokens": self.count_tokens(part), "examples": part}
+        return {
+            "step": step,
+            "samples": places["size"],
+            "tokens": self.count_tokens(part),
+            "bad": bad,
+            "examples": part,
+        }
 
 
 def read_inputs(
@@ -153,6 +238,30 @@ def read_inputs(
     """The model's inputs: {"text": Ragged ids, and what grounds it: "premise", "images", "states" or
     "regions", with "tags" if it reads them; nothing with one text about no image}."""
     return encode_inputs(examples, load_visual(examples, visual), tokenizer, length)
+
+
+def read_usable_inputs(
+    examples: Sequence[Example], visual: VisualSource | None, tokenizer: Tokenizer, length: int
+) -> tuple[dict[str, Any] | None, dict[int, str]]:
+    """(`read_inputs` of the examples whose images can be read, None where there are none; {place of another:
+    why})."""
+    try:
+        return read_inputs(examples, visual, tokenizer, length), {}
+    except BadImage:
+        faults = find_faults(examples, visual)
+    usable = [example for place, example in enumerate(examples) if place not in faults]
+    return (read_inputs(usable, visual, tokenizer, length) if usable else None), faults
+
+
+def find_faults(examples: Sequence[Example], visual: VisualSource | None) -> dict[int, str]:
+    """{place of an example whose images cannot be read: why}."""
+    faults = {}
+    for place, example in enumerate(examples):
+        try:
+            load_visual([example], visual)
+        except BadImage as error:
+            faults[place] = str(error)
+    return faults
 
 
 def load_visual(
@@ -244,10 +353,14 @@ class CaptionBatches(EpochBatches):
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         epoch, places, numbers = self.rows(step)
-        pairs = self.changed_examples(epoch, numbers)
+
+        def read(pairs: Sequence[Any], numbers: np.ndarray) -> VisualInputs:
+            draws = self.augmentation(self.visual, epoch, numbers[:, None])
+            return self.visual.read([pair.image for pair in pairs], draws)
+
+        numbers, pairs, visual, bad = self.read_usable(epoch, numbers, read)
         names = [pair.image for pair in pairs]
         negatives = uniform_float32(self.order.seed, epoch, "negative", numbers[:, None], np.arange(2))
-        visual = self.visual.read(names, self.augmentation(self.visual, epoch, numbers[:, None]))
         part = {
             **places,
             **visual,
@@ -264,6 +377,7 @@ class CaptionBatches(EpochBatches):
             "step": step,
             "samples": places["size"],
             "tokens": self.count_tokens(part),
+            "bad": bad,
             "image_text": part,
         }
 

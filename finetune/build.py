@@ -1,7 +1,7 @@
 """From a config to what it names: its task, the splits that it reads and their files, its model, strategies
 and images."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,19 +9,20 @@ import torch
 
 from finetune.config import FinetuneConfig
 from finetune.formats.items import ItemList
+from finetune.image_check import check_sets, find_missing, require_few_faults
 from finetune.stores.images import (
     ImageSource,
     PrecomputedFeatures,
     VisualSource,
     open_visual,
     precompute_features,
-    require_images,
 )
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
 from finetune.tasks.datasets import TASKS
 from raylib.cache import fingerprint_module, get_cache
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
+from raylib.distributed import rank
 from raylib.errors import UserError
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
@@ -175,11 +176,18 @@ def training_sets(config: FinetuneConfig, language: str | None) -> list[Reading]
 
 
 def training_examples(config: FinetuneConfig, language: str | None, visual: VisualSource | None) -> ItemList:
-    """The items of `training_sets`, of which `visual` has all images."""
+    """The items of `training_sets`.
+
+    Raises:
+        UserError: too many of a set have no image in `visual`.
+    """
     sets = []
     for reading in training_sets(config, language):
         sets.append(reading.load())
-        require_images(visual, sets[-1], reading.path)
+        where = f"{reading.path} (train, '{reading.language}')"
+        line = find_missing(visual, sets[-1], where, config.bad_limit)
+        if line and rank() == 0:
+            print(line, flush=True)
     return ItemList.join(sets)
 
 
@@ -208,18 +216,15 @@ def used_sets(parts: Mapping[str | None, FinetuneConfig]) -> list[UsedSet]:
     return [used._replace(parts=frozenset(of)) for used, of in places.values()]
 
 
-def check_images(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> None:
-    """Look for the images, or the region features, of dev and test sets: after the training is too late.
-
-    Raises:
-        UserError: those of one are missing.
-    """
-    if find_task(config).needs_images(config):
-        visual = open_visual(config, 0)
-        for used in used_sets(parts):
-            if used.role != "train":
-                # loaded, as they are for their evaluation: a search then parses them once for all trials
-                require_images(visual, used.reading.load(), used.reading.path)
+def check_images(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> Iterator[str]:
+    """Look for the images, or the region features, of the sets of a run (`check_sets`). Those of what is
+    trained on are looked for by the training itself, when it has read it (`training_examples`), but where the
+    parts of a run train one after the other."""
+    if not find_task(config).needs_images(config):
+        return
+    apart = config.verify or config.trains_apart or get_cache() is not None
+    sets = [used for used in used_sets(parts) if used.role != "train" or apart]
+    yield from check_sets(open_visual(config, 0), sets, config.bad_limit, config.verify)
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
@@ -338,6 +343,19 @@ def build_pipeline(
     set_recomputation(model, config.checkpointing, config.fit.micro_batches)
     tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
+
+
+def evaluate_sets(
+    pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path, what: str
+) -> dict[str, dict[str, Any]]:
+    """Figures of the dev or test sets, `what`, as of `Task.evaluate`.
+
+    Raises:
+        UserError: too many items of one have an image that cannot be read.
+    """
+    figures = find_task(pipeline.config).evaluate(pipeline, sets, folder)
+    require_few_faults(figures, what, pipeline.config.bad_limit)
+    return {code: {k: v for k, v in values.items() if k != "bad_image"} for code, values in figures.items()}
 
 
 def cache_image_states(pipeline: Pipeline, items: Iterable[Any], folder: Path) -> Pipeline:

@@ -112,9 +112,12 @@ class FinetuneConfig(LaunchConfig):
     """Train on the first so many items; null: all."""
     test_limit: PositiveInt | None = None
     """Evaluate the first so many items of each set; null: all."""
+    bad_limit: float = Field(0.01, ge=0, le=1)
+    """Share of the items of a set whose image is missing or cannot be read that is still normal; more end the
+    run. In training another example takes the place of one; a test item counts as wrong."""
     verify: bool = False
-    """Hash all of the run's files at every start; otherwise sizes and times of change come first, and the
-    content of images and region features is not looked at (`raylib.provenance`)."""
+    """Read every image, and hash all of the run's files, at every start; otherwise images are looked for by
+    name, and sizes and times of change come first (`raylib.provenance`)."""
     optim: OptimConfig = OptimConfig(warmup=0.0)
     """Optimizer and learning rate."""
     fit: FitConfig = FitConfig()

@@ -14,13 +14,13 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from finetune.batches import read_inputs
+from finetune.batches import read_usable_inputs
 from finetune.formats import Example
 from finetune.stores.images import PrecomputedFeatures, SharedFeatures, VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
@@ -42,6 +42,15 @@ ORDERS = 4  # n-grams of BLEU
 CONFUSED_PAIRS = 5  # that paper 0's table 3 names
 
 
+class PredictedBatch(NamedTuple):
+    """A batch of examples; the predicted classes (b,) of those whose images can be read, -1 where scores are
+    not finite, None where there are none; {place of another: why}."""
+
+    examples: NumberedExamples
+    classes: Tensor | None
+    faults: Mapping[int, str]
+
+
 def predict(
     model: FinetuneModel,
     examples: Iterable[Example],
@@ -53,7 +62,7 @@ def predict(
     total: int | None = None,
 ) -> int:
     """Write {"id", "prediction", "labels", "kind", "images"} of every example into `out`, one line each;
-    every worker calls it.
+    every worker calls it. Where an image cannot be read, the prediction is "", and "error" says why.
 
     `out` must lie where all workers can write. total: examples, where it is known. Returns how many there
     are.
@@ -68,13 +77,18 @@ def predict(
     with open(part, "w", encoding="utf-8") as file, torch.inference_mode():
         # every world-th batch, and not every world-th example: batches are the same for any world
         chunks = itertools.islice(_batches(examples), rank, None, world)
-        read = ((chunk, read_inputs([e for _, e in chunk], visual, tokenizer, length)) for chunk in chunks)
+        read = (
+            (chunk, *read_usable_inputs([e for _, e in chunk], visual, tokenizer, length)) for chunk in chunks
+        )
         share = None if total is None else -(-total // world)
-        waited = progress(prefetch(read), f"predict {out.stem}", share, "examples", lambda pair: len(pair[0]))
-        pending: list[tuple[NumberedExamples, Tensor]] = []
-        for chunk, inputs in waited:
-            scores, finite = class_scores(model, inputs, bf16)
-            pending.append((chunk, scores.argmax(1).masked_fill(~finite, -1)))
+        waited = progress(prefetch(read), f"predict {out.stem}", share, "examples", lambda item: len(item[0]))
+        pending: list[PredictedBatch] = []
+        for chunk, inputs, faults in waited:
+            classes = None
+            if inputs is not None:
+                scores, finite = class_scores(model, inputs, bf16)
+                classes = scores.argmax(1).masked_fill(~finite, -1)
+            pending.append(PredictedBatch(chunk, classes, faults))
             count += len(chunk)
             if len(pending) == BLOCK:
                 bad = _write_predictions(file, pending, model.labels)
@@ -112,27 +126,27 @@ def not_finite_scores(example: str) -> str:
     return f"scores of example {example}: not finite (NaN or infinite)"
 
 
-def _write_predictions(
-    file: TextIO, batches: Sequence[tuple[NumberedExamples, Tensor]], labels: Sequence[str]
-) -> str | None:
-    """Write a line an example, of batches with their predicted classes (b,), -1 where scores are not finite.
-    Returns the line that names the first such example."""
-    if not batches:
-        return None
-    examples = [numbered for chunk, _ in batches for numbered in chunk]
+def _write_predictions(file: TextIO, batches: Sequence[PredictedBatch], labels: Sequence[str]) -> str | None:
+    """Write a line an example. Returns the line that names the first example whose scores are not finite."""
+    classes = [batch.classes for batch in batches if batch.classes is not None]
     # the one place where the host waits for the device
-    found = torch.cat([classes for _, classes in batches]).tolist()
-    for (number, example), label in zip(examples, found, strict=True):
-        if label < 0:
-            return not_finite_scores(example.id)
-        line = {
-            "id": example.id,
-            "prediction": labels[label],
-            "labels": dict(example.labels),
-            "kind": example.kind,
-            "images": list(example.images),
-        }
-        file.write(f"{number}\t{json.dumps(line, ensure_ascii=False)}\n")
+    found = iter(torch.cat(classes).tolist() if classes else [])
+    for batch in batches:
+        for place, (number, example) in enumerate(batch.examples):
+            if (fault := batch.faults.get(place)) is not None:
+                answer = {"prediction": "", "error": fault}
+            elif (label := next(found)) < 0:
+                return not_finite_scores(example.id)
+            else:
+                answer = {"prediction": labels[label]}
+            line = {
+                "id": example.id,
+                **answer,
+                "labels": dict(example.labels),
+                "kind": example.kind,
+                "images": list(example.images),
+            }
+            file.write(f"{number}\t{json.dumps(line, ensure_ascii=False)}\n")
     return None
 
 
@@ -219,7 +233,8 @@ def score(
     Returns:
         {"accuracy", "interval": its 95 % bootstrap interval, "n", "by_type": {kind: accuracy}, "n_by_type":
         {kind: examples}, "unlabelled": left out of it, "unknown_answers": none of whose answers are among
-        `labels`: these count as wrong, "bleu": where asked for}.
+        `labels`: these count as wrong, "bleu": where asked for; and where images could not be read, which
+        counts as wrong, "bad_images": how many items have one, "bad_image": what is wrong with the first}.
 
     The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA
     asks 12,578 of 398 images). Items about two images are drawn with those about the same two, items about
@@ -228,6 +243,7 @@ def score(
     gained: Counter[str] = Counter()  # in millionths: integers add up to the same in any order
     counts: Counter[str] = Counter()
     unlabelled, unknown, clusters = 0, 0, ItemClusters()
+    faults: list[str] = []
     corpus = CorpusBleu(bleu) if bleu else None
     for number, line in enumerate(predictions):
         answers = line["labels"]
@@ -236,13 +252,14 @@ def score(
             continue
         unknown += labels.isdisjoint(answers)
         counts[line["kind"]] += 1
-        worth = round(MILLION * answers.get(line["prediction"], 0.0))
+        faults += [line["error"]] if "error" in line else []
+        worth = 0 if "error" in line else round(MILLION * answers.get(line["prediction"], 0.0))
         gained[line["kind"]] += worth
         clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
         if corpus:
             corpus.add(line["prediction"], list(answers))
     n = sum(counts.values())
-    result = {
+    result: dict[str, Any] = {
         "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
         "interval": clusters.interval("bootstrap", *key),
         "n": n,
@@ -251,6 +268,8 @@ def score(
         "unlabelled": unlabelled,
         "unknown_answers": unknown,
     }
+    if faults:
+        result |= {"bad_images": len(faults), "bad_image": faults[0]}
     return {**result, "bleu": corpus.value()} if corpus else result
 
 
@@ -279,6 +298,8 @@ def confusions(
         if not answers:
             continue
         examples += 1
+        if "error" in line:  # no image, and no answer that could be taken for another
+            continue
         score = answers.get(prediction, 0.0)
         strict += round(MILLION * score)
         if not score:

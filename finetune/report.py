@@ -60,8 +60,12 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
             filter(None, (p.get("unknown_training_answer") for p in parts)), None
         ),
         "items_skipped": {
-            "train": unknown,
-            **{code: values.get("unlabelled", 0) for code, values in figures.items()},
+            "train": unknown + sum(part.get("samples_replaced", 0) for part in parts),
+            **_dev_items_skipped(parts),
+            **{c: v.get("unlabelled", 0) + v.get("bad_images", 0) for c, v in figures.items()},
+        },
+        "bad_images": {
+            code: values["bad_images"] for code, values in figures.items() if "bad_images" in values
         },
         **_runtime_facts(parts),
     }
@@ -92,9 +96,27 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
             for code in sorted(languages)
         },
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
-        "items_skipped": {"train": sum(part.get("unknown_training_answers", 0) for part in parts)},
+        "items_skipped": {
+            "train": sum(
+                part.get(name, 0)
+                for part in parts
+                for name in ("unknown_training_answers", "samples_replaced")
+            ),
+            **_dev_items_skipped(parts),
+        },
         **_runtime_facts(parts),
     }
+
+
+def _dev_items_skipped(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """{"dev/LANGUAGE": items whose image could not be read, in the last evaluation} where there are any."""
+    found: dict[str, int] = {}
+    for part in parts:
+        for name, count in part.get("evaluation", {}).items():
+            if name.startswith("bad_images/"):
+                code = name.removeprefix("bad_images/")
+                found[code] = found.get(code, 0) + int(count)
+    return found
 
 
 def _runtime_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -167,6 +189,9 @@ def _notes(result: dict[str, Any]) -> str:
         counted = {code: c[name] for code, c in result.get("counts", {}).items() if c[name]}
         if counted:
             notes.append(f"examples {what}: " + ", ".join(f"{code} {n}" for code, n in counted.items()))
+    if bad := result.get("bad_images"):
+        items = ", ".join(f"{code} {n}" for code, n in bad.items())
+        notes.append(f"items that count as wrong because their image cannot be read: {items}")
     if skipped := result.get("skipped_steps"):
         notes.append(f"{skipped} of {result['steps']} steps skipped, whose loss or gradient was not finite")
     if result.get("unknown_training_answers"):

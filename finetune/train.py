@@ -208,7 +208,8 @@ def check(config: FinetuneConfig) -> Checked:
         return Checked(config, [], strategies)
     parts = {language: part for part, language in _parts(config)}
     overlap = check_overlap(config, parts)
-    check_images(config, parts)
+    for line in check_images(config, parts):
+        print(line, flush=True)
     return Checked(config, overlap, strategies)
 
 

@@ -16,6 +16,7 @@ from finetune.build import (
     build_strategies,
     cache_image_states,
     dev_sets,
+    evaluate_sets,
     find_task,
     languages_of,
     open_visual_for,
@@ -94,7 +95,15 @@ class FinetuneJob:
         strategies.begin(TrainingSetup(pipeline, examples, folder))
         objective = task.objective(config, model, strategies.loss_terms(model))
         change, keep_last = strategies.example, config.last_batch == "keep"
-        order = BatchOrder(config.batch, config.fit.seed, runtime.rank, runtime.world_size, change, keep_last)
+        order = BatchOrder(
+            config.batch,
+            config.fit.seed,
+            runtime.rank,
+            runtime.world_size,
+            change,
+            keep_last,
+            config.bad_limit,
+        )
         batches = task.batches(pipeline, examples, order, strategies.batch_inputs())
         batches.image_tokens = model.backbone.count_image_tokens()
         epoch_steps = batches.epoch_steps
@@ -140,9 +149,14 @@ class Validation:
         "/high"; with `test_too` "test/LANGUAGE", "test/LANGUAGE/TYPE"}."""
         pipeline = self.pipeline._replace(model=model)
         config, task = pipeline.config, find_task(pipeline.config)
-        figures = task.evaluate(pipeline, self.dev, self.folder) if self.dev else {}
+        figures = evaluate_sets(pipeline, self.dev, self.folder, "dev") if self.dev else {}
         scores = {code: task.dev_score(config, found) for code, found in figures.items()}
         values = {f"dev/{code}": score.value for code, score in scores.items()}
+        values |= {
+            f"bad_images/dev/{code}": found["bad_images"]
+            for code, found in figures.items()
+            if "bad_images" in found
+        }
         if not config.run_test:  # the dev sets are the run's result
             values |= {
                 f"interval/{code}/{end}": value
@@ -154,7 +168,7 @@ class Validation:
             values["score"] = next(iter(scores.values())).value
         if self.test_too:
             pipeline = self.test_pipeline._replace(model=model)
-            tested = task.evaluate(pipeline, test_sets(config), self.folder / "predictions")
+            tested = evaluate_sets(pipeline, test_sets(config), self.folder / "predictions", "test")
             for code, found in tested.items():
                 values[f"test/{code}"] = task.test_score(found)
                 values |= {f"test/{code}/{kind}": value for kind, value in found.get("by_type", {}).items()}
@@ -202,7 +216,7 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
     pipeline = cache_test_states(pipeline, run)
     device = next(pipeline.model.parameters()).device
     with advise_on_memory("the evaluation", device, lambda: config.less_evaluation_memory):
-        figures = task.evaluate(pipeline, test_sets(config), folder)
+        figures = evaluate_sets(pipeline, test_sets(config), folder, "test")
     seconds = time.perf_counter() - start
     items = sum(values.get("captions", values["n"]) for values in figures.values())
     return {

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -109,12 +109,14 @@ class EncoderStates:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self.faults: dict[str, str] = {}  # name of an item that could not be read -> why
         self.rows: dict[str, tuple[int, int, int]] = {}  # name -> (worker that wrote it, first token, tokens)
         self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
         for worker in range(len(list(folder.glob("index-*.json")))):
             index = read_json(folder / f"index-{worker}.json")
             self.shapes.append((index["tokens"], index["width"], index["dtype"]))
             self.rows |= {name: (worker, *row) for name, row in index["rows"].items()}
+            self.faults |= index.get("faults", {})
         self._files: dict[int, FileBytes] = {}
 
     def __getstate__(self) -> dict:
@@ -215,6 +217,7 @@ def write_encoder_states(
     batch: int,
     dtype: torch.dtype = torch.float32,
     unit: str = "images",
+    faults: Mapping[str, str] = {},
 ) -> EncoderStates:
     """Encode all items `names` (unique), `batch` at a time, into `folder`; every worker does its share, and
     all wait for all. The folder appears whole: one that is there already is taken as it is. The next items
@@ -225,6 +228,7 @@ def write_encoder_states(
         encode: this input -> states (T, d) on any device.
         dtype: what is stored: float32 or float16.
         unit: of progress: what the items are.
+        faults: {name of an item that `read` could not read: why}, which `read` fills.
 
     Raises:
         NotFinite: states of an item are not finite, or too large for `dtype`.
@@ -232,7 +236,7 @@ def write_encoder_states(
     write_sharded(
         folder,
         lambda out, rank, world: _write_share(
-            out, rank, names[rank::world], read, encode, batch, dtype, unit
+            out, rank, names[rank::world], read, encode, batch, dtype, unit, faults
         ),
     )
     return EncoderStates(folder)
@@ -289,7 +293,15 @@ def fingerprint_module(module: nn.Module, *facts) -> str:
 
 
 def _write_share(
-    folder: Path, worker: int, names, read, encode, batch: int, dtype: torch.dtype, unit: str
+    folder: Path,
+    worker: int,
+    names: Sequence[str],
+    read: Callable[[Sequence[str]], Any],
+    encode: Callable[[Any], Ragged],
+    batch: int,
+    dtype: torch.dtype,
+    unit: str,
+    faults: Mapping[str, str],
 ) -> None:
     rows: dict[str, tuple[int, int]] = {}
     tokens = width = 0
@@ -318,5 +330,6 @@ def _write_share(
             rows |= dict(zip(chunk, zip(starts, states.lengths.tolist(), strict=True), strict=True))
             tokens, width = tokens + len(values), values.shape[1]
             file.write(values.contiguous().numpy().data)
-    index = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch."), "rows": rows}
+    index: dict[str, Any] = {"tokens": tokens, "width": width, "dtype": str(dtype).removeprefix("torch.")}
+    index |= {"rows": rows, "faults": faults}
     (folder / f"index-{worker}.json").write_text(json.dumps(index, ensure_ascii=False), encoding="utf-8")

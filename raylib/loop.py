@@ -173,6 +173,7 @@ def fit(
             if evaluates or saves or stops:
                 monitor.require_usable_weights(done)
                 saver.add_up()
+                batches.check_replaced(saver.total_replaced)
             if evaluates and not stops:
                 scores = evaluator(done, losses, evaluation, saves)
                 if scores is None:

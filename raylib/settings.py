@@ -85,6 +85,7 @@ MUTABLE_SETTINGS = (
     "model.checkpointing",
     "checkpointing",
     "data.cache",
+    "bad_limit",
     "data.verify",
     "verify",
 )

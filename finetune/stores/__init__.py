@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.errors import UserError
+from raylib.data.images import BadImage
 from raylib.fileio import decode_base64, nfc
 from raylib.finite import is_finite
 
@@ -65,26 +65,26 @@ def to_regions(record: dict, where: str) -> Regions:
     arrays may be base64 of float32.
 
     Raises:
-        UserError: one of them is missing, or not finite; features and boxes do not fit each other; an image
+        BadImage: one of them is missing, or not finite; features and boxes do not fit each other; an image
             without size.
     """
     missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
     if missing:
-        raise UserError(f"{where}: no {', '.join(missing)}; it has {', '.join(sorted(map(str, record)))}")
+        raise BadImage(f"{where}: no {', '.join(missing)}; it has {', '.join(sorted(map(str, record)))}")
     boxes, features = (_array(record[name], f"{where}, {name}") for name in ("boxes", "features"))
     if boxes.size % 4:
-        raise UserError(f"{where}: {boxes.size} values of boxes, which have four each")
+        raise BadImage(f"{where}: {boxes.size} values of boxes, which have four each")
     boxes = boxes.reshape(-1, 4)
     if not len(boxes) or features.size % len(boxes) or not features.size:
-        raise UserError(f"{where}: {features.size} feature values for {len(boxes)} boxes")
+        raise BadImage(f"{where}: {features.size} feature values for {len(boxes)} boxes")
     height, width = float(record["img_h"]), float(record["img_w"])
     for name, value in (("features", features), ("boxes", boxes), ("img_h", height), ("img_w", width)):
         if not is_finite(value):
-            raise UserError(
+            raise BadImage(
                 f"{where}: {name} not finite (NaN or infinite); extract the regions of this image again"
             )
     if height <= 0 or width <= 0:
-        raise UserError(
+        raise BadImage(
             f"{where}: img_h {height:g}, img_w {width:g}: an image has a size, by which boxes are divided"
         )
     tags = tuple(tag.decode() if isinstance(tag, bytes) else str(tag) for tag in record.get("tags", ()))
@@ -100,24 +100,24 @@ def decode_floats(value: str | bytes, where: str) -> np.ndarray:
     """Decode float32 numbers in base64.
 
     Raises:
-        UserError: not base64, or of something else.
+        BadImage: not base64, or of something else.
     """
     try:
         return np.frombuffer(decode_base64(value), np.float32)
     except ValueError as e:
-        raise UserError(f"{where}: no base64 of float32 ({e})") from None
+        raise BadImage(f"{where}: no base64 of float32 ({e})") from None
 
 
 def unpickle(stream: io.BufferedIOBase, where: str) -> Any:
     """Load the value pickled in `stream`.
 
     Raises:
-        UserError: no pickle, or one that wants more than plain values and arrays.
+        BadImage: no pickle, or one that wants more than plain values and arrays.
     """
     try:
         return _PlainUnpickler(stream).load()
     except Exception as e:  # what bytes that are no pickle raise is not specified
-        raise UserError(f"{where}: not read ({e})") from None
+        raise BadImage(f"{where}: not read ({e})") from None
 
 
 class _PlainUnpickler(pickle.Unpickler):

@@ -1,6 +1,7 @@
 """Images by id, in a folder or a tar; and what a text is about as it enters a batch: images, states of an
 image encoder that ran before, or region features."""
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from finetune.formats import Captioned, Example
 from finetune.formats.items import ItemList
 from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
-from raylib.data.images import augment_image, count_uniforms, decode_image, resize_image
+from raylib.data.images import BadImage, augment_image, count_uniforms, decode_image, resize_image
+from raylib.data.index import FileBytes
 from raylib.data.loading import to_device
 from raylib.data.tars import TarScan
 from raylib.display import progress
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
 
 CHUNK = 64  # images through the image encoder at a time
+log = logging.getLogger(__name__)
 
 
 class ImageFile(NamedTuple):
@@ -55,7 +57,7 @@ class ImageStore:
         by_hash = sorted((_name_hash(name), name) for name in files)
         self.hashes = np.array([value for value, _ in by_hash], np.int64)
         self.files = ItemList((name, files[name]) for _, name in by_hash)
-        self._opened: tuple[int, int] | None = None  # (process, descriptor) of the tar
+        self._tar: FileBytes | None = None
         self._identities: dict[str, int] = {}
 
     def has(self, name: str) -> bool:
@@ -66,7 +68,8 @@ class ImageStore:
         """Read the image, uint8 RGB (H, W, 3).
 
         Raises:
-            UserError: no such id, or several (they are named); a file that does not decode.
+            BadImage: no such id, or a file that does not decode. UserError: several images (they are named);
+                a tar that became shorter.
         """
         return decode_image(self._bytes(name), f"{self.path}, {name}")
 
@@ -75,7 +78,7 @@ class ImageStore:
         in several files.
 
         Raises:
-            UserError: no such id, or several.
+            BadImage: no such id. UserError: several.
         """
         if name not in self._identities:
             self._identities[name] = string_key(self._bytes(name))
@@ -84,7 +87,7 @@ class ImageStore:
     def _bytes(self, name: str) -> bytes:
         images = self._find(name)
         if not images:
-            raise UserError(f"{self.path}: no image '{name}'; check images=")
+            raise BadImage(f"{self.path}: no image '{name}'; check images=")
         if len(images) > 1:
             raise UserError(
                 f"{self.path}: {len(images)} images called '{name}': {', '.join(f.path for f in images)}; "
@@ -93,7 +96,9 @@ class ImageStore:
         (image,) = images
         if image.size < 0:
             return Path(image.file).read_bytes()
-        return os.pread(self._tar(image.file), image.size, image.offset)
+        if self._tar is None:
+            self._tar = FileBytes(Path(image.file))
+        return self._tar.read(image.size, image.offset)
 
     def _find(self, name: str) -> list[ImageFile]:
         found, folders = self._images_called(stem(name)), folders_of(name)
@@ -111,14 +116,8 @@ class ImageStore:
             place += 1
         return []
 
-    def _tar(self, file: str) -> int:
-        # a descriptor shared with a parent would be closed by it
-        if self._opened is None or self._opened[0] != os.getpid():
-            self._opened = (os.getpid(), os.open(file, os.O_RDONLY))
-        return self._opened[1]
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}
+        return {**self.__dict__, "_tar": None}
 
 
 def _name_hash(name: str) -> int:
@@ -159,11 +158,14 @@ def _open_images(path: Path) -> ImageStore:
 
 
 def _list_folder(path: Path) -> Iterator[ImageFile]:
-    """Every file below `path`."""
+    """Every file below `path`. A link to nothing is none (git-annex leaves such)."""
     for folder, _, files in os.walk(path, followlinks=True):
+        with os.scandir(folder) as entries:  # which knows links without looking at each file
+            links = {entry.name for entry in entries if entry.is_symlink()}
         for file in files:
             full_path = os.path.join(folder, file)
-            yield ImageFile(os.path.relpath(full_path, path), full_path)
+            if file not in links or os.path.exists(full_path):
+                yield ImageFile(os.path.relpath(full_path, path), full_path)
 
 
 class ImageSource:
@@ -178,7 +180,11 @@ class ImageSource:
         return count_uniforms(self.config) if self.config else 0
 
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
-        """Read {"images": uint8 (n, size, size, 3)}; `draws` (n, d): augment by them."""
+        """Read {"images": uint8 (n, size, size, 3)}; `draws` (n, d): augment by them.
+
+        Raises:
+            BadImage: an image is missing or does not decode.
+        """
         images = np.empty((len(names), self.size, self.size, 3), np.uint8)
         for i, name in enumerate(names):
             image = self.store.read(name)
@@ -187,6 +193,19 @@ class ImageSource:
             else:
                 images[i] = augment_image(image, self.size, self.config, draws[i])
         return {"images": torch.from_numpy(images)}
+
+    def read_usable(self, names: Sequence[str]) -> tuple[torch.Tensor, dict[str, str]]:
+        """(images (n, size, size, 3), black in the place of each that cannot be used, {its name: why})."""
+        try:
+            return self.read(names)["images"], {}
+        except BadImage:  # which are these?
+            images, faults = torch.zeros(len(names), self.size, self.size, 3, dtype=torch.uint8), {}
+        for i, name in enumerate(names):
+            try:
+                images[i] = self.read([name])["images"][0]
+            except BadImage as error:
+                faults[name] = str(error)
+        return images, faults
 
 
 class PrecomputedFeatures:
@@ -198,8 +217,18 @@ class PrecomputedFeatures:
         self.states, self.store = states, store
 
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
-        """Read {"states": n rows (T, d)}."""
+        """Read {"states": n rows (T, d)}.
+
+        Raises:
+            BadImage: there was no image to be encoded.
+        """
+        self.require_usable(names)
         return {"states": self.states.read(names)}
+
+    def require_usable(self, names: Sequence[str]) -> None:
+        """Raise BadImage where one of them could not be read when it was to be encoded."""
+        if fault := next((self.states.faults[name] for name in names if name in self.states.faults), None):
+            raise BadImage(fault)
 
 
 class SharedFeatures(PrecomputedFeatures):
@@ -207,6 +236,7 @@ class SharedFeatures(PrecomputedFeatures):
 
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"states": rows (T, d) of the different images, "state_rows": the row of each of `names`}."""
+        self.require_usable(names)
         place = {name: i for i, name in enumerate(dict.fromkeys(names))}
         return {
             "states": self.states.read(list(place)),
@@ -251,33 +281,17 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
     return ImageSource(open_images(config.images_path), size, config.augment)
 
 
-def require_images(visual: VisualSource | None, items: Iterable[Example | Captioned], path: Path) -> None:
-    """Look for the images, or the region features, of all `items`, which come from the file `path`.
-
-    Raises:
-        UserError: those of one are missing.
-    """
-    if visual is None:
-        return
-    store, found = visual.store, set[str]()
-    kind, setting = ("image", "images") if isinstance(store, ImageStore) else ("regions of", "regions")
-    for item in items:
-        for name in item.images:
-            if name not in found and not store.has(name):
-                text = f"'{item.texts[0]:.60}' in {path}"
-                raise UserError(f"{store.path}: no {kind} '{name}', of {text}; check {setting}=")
-            found.add(name)
-
-
 def precompute_features(
     model: Any, source: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
 ) -> EncoderStates:
     """All workers together: states of the images `names` after `model`'s image encoder, kept in `folder`;
-    in float16 if they were made in bf16, which is no finer."""
-    device = next(model.parameters()).device
+    in float16 if they were made in bf16, which is no finer. Of images that cannot be used they say why."""
+    device, faults = next(model.parameters()).device, dict[str, str]()
 
     def read(chunk: Sequence[str]) -> torch.Tensor:
-        return source.read(chunk)["images"]
+        images, found = source.read_usable(chunk)
+        faults.update(found)
+        return images
 
     def encode(images: torch.Tensor) -> Ragged:
         with autocast(device, bf16):
@@ -287,7 +301,7 @@ def precompute_features(
     training, dtype = model.training, torch.float16 if bf16 else torch.float32
     model.eval()
     with torch.inference_mode():
-        states = write_encoder_states(folder, sorted(set(names)), read, encode, CHUNK, dtype)
+        states = write_encoder_states(folder, sorted(set(names)), read, encode, CHUNK, dtype, faults=faults)
     model.train(training)
     return states
 

@@ -8,14 +8,17 @@ disagree on whether ".jpg" belongs to it.
 import io
 import os
 import re
+import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from finetune.stores import Regions, decode_floats, folders_of, may_hold, stem, to_regions, unpickle
 from raylib.cache import open_once
+from raylib.data.images import BadImage
 from raylib.errors import UserError
 from raylib.fileio import unicode_forms
 
@@ -39,18 +42,22 @@ class RegionStore(ABC):
         """Return the regions of the image `name`; None if there are none.
 
         Raises:
-            UserError: they are broken; names file and image.
+            BadImage: they are broken; names file and image. UserError: the file became shorter.
         """
+
+    def find_changed_file(self) -> str | None:
+        """Say which file, that is mapped into memory, became shorter; None: none."""
+        return None
 
     def read(self, name: str) -> Regions:
         """Return the regions of the image `name`.
 
         Raises:
-            UserError: there are none, or they are broken.
+            BadImage: there are none, or they are broken. UserError: the file became shorter.
         """
         regions = self.find(name)
         if regions is None:
-            raise UserError(f"{self.path}: no regions of image '{name}'; check regions=")
+            raise BadImage(f"{self.path}: no regions of image '{name}'; check regions=")
         return regions
 
 
@@ -123,6 +130,9 @@ class _Several(RegionStore):
     def has(self, name: str) -> bool:
         return any(store.has(name) for store in self.stores)
 
+    def find_changed_file(self) -> str | None:
+        return next(filter(None, (store.find_changed_file() for store in self.stores)), None)
+
     def find(self, name: str) -> Regions | None:
         found = [(store.path, regions) for store in self.stores if (regions := store.find(name)) is not None]
         if len(found) > 1:
@@ -146,14 +156,26 @@ class _Lmdb(_KeyedStore):
     def __init__(self, path: Path):
         super().__init__(path)
         self.folder = path.resolve()
+        self.size = (self.folder / "data.mdb").stat().st_size
 
     def has_key(self, key: str) -> bool:
+        self._require_whole()
         with _environment(self.folder).begin() as transaction:
             return transaction.cursor().set_key(key.encode())
 
     def lookup(self, key: str) -> dict:
+        self._require_whole()
         with _environment(self.folder).begin() as transaction:
             return unpickle(io.BytesIO(transaction.get(key.encode())), f"{self.path}, {key}")
+
+    def find_changed_file(self) -> str | None:
+        now = (self.folder / "data.mdb").stat().st_size
+        return f"{self.path}/data.mdb: {now:,} bytes, {self.size:,} before" if now < self.size else None
+
+    def _require_whole(self) -> None:
+        # LMDB maps its file: what is read beyond its end ends the process (SIGBUS)
+        if fault := self.find_changed_file():
+            raise UserError(f"{fault}; restore it, and start again")
 
 
 class _H5(_KeyedStore):
@@ -168,8 +190,23 @@ class _H5(_KeyedStore):
         import h5py
 
         if self._handle is None or self._handle[0] != os.getpid():
-            self._handle = (os.getpid(), h5py.File(self.path, "r"))
+            try:
+                self._handle = (os.getpid(), h5py.File(self.path, "r"))
+            except OSError as e:
+                raise UserError(f"{self.path}: not read ({e}); is it whole?") from None
+            self.size = self.path.stat().st_size
         return self._handle[1]
+
+    def lookup(self, key: str) -> dict:
+        try:
+            return self.read_record(key)
+        except (OSError, RuntimeError, KeyError) as e:
+            now = self.path.stat().st_size
+            if now < self.size:
+                raise UserError(
+                    f"{self.path}: {now:,} bytes, {self.size:,} before; restore it, and start again"
+                ) from None
+            raise BadImage(f"{self.path}, {key}: not read ({e})") from None
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
@@ -177,7 +214,8 @@ class _H5(_KeyedStore):
     def has_key(self, key: str) -> bool:
         return key in self.handle()
 
-    def lookup(self, key: str) -> dict:
+    def read_record(self, key: str) -> dict:
+        """As of `lookup`; raises whatever h5py does."""
         group = self.handle()[key]
         return {name: group[name][()] for name in group}
 
@@ -224,7 +262,7 @@ class _FlatH5(_H5):
     def has_key(self, key: str) -> bool:
         return key in self.rows
 
-    def lookup(self, key: str) -> dict:
+    def read_record(self, key: str) -> dict:
         row, file = self.rows[key], self.handle()
         count = int(np.ravel(file["num_boxes"][row])[0]) if "num_boxes" in file else None
         width, height = np.ravel(file["wh"][row])[list(self.order)]
@@ -236,31 +274,53 @@ class _FlatH5(_H5):
         }
 
 
-class _Npz(_KeyedStore):
+class _Folder(_KeyedStore):
+    """Files called ID and one of `endings` each. The folder is listed once: to ask for each file takes a
+    thousand times as long on a network's disk."""
+
+    endings: ClassVar[tuple[str, ...]]
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._names: list[np.ndarray] | None = None  # sorted, of each ending
+
+    def has_key(self, key: str) -> bool:
+        if self._names is None:
+            found: list[list[bytes]] = [[] for _ in self.endings]
+            with os.scandir(self.path) as entries:
+                for entry in entries:
+                    for names, ending in zip(found, self.endings, strict=True):
+                        if entry.name.endswith(ending) and entry.is_file():
+                            names.append(os.fsencode(entry.name.removesuffix(ending)))
+            # as arrays, which all processes share
+            self._names = [np.array(sorted(names), np.bytes_) for names in found]
+        name = os.fsencode(key)
+        return all(name in names[names.searchsorted(name) :][:1] for names in self._names)
+
+
+class _Npz(_Folder):
     """ID.npz with the arrays features, boxes, img_h, img_w; UC2's have norm_bb, whose first four columns are
     shares of the image."""
 
-    def has_key(self, key: str) -> bool:
-        return (self.path / f"{key}.npz").is_file()
+    endings = (".npz",)
 
     def lookup(self, key: str) -> dict:
         file = self.path / f"{key}.npz"
         try:
             with np.load(file, allow_pickle=False) as arrays:
                 record = dict(arrays)
-        except ValueError as e:
-            raise UserError(f"{file}: not read ({e})") from None
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+            raise BadImage(f"{file}: not read ({e})") from None
         if "norm_bb" in record:
             record |= {"boxes": record["norm_bb"][:, :4], "img_h": 1.0, "img_w": 1.0}
         return record
 
 
-class _Npy(_KeyedStore):
+class _Npy(_Folder):
     """X101's: ID.npy, the features; ID_info.npy, a pickled dict {bbox, image_height, image_width, num_boxes,
     ...}."""
 
-    def has_key(self, key: str) -> bool:
-        return (self.path / f"{key}.npy").is_file()
+    endings = (".npy", "_info.npy")
 
     def lookup(self, key: str) -> dict:
         file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
@@ -270,8 +330,8 @@ class _Npy(_KeyedStore):
                 np.lib.format.read_magic(stream)
                 np.lib.format.read_array_header_1_0(stream)  # what follows is an array of one object, pickled
                 record = dict(unpickle(stream, str(info)).item())
-        except (ValueError, TypeError, OSError) as e:
-            raise UserError(f"{info}: not read ({e})") from None
+        except (ValueError, TypeError, EOFError) as e:
+            raise BadImage(f"{info}: not read ({e})") from None
         return {"features": features, **{X101.get(name, name): value for name, value in record.items()}}
 
 
@@ -309,11 +369,13 @@ class _Tsv(_KeyedStore):
     def lookup(self, key: str) -> dict:
         with open(self.path, "rb") as file:
             file.seek(self.offsets[key])
-            cells = file.readline().decode().rstrip("\n").split("\t")
+            cells = file.readline().decode(errors="replace").rstrip("\n").split("\t")
+        if not any(cells):
+            raise UserError(f"{self.path}: ends before '{key}', which was in it; restore it, and start again")
         if len(cells) == self.OSCAR:
             return _of_oscar(cells, f"{self.path}, {key}")
         if len(cells) != len(self.COLUMNS):
-            raise UserError(
+            raise BadImage(
                 f"{self.path}, {key}: {len(cells)} columns, wanted {len(self.COLUMNS)}, or OSCAR's "
                 f"{self.OSCAR}"
             )
@@ -324,7 +386,7 @@ def _of_oscar(cells: list[str], where: str) -> dict:
     """A line of OSCAR's, as `to_regions` takes it."""
     values, count = decode_floats(cells[2], where), int(cells[1])
     if count < 1 or len(values) % count or len(values) // count <= OSCAR_BOX_DIM:
-        raise UserError(f"{where}: {len(values)} values for {count} regions")
+        raise BadImage(f"{where}: {len(values)} values for {count} regions")
     rows = values.reshape(count, -1)
     return {
         "features": rows[:, :-OSCAR_BOX_DIM],
@@ -344,7 +406,16 @@ def _environment(path: Path) -> Any:
     if process != os.getpid():
         if environment is not None:
             environment.close()  # the parent keeps its own
-        environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        try:
+            environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
+        except lmdb.Error as e:
+            raise UserError(f"{path}: not read ({e}); is it whole?") from None
+        # before anything is read: beyond the end of a mapped file lies the end of the process
+        whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+        size = (path / "data.mdb").stat().st_size
+        if size < whole:
+            environment.close()
+            raise UserError(f"{path}/data.mdb: {size:,} of {whole:,} bytes: it is cut off; copy it anew")
         _ENVIRONMENTS[path] = (os.getpid(), environment)
     return environment
 
@@ -353,5 +424,8 @@ def _is_flat(path: Path) -> bool:
     """Tell whether an H5 file holds M3P's arrays over all images, and not a group for each."""
     import h5py
 
-    with h5py.File(path, "r") as file:
-        return isinstance(file.get("image_id"), h5py.Dataset)
+    try:
+        with h5py.File(path, "r") as file:
+            return isinstance(file.get("image_id"), h5py.Dataset)
+    except OSError as e:
+        raise UserError(f"{path}: not read ({e}); is it whole?") from None

@@ -65,6 +65,10 @@ def retrieve(
             states, ranks = cast(PrecomputedFeatures, encoded).states, candidates is not None
             ranker = _Ranker(model, items, states, tokenizer, length, folder, bf16, ranks)
             i2t, t2i, pairs = ranker.hits(candidates)
+            # what cannot be read is a black image among the candidates: it is not found, and finds nothing
+            faults = [states.faults[name] for name in names if name in states.faults]
+            bad = torch.tensor([name in states.faults for name in names])
+            i2t[bad], t2i[bad[ranker.owner.cpu()]] = 0, 0
     finally:
         remove_encoder_states(folder)
     figures = recall_figures(i2t, t2i)
@@ -74,6 +78,7 @@ def retrieve(
     )
     return {
         **figures,
+        **({"bad_images": len(faults), "bad_image": faults[0]} if faults else {}),
         "mean_recall": mean_or_zero(figures.values()),
         "interval": interval,
         "recall_at_1_interval": first,

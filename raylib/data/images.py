@@ -31,7 +31,7 @@ WHITE = (255, 255, 255)
 
 
 class BadImage(UserError):
-    """These bytes are no image that can be decoded; the message names it."""
+    """An image, or its region features, that cannot be used; the message names it."""
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:

@@ -51,6 +51,10 @@ class StepDataset(Dataset):
     batch_bytes = 0
     image_tokens = 0
 
+    def check_replaced(self, count: int) -> None:
+        """Raise UserError where too many samples have given their place to others: `count`, of all workers,
+        since the first step."""
+
     def find_changed_file(self) -> str | None:
         """Say which of the files that are read has another size than it had; None: none."""
         return None

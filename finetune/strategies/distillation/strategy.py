@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.batches import encode_inputs, load_visual
+from finetune.batches import encode_inputs, find_faults, load_visual
 from finetune.formats import Example
 from finetune.stores.images import PrecomputedFeatures
 from finetune.strategies.base import (
@@ -23,6 +23,7 @@ from finetune.strategies.distillation.pairs import RowTokenizer, TeacherInputs, 
 from finetune.strategies.distillation.teacher import StoredStates, Teacher, load_teacher, store_states
 from finetune.strategies.distillation.word_alignments import Alignments, mix_aligned
 from raylib.cache import fingerprint_module
+from raylib.data.images import BadImage
 from raylib.data.loading import to_device
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel, tokenizer_at
@@ -176,7 +177,16 @@ class Distillation(Strategy):
         """(what the teacher reads of some examples, the tokens of each of its rows)."""
         pipeline = setup.pipeline
         pivots = [e._replace(texts=(self.pivots[e.id],)) for e in chunk]
-        visual = load_visual(pivots, pipeline.visual)
+        try:
+            visual = load_visual(pivots, pipeline.visual)
+        except BadImage:
+            # examples without a usable image are not trained on: whatever is stored of them is not read
+            faults = find_faults(pivots, pipeline.visual)
+            usable = next((e.images for place, e in enumerate(pivots) if place not in faults), None)
+            if usable is None:
+                raise
+            pivots = [e._replace(images=usable) if i in faults else e for i, e in enumerate(pivots)]
+            visual = load_visual(pivots, pipeline.visual)
         inputs = encode_inputs(pivots, visual, reads.tokenizer, pipeline.config.length)
         segments = reads.segments(inputs, teacher.empty)
         lengths = segments.text.lengths + segments.tags.lengths + segments.regions.lengths
