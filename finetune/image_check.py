@@ -116,7 +116,8 @@ def _describe(used: "UsedSet") -> str:
 
 def _verify(visual: VisualSource, sets: Sequence["UsedSet"], limit: float) -> Iterator[str]:
     """Read every image of the sets, once."""
-    names = list(dict.fromkeys(name for used in sets for item in _items(used) for name in item.images))
+    named = dict.fromkeys(name for used in sets for item in _items(used) for name in item.images)
+    names = list(filter(visual.store.has, named))  # of the others the check of names has told
     found = cached("verified", (str(visual.store.path), names), lambda: _read_all(visual, names))
     for used in sets:
         faults = ImageFaults(_describe(used), limit)

@@ -139,7 +139,7 @@ def test_finetune_image_without_regions_is_named(finetune, tmp_path, scenes, spl
     del records[gone]
     path = write_regions(tmp_path, "lmdb", records)
     found, printed = finetune("scenes_xvnli", f"regions={path}", "fit.loader_workers=1")
-    assert found is None and f"no regions of '{gone}'" in error(printed)
+    assert found is None and f"have no regions in {path}: '{gone}' (bad_limit=0.01" in error(printed)
 
 
 def test_retrieval_on_regions_is_refused(finetune, tmp_path, scenes):

@@ -421,8 +421,9 @@ def test_missing_image_is_named_before_anything_starts(split, kind, own, model, 
     settings = {"data": str(own), kind: str(folder)}
     check_task(tmp_path / "my_task.py", model, **settings)
     path(f"{split}.en").unlink()
-    what = "image" if kind == "images" else "regions of"
-    with pytest.raises(UserError, match=rf"{kind}: no {what} '{split}\.en', of '.+' in .*{split}\.en\.jsonl"):
+    what = "image" if kind == "images" else "regions"
+    found = rf"items of .*{split}\.en\.jsonl \({split}, 'en'\) have no {what} in .*{kind}: '{split}\.en'"
+    with pytest.raises(UserError, match=found):
         check_task(tmp_path / "my_task.py", model, **settings)
 
 

@@ -11,6 +11,8 @@ import re
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -198,8 +200,13 @@ class _H5(_KeyedStore):
         return self._handle[1]
 
     def lookup(self, key: str) -> dict:
-        try:
+        with self._named_errors(key):
             return self.read_record(key)
+
+    @contextmanager
+    def _named_errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
         except (OSError, RuntimeError, KeyError) as e:
             now = self.path.stat().st_size
             if now < self.size:
@@ -212,7 +219,9 @@ class _H5(_KeyedStore):
         return {**self.__dict__, "_handle": None}
 
     def has_key(self, key: str) -> bool:
-        return key in self.handle()
+        file = self.handle()
+        with self._named_errors(key):
+            return key in file
 
     def read_record(self, key: str) -> dict:
         """As of `lookup`; raises whatever h5py does."""

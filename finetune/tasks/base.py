@@ -21,6 +21,7 @@ from finetune.stores.images import VisualSource, open_visual
 from finetune.strategies.base import Captions, LossTerms, Need
 from raylib.cache import cached, file_fingerprint
 from raylib.config import user_file_error, user_source
+from raylib.data.images import BadImage
 from raylib.display import progress
 from raylib.engine import Objective
 from raylib.errors import UserError
@@ -32,6 +33,9 @@ if TYPE_CHECKING:  # a config holds the strategies' settings, and strategies kno
 
 # the split that each setting trains on, of those that train on the languages' own files
 TRAINING_SPLITS = {"few_shot": "shots", "single_language": "train", "all_language": "train"}
+
+
+REGION_ITEMS = 100  # whose region features are tried for their width
 
 
 class Split(NamedTuple):
@@ -197,17 +201,20 @@ class Task(ABC):
         """Width of the region features, where these take the place of images.
 
         Raises:
-            UserError: no text is about an image.
+            UserError: no text is about an image; no features can be read of the first ones.
         """
         if not config.regions:
             return None
-        readings = [self.read_split(config, split, "en", 1) for split in ("train", config.split)]
-        # SNLI trains on sentences alone
-        image = next((item.images[0] for reading in readings for item in reading if item.images), None)
-        if image is None:
-            raise UserError(f"{config.task}: its texts are about no images; leave regions= out")
-        regions = cast(Regions, open_visual(config, 0).store.read(image))
-        return regions.features.shape[1]
+        store, fault = open_visual(config, 0).store, None
+        # SNLI trains on sentences alone; the features of a few images may be broken
+        for split in ("train", config.split):
+            for item in self.read_split(config, split, "en", REGION_ITEMS):
+                for image in item.images:
+                    try:
+                        return cast(Regions, store.read(image)).features.shape[1]
+                    except BadImage as error:
+                        fault = fault or error
+        raise fault or UserError(f"{config.task}: its texts are about no images; leave regions= out")
 
     def training_captions(self, config: "FinetuneConfig") -> Captions | None:
         """Read the captions that are trained on, in any language, or translations of them; None where there

@@ -67,8 +67,8 @@ def retrieve(
             i2t, t2i, pairs = ranker.hits(candidates)
             # what cannot be read is a black image among the candidates: it is not found, and finds nothing
             faults = [states.faults[name] for name in names if name in states.faults]
-            bad = torch.tensor([name in states.faults for name in names])
-            i2t[bad], t2i[bad[ranker.owner.cpu()]] = 0, 0
+            usable = torch.tensor([[name not in states.faults] for name in names])
+            i2t, t2i = i2t * usable, t2i * usable[ranker.owner.cpu()]
     finally:
         remove_encoder_states(folder)
     figures = recall_figures(i2t, t2i)
