@@ -146,6 +146,8 @@ def fit(
     with StallWatch(runtime) as watch, writer, runtime.notices_to(vote.receive):
         if start and is_evaluation_due and (scores := evaluator.catch_up(start, losses)):
             evaluation = scores
+        elif start and meta.get("is_scheduled", True):
+            saver.report(first, losses, evaluation)  # it may have died between checkpoint and report
         for step in range(first, last if not vote.agreed else first):
             if lock and lock.problem:
                 raise RunLost(lock.problem)
@@ -327,7 +329,7 @@ class _Saver:
         def then() -> None:
             self._measure(time.perf_counter() - began)
             if is_judged:
-                self._report(step, losses, evaluation)
+                self.report(step, losses, evaluation)
 
         self.writer.save(step, files, then, is_last or self.runtime.waits_for_saves)
         self.meter.lap("checkpoint")
@@ -348,10 +350,10 @@ class _Saver:
             checkpoint.register(runtime.run, folder.name, runtime.keep)
         barrier()
         if is_scheduled:
-            self._report(step, losses, scores)
+            self.report(step, losses, scores)
 
-    def _report(self, step: int, losses: dict, evaluation: dict) -> None:
-        """Report a checkpoint to the search that this is a trial of."""
+    def report(self, step: int, losses: dict, evaluation: dict) -> None:
+        """Report a checkpoint to the search that this is a trial of, which may have heard of it before."""
         folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
         ready = self.first_batch_time or time.time()
         named = {f"loss/{name}": value for name, value in losses.items()}

@@ -2,86 +2,19 @@
 
 import csv
 import json
-import time
 from pathlib import Path
 
 import pytest
 
 from raylib.config import override
 from raylib.errors import UserError
-from raylib.fileio import append_jsonl, read_json, read_jsonl, write_json
-from raylib.launch import LaunchConfig, run_folder
-from raylib.loop import FitConfig
-from raylib.search.config import GOALS, SearchConfig, SearchJob
+from raylib.fileio import read_jsonl
+from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, Int, OneOf, Space
+from tests.curve_search import CurveConfig, CurveJob
 from tests.factories import search_cluster
 
 pytestmark = pytest.mark.xdist_group("ray")
-
-
-class CurveConfig(LaunchConfig):
-    x: float = 0.5
-    n: int = 1
-    epochs: int = 3
-    wait: float = 0.0
-    fit: FitConfig = FitConfig()
-
-
-class CurveJob(SearchJob):
-    """Scores are a function of x, seed and epoch; every training is a line in trained.jsonl."""
-
-    command = "finetune"
-    more_epochs_hint = "more epochs="
-    mutable_paths = ("x",)
-
-    def trial_config(self, config, dev_sets):
-        return config
-
-    def describe_selection(self, dev_sets):
-        return "a function of x"
-
-    def metric_names(self, config, dev_sets):
-        return GOALS[dev_sets]
-
-    def check_config(self, config):
-        pass
-
-    def epochs_per_run(self, config):
-        return config.epochs
-
-    def parse_report(self, config, metrics):
-        return metrics["step"], {name: metrics[name] for name in GOALS["both"]}
-
-    def data_files(self, config):
-        return []
-
-    def verifies_content(self, config):
-        return False
-
-    def run(self, config, reporter):
-        folder = run_folder(config)
-        if (folder / "result.json").is_file():
-            return read_json(folder / "result.json")
-        (folder / "checkpoints").mkdir(parents=True)
-        append_jsonl(
-            folder.parents[1] / "trained.jsonl", {"run": config.name, "x": config.x, "seed": config.fit.seed}
-        )
-        for epoch in range(1, config.epochs + 1):
-            time.sleep(config.wait)
-            scores = self.scores(config, epoch)
-            reporter({"step": epoch, "ready": time.time(), **scores}, folder)
-        write_json(folder / "result.json", scores)
-        return scores
-
-    def evaluate_tests(self, folder):
-        assert (Path(folder) / "checkpoints").is_dir()
-        return {"English": 0.5, "targets": 0.25}
-
-    @staticmethod
-    def scores(config, epoch):
-        seed = config.fit.seed % 7 / 100
-        goals = {"english_dev": 0.3, "target_dev": 0.7}
-        return {g: (1 - (config.x - best) ** 2) * (0.5 + epoch / 8) / 2 + seed for g, best in goals.items()}
 
 
 X = Space("", "", {"x": Float(0, 1)}, grid={"x": (0.2, 0.4, 0.2)})

@@ -296,7 +296,13 @@ def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | No
     none."""
     if not (folder / "search.json").is_file():
         return None
-    stored = read_json(folder / "search.json")
+    try:
+        stored = read_json(folder / "search.json")
+    except ValueError as e:
+        raise UserError(
+            f"{folder}/search.json: not to be read ({e}); restore it, or remove it to go on with the "
+            "settings that are given now"
+        ) from None
     for part, kind in (("search", SearchConfig), ("recipe", recipe)):
         stored[part] = read_stored_settings(kind, stored[part]).values
     return stored

@@ -15,13 +15,22 @@ from ray.exceptions import RayTaskError
 from ray.tune.search import BasicVariantGenerator
 
 from raylib.cache import set_cache
-from raylib.fileio import read_json, write_json
+from raylib.errors import UserError
+from raylib.fileio import read_json, repair_jsonl, write_json
 from raylib.finite import require_finite_values
 from raylib.lock import work_for
 from raylib.search.config import Resources, SearchContext
 from raylib.search.display import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
-from raylib.search.trial import TrialResult, drop_checkpoints, final, has_checkpoints, logged, read_reports
+from raylib.search.trial import (
+    REPORTS,
+    TrialResult,
+    drop_checkpoints,
+    final,
+    has_checkpoints,
+    logged,
+    read_reports,
+)
 from raylib.search.tuner import load_callbacks, run_tuner
 
 PUBLISHED = "published"
@@ -93,6 +102,9 @@ def _train(
     config, folder = context.config, context.folder / "finals"
     metrics = context.job.metric_names(context.base, config.dev_sets)
     cells = list(itertools.product(range(len(settings)), seeds))
+    for run in sorted(folder.glob("setting*_seed*")):
+        for note in repair_jsonl(run / REPORTS, "at"):
+            print(f"search '{config.name}': {note}", flush=True)
 
     def scores(i: int, seed: int) -> dict[str, float] | None:
         reports = read_reports(folder / f"setting{i}_seed{seed}")
@@ -165,7 +177,12 @@ def _choose_finalists(
     """Return (names, settings): those of earlier starts, whose runs are called by their places in the list,
     then those of this one that are not among them."""
     path, goals = folder / "settings.json", context.config.goals
-    settings: list[Setting | None] = read_json(path)[1] if path.is_file() else []
+    try:
+        settings: list[Setting | None] = read_json(path)[1] if path.is_file() else []
+    except ValueError as e:
+        raise UserError(
+            f"{path}: not to be read ({e}); restore it, or remove {folder} to train the finalists anew"
+        ) from None
     pooled = [mean_result(replicates) for replicates in pool_replicates(context, results)]
     front = pareto_front(pooled, goals)  # of one goal: the best
     ranked = sorted(pooled, key=lambda result: (result not in front, -_mean(result.scores, goals)))
@@ -190,6 +207,13 @@ def _evaluate_tests(
 ) -> dict[int, dict[str, float]]:
     """Return {seed: test scores} of some runs, each evaluated once, where a GPU is if they need one."""
     paths = {seed: run / "test.json" for seed, run in runs.items()}
+    for path in paths.values():
+        try:
+            if path.is_file():
+                read_json(path)
+        except ValueError as e:
+            print(f"{path}: not to be read ({e}); its run is evaluated again", flush=True)
+            path.unlink()
     tasks = {
         seed: _evaluate_remotely.options(**resources).remote(context, str(runs[seed]))
         for seed, path in paths.items()

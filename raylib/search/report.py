@@ -1,6 +1,7 @@
 """Results of a search for people: trials.csv, best.yaml, report.md; the finalists as a study of Optuna."""
 
 import csv
+import io
 from collections import Counter
 from collections.abc import Sequence
 from statistics import fmean
@@ -11,7 +12,7 @@ import yaml
 from optuna.trial import FixedTrial, create_trial
 
 from raylib.display import markdown_table, mean_and_interval, mean_and_std, percent
-from raylib.fileio import write_atomically
+from raylib.fileio import atomic_file, write_atomically
 from raylib.metrics import t_interval
 from raylib.search.config import SearchConfig, SearchContext
 from raylib.search.display import draw_figures
@@ -29,14 +30,16 @@ def write_trials(context: SearchContext, results: Sequence[TrialResult]) -> None
     """Write every trial into trials.csv: its state, setting and scores."""
     names = list(knobs_by_name(context.space.knobs))
     scores = list(dict.fromkeys(name for result in results for name in result.scores))
-    with open(context.folder / "trials.csv", "w", encoding="utf-8", newline="") as file:
-        out = csv.writer(file)
-        times = ["epoch", "epochs", "seconds", "start_seconds"]
-        out.writerow(["trial", "state", *names, *scores, *times, "error", "repeat_of", "replicate"])
-        for r in results:
-            values = [*(r.setting.get(n, "") for n in names), *(r.scores.get(n, "") for n in scores)]
-            spent = [r.epoch, r.epochs, f"{r.seconds:.1f}", r.start_seconds or ""]
-            out.writerow([r.id, r.state, *values, *spent, r.error or "", r.repeat_of or "", r.replicate])
+    text = io.StringIO(newline="")
+    out = csv.writer(text)
+    times = ["epoch", "epochs", "seconds", "start_seconds"]
+    out.writerow(["trial", "state", *names, *scores, *times, "error", "repeat_of", "replicate"])
+    for r in results:
+        values = [*(r.setting.get(n, "") for n in names), *(r.scores.get(n, "") for n in scores)]
+        spent = [r.epoch, r.epochs, f"{r.seconds:.1f}", r.start_seconds or ""]
+        out.writerow([r.id, r.state, *values, *spent, r.error or "", r.repeat_of or "", r.replicate])
+    with atomic_file(context.folder / "trials.csv") as temporary:
+        temporary.write_bytes(text.getvalue().encode())
 
 
 def write_report(

@@ -100,7 +100,8 @@ def _search_in(
 ) -> Path:
     """`run_search`, in a folder that it holds."""
     grown = check_fingerprint(folder, fingerprint, type(base))
-    if (folder / "report.md").is_file() and not grown:
+    report_file = folder / "report.md"  # says that all is done; a power failure may leave zero bytes
+    if report_file.is_file() and report_file.read_bytes().strip(b"\0") and not grown:
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
         return folder
     warm_start = load_warm_start(config, space, fingerprint, type(base))
@@ -114,8 +115,8 @@ def _search_in(
         files = [file for trial_config in configs for file in job.data_files(trial_config)]
         for note in record_identity(folder, dict.fromkeys(files), job.verifies_content(base)):
             print(note, flush=True)
-        if grown and (folder / "report.md").is_file():
-            (folder / "report.md").rename(folder / "report.before.md")  # report.md says that all is done
+        if grown and report_file.is_file():
+            report_file.rename(folder / "report.before.md")
         write_json(folder / "search.json", fingerprint)
         watch_file(folder / "search.json")
         if grown:
@@ -144,7 +145,7 @@ def _search_in(
     finally:
         if has_started:
             ray.shutdown()
-    print((folder / "report.md").read_text(encoding="utf-8"))
+    print(report_file.read_text(encoding="utf-8"))
     best = spell_commands(f"python -m {job.command} --config {folder}/best.yaml")
     print(f"{folder}/report.md, trials.csv; the best: {best}")
     return folder

@@ -211,8 +211,11 @@ def _run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None
         spent = seconds_before + time.time() - began
         common = {"epoch": epoch, "epochs": num_epochs, "judged": False, "finished": False, "spent": spent}
         require_owned(folder)
-        append_report(folder, {**common, **values})
-        return {**common, **values}
+        line = {**common, **values}
+        # a training that goes on from a checkpoint reports it again, should it have died before it could
+        if "age" not in line or not any(epoch == known["epoch"] for known in read_reports(folder)):
+            append_report(folder, line)
+        return line
 
     # Where Ray Train trains, this is called in its controller, another process than the one of the end: so
     # what both must know is read from the log.
