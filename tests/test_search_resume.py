@@ -86,7 +86,7 @@ class Driver:
 
     def outcome(self):
         """What the search came to: settings, states, scores, and the same as Optuna knows it."""
-        rows = [(r.setting, r.state, r.scores, r.epoch) for r in self.log.results(("score",))]
+        rows = [(r.setting, r.state, r.scores, r.epoch, r.id) for r in self.log.results(("score",))]
         of_study = [
             (t.params, t.state, t.values, t.intermediate_values)
             for t in self.found.study.get_trials(deepcopy=False)

@@ -12,6 +12,7 @@ from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
 
+from raylib.randomness import hash64
 from raylib.search.config import Repeats, SearchConfig
 from raylib.search.optuna import JOURNAL, STATES, open_study, trial_state
 from raylib.search.samplers import build_sampler
@@ -23,13 +24,14 @@ from raylib.search.trial_log import Outcome, TrialLog
 class GeneratorOptions(NamedTuple):
     """Options that may be others when a search goes on. num_trials: that there will be; key: equal for
     settings that are the same training; repeats: see `SearchConfig`; max_concurrent: trials at a time;
-    max_seconds: of this search, after which no trial begins."""
+    max_seconds: of this search, after which no trial begins; seed: of the trials' names."""
 
     num_trials: int
     key: SettingKey
     repeats: Repeats = "score"
     max_concurrent: int = 10**9
     max_seconds: float = math.inf
+    seed: int = 0
 
 
 class Asked(NamedTuple):
@@ -223,7 +225,8 @@ class OptunaGenerator(SearchAlgorithm):
             return None
         if self.waiting:
             return self.waiting.pop(0)
-        name = Trial.generate_id()
+        # random as Tune's own, and the same in a search that was killed
+        name = f"{int(hash64(self.options.seed, len(self.log.settings), 'trial')) >> 32:08x}"
         setting = self.suggest(name)
         if setting is None:
             self.set_finished()

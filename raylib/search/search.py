@@ -293,6 +293,7 @@ def _build_search(
         config.repeats,
         resources.max_concurrent or sys.maxsize,
         inf if config.max_hours is None else 3600 * config.max_hours,
+        config.seed,
     )
     generator = build_generator(config, context.space, log, options)
     log.restore_from_folders(context.folder / "tune")
