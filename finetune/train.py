@@ -39,6 +39,7 @@ from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import (
     config_hash,
+    count_workers,
     drop_unneeded,
     hold,
     is_main_process,
@@ -183,6 +184,11 @@ def check(config: FinetuneConfig) -> Checked:
             raise UserError(f"{name}= is missing: give a folder")
     if config.split == "testdev":
         _check_testdev(config)
+    if config.trains and config.batch < (workers := count_workers(config)):
+        raise UserError(
+            f"batch={config.batch} is smaller than workers={workers}, each of which has an example of every "
+            f"batch; set workers={config.batch}, or a larger batch"
+        )
     for language in languages_of(config):
         try:
             _check_language(config, language)

@@ -72,11 +72,11 @@ def test_dev_losses_encode_each_image_once(mini, monkeypatch):
     assert images == [16, 16, 16]  # two batches, and the one whose images stand beside the last captions
 
 
-def test_dev_losses_are_the_same_on_two_workers(mini):
+def test_dev_losses_are_the_same_on_any_workers(mini):
     data = resolve_data(mini(*SMALL))
     one = losses_of(data)
-    for two in run_workers(on_worker, 2, data):
-        assert two == pytest.approx(one, rel=1e-6)
+    for of_three in run_workers(on_worker, 3, data):
+        assert of_three == pytest.approx(one, rel=1e-6)
 
 
 def test_dev_losses_leave_training_as_it_is(mini, tmp_path):

@@ -305,7 +305,7 @@ def evaluate_share(rank, world, scenes, folder):
 def test_evaluation_on_any_number_of_workers_is_equal(scenes, tmp_path):
     alone = evaluate_share(0, 1, scenes, tmp_path / "1")
     assert alone[0]["ko"]["n"] == alone[0]["ko"]["predictions"] == 240
-    for world in (2, 3):
+    for world in (3, 5):  # of five, one has no batch of questions
         for result in run_workers(evaluate_share, world, scenes, tmp_path / str(world)):
             assert result == alone
         for code in ("en", "ko"):

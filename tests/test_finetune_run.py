@@ -203,19 +203,20 @@ def test_finetune_torchrun_equals_one_process(tmp_path, scenes):
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        "2",
+        "3",  # which do not divide a batch of 16
         "-m",
         "finetune",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     completed = subprocess.run(
-        [*command, *settings, "name=two"], capture_output=True, text=True, env=environment
+        [*command, *settings, "name=three"], capture_output=True, text=True, env=environment
     )
     assert completed.returncode == 0, completed.stderr[-2000:]
     assert completed.stdout.count("| en |") == 1  # one process speaks
     assert main([*settings, "name=one"]) == 0
     losses = [
-        [r["loss/task"] for r in read_metrics(tmp_path / name) if "loss/task" in r] for name in ("one", "two")
+        [line["loss/task"] for line in read_metrics(tmp_path / name) if "loss/task" in line]
+        for name in ("one", "three")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and len(losses[0]) == 3
 
@@ -246,6 +247,7 @@ def test_finetune_on_ray_with_zero(finetune, tmp_path):
         (["epoch=3"], ["did you mean epochs"]),
         (["split=few_shot_test"], ["no split 'few_shot_test'"]),
         (["image_size=20"], ["not a multiple of the model's patch"]),
+        (["runtime=ray", "workers=3", "batch=2"], ["batch=2 is smaller than workers=3"]),
     ],
 )
 def test_finetune_wrong_settings_are_one_line_errors(finetune, settings, words):

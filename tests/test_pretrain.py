@@ -186,13 +186,13 @@ def assert_close(one, two):
 
 
 @pytest.mark.parametrize(
-    ("without", "sharding"),
-    [((), "none"), ((), "zero2"), (("data.image_text.batch=0",), "none")],
-)  # the last leaves the image encoder unused
-def test_pretrain_torchrun_equals_one_process(mini, tmp_path, without, sharding):
+    ("without", "sharding", "processes"),
+    [((), "none", 3), ((), "zero2", 3), (("data.image_text.batch=0",), "none", 2)],
+)  # three do not divide the batches, nor the lanes; the last leaves the image encoder unused
+def test_pretrain_torchrun_equals_one_process(mini, tmp_path, without, sharding, processes):
     run(mini("name=one", *LOCAL, *without))
     config = mini("name=two", *LOCAL, *without, f"fit.sharding={sharding}")
-    assert torchrun(config, tmp_path).count("| en |") == 1  # one process speaks
+    assert torchrun(config, tmp_path, processes).count("| en |") == 1  # one process speaks
     assert_close(lines(mini("name=one", *without)), lines(config))
 
 

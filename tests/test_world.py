@@ -1,22 +1,31 @@
 """Any number of workers: engines, the order of gradients, and whole runs, beside one process."""
 
 import contextlib
+import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.device import GPU
 from benchmarks.dry import dry_run
+from pretrain.evaluate import ZeroShotRetrieval
+from pretrain.recipes import RECIPES
+from raylib.config import override
 from raylib.data.loading import to_device
 from raylib.engine import TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.models import layers
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
+from raylib.monitoring import read_metrics
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.sample import DATA
 from raylib.settings import OptimConfig
+from raylib.text import Tokenizer
 from tests.factories import SMALL, make_batch, make_model, take_rows
+from tests.test_pretrain import torchrun, without_rate
 from tests.workers import run_workers
 
 CPU = torch.device("cpu")
@@ -130,3 +139,87 @@ def test_gradients_come_in_one_order_whatever_a_worker_has(monkeypatch, device, 
         ]
     assert len(first) == len(set(first)) > 50
     assert all(other == first for other in others)
+
+
+SPY = """
+import json, os, torch
+from raylib.objectives import LossPart, term
+
+@term("image_text", reads=("embeddings",), trains=())
+def spy(step):
+    if torch.is_grad_enabled():
+        ids = step.batch["index"], step.batch["image_id"], step.captions.full.text_id
+        with open(os.environ["SPY"] + os.environ.get("RANK", "0"), "a") as file:
+            print(json.dumps([x.tolist() for x in ids]), file=file)
+    return [LossPart(0.0 * step.contrast.left_to_right, 1)]
+"""
+
+
+def read_samples(folder: Path) -> list[list[list[int]]]:
+    """[index, image, caption] of every sample of each step, as the processes of a run noted them."""
+    processes = [
+        [json.loads(line) for line in path.read_text().splitlines()] for path in sorted(folder.iterdir())
+    ]
+    steps = zip(*processes, strict=True)
+    return [sorted(row for part in step for row in zip(*part, strict=True)) for step in steps]
+
+
+@pytest.mark.slow
+def test_run_goes_on_with_one_and_three_workers_as_if_undisturbed(mini, tmp_path, monkeypatch):
+    """2 -> 1 -> 3 processes, ZeRO-2 and DDP: each sample once, the same in the same step; losses and
+    evaluations but for rounding."""
+    (tmp_path / "spy.py").write_text(SPY)
+    settings = [
+        *("runtime=local", "fit.steps=9", "fit.save_every=3", "fit.eval_every=3", "data.dev=false"),
+        *(f"objective.terms.spy={tmp_path / 'spy.py'}", "data.text.batch=10", "data.text.lanes=5"),
+    ]
+    samples, parts = {}, [(2, 3, "zero2"), (1, 6, "none"), (3, 9, "zero2")]
+    for name, starts in {"whole": [(1, 9, "none")], "parts": parts}.items():
+        samples[name] = []
+        for processes, end, sharding in starts:
+            folder = tmp_path / f"{name}-{processes}"
+            folder.mkdir()
+            monkeypatch.setenv("SPY", f"{folder}/")
+            torchrun(
+                mini(f"name={name}", *settings, f"fit.stop_after={end}", f"fit.sharding={sharding}"),
+                tmp_path,
+                processes,
+            )
+            samples[name] += read_samples(folder)
+    assert len(samples["whole"]) == 9 and all(len({i for i, _, _ in step}) == 16 for step in samples["whole"])
+    assert samples["parts"] == samples["whole"]
+    whole, parts = ([*read_metrics(tmp_path / name)] for name in ("whole", "parts"))
+    for one, other in zip(without_rate(whole), without_rate(parts), strict=True):
+        assert other == pytest.approx(one, rel=5e-4)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "parts")]
+    assert results[1]["losses"] == pytest.approx(results[0]["losses"], rel=5e-4)
+
+
+@pytest.mark.slow
+def test_tiny_on_three_processes_equals_one(tmp_path, corpus):
+    """The recipe as it is, ten steps of it."""
+    lines = []
+    for processes in (1, 3):
+        config = override(
+            RECIPES["tiny"](),
+            [f"name=tiny{processes}", f"runs={tmp_path}", f"corpus={corpus}", "runtime=local", "fit.steps=10"]
+            + ["fit.log_every=1", "fit.eval_every=0", "fit.save_every=10", "fit.bf16=false"],
+        )
+        torchrun(config, tmp_path, processes)
+        lines.append(without_rate(read_metrics(tmp_path / f"tiny{processes}")))
+    for one, three in zip(*lines, strict=True):
+        assert three == pytest.approx(one, rel=1e-3)
+    assert sum("loss/itm" in line for line in lines[0]) == 10
+
+
+@pytest.mark.parametrize("world", [pytest.param(3, marks=SLOW), 5])
+def test_zero_shot_retrieval_is_the_same_on_any_workers(retrieval_set, world):
+    """Of five workers, two have no language of three."""
+    alone = zero_shot_scores(0, 1, retrieval_set)
+    assert all(found == alone for found in run_workers(zero_shot_scores, world, retrieval_set))
+
+
+def zero_shot_scores(rank, world, folder):
+    model = make_model(dtype=torch.float32, vocabulary=12000, positions=64).eval()
+    with torch.inference_mode():
+        return ZeroShotRetrieval(folder, Tokenizer.load(DATA / "tokenizer.model"), 16, 64)(model, bf16=False)
