@@ -137,11 +137,12 @@ class PretrainConfig(LaunchConfig):
     def check_workers(self, workers: int) -> None:
         """Raises UserError: one of so many workers would have no sample of a stream, or none that is
         fused."""
-        for name, every in self._fused_share().items():
-            batch = self.data.streams[name].batch
-            if workers * every > batch:
-                fused = f", of which one in {every} is fused (objective.fuse_every)" if every > 1 else ""
-                raise UserError(
-                    f"{workers} workers and data.{name}.batch={batch}{fused}: a worker would have none; set "
-                    f"workers={batch // every} or fewer"
-                )
+        most = {name: self.data.streams[name].batch // every for name, every in self._fused_share().items()}
+        name = min(most, key=most.__getitem__, default="")
+        if name and most[name] < workers:
+            every = self._fused_share()[name]
+            fused = f", of which one in {every} is fused (objective.fuse_every)" if every > 1 else ""
+            raise UserError(
+                f"{workers} workers and data.{name}.batch={self.data.streams[name].batch}{fused}: a worker "
+                f"would have none; set workers={most[name]} or fewer"
+            )
