@@ -89,10 +89,12 @@ def _run_names(folder: Path, file: str) -> bool:
 
 
 def find_model(path: Path | str) -> Path:
-    """The model folder meant by `path`: an export, a checkpoint, or a run (its newest checkpoint)."""
+    """The model folder meant by `path`: an export, a checkpoint, a run (its newest checkpoint), RUN/best."""
     path = Path(path)
     if (path / "model.safetensors").is_file():
         return path
+    if path.name == "best" and (best := checkpoint.find_best(path.parent)):
+        return best
     if (path / checkpoint.FOLDER).is_dir():
         newest = checkpoint.find_newest(path)
         if newest is None:
