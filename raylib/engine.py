@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -324,8 +325,11 @@ class Engine(ABC):
                 f"{stored.folder}: the optimizer's state is also of {min(others)}, which this run does not "
                 "train"
             )
-        weights = load_file(stored.folder / "model.safetensors", device=str(self.device))
-        self.objective.model.load_state_dict(weights)
+        path = stored.folder / "model.safetensors"
+        try:
+            self.objective.model.load_state_dict(load_file(path, device=str(self.device)))
+        except (RuntimeError, OSError, SafetensorError) as e:
+            raise UserError(f"{path}: not to be read as this run's model ({str(e).splitlines()[0]})") from e
         with torch.no_grad():
             for name, value in self._objective_values().items():
                 value.copy_(stored.read_whole(VALUE, name, value))

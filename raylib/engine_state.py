@@ -109,7 +109,7 @@ class StoredState:
             places.sort()
             starts = [*(start for start, *_ in places), math.prod(self.shapes[kind, name])]
             if starts != [0, *(stop for _, stop, *_ in places)]:
-                raise UserError(f"{folder}: the optimizer's {kind} of {name} has gaps; {_ADVICE}")
+                raise UserError(f"{folder}: the optimizer's {kind} of {name} has gaps; {ADVICE}")
 
     def names_of(self, kind: str) -> set[str]:
         """Return the names of which there is a tensor of this kind."""
@@ -144,7 +144,7 @@ class StoredState:
         path = state_file(self.folder, rank)
         for file in (path, path.with_suffix(".json")):
             if not file.is_file():
-                raise UserError(f"{file}: missing, so this checkpoint is not whole; {_ADVICE}")
+                raise UserError(f"{file}: missing, so this checkpoint is not whole; {ADVICE}")
         try:
             layout = read_json(path.with_suffix(".json"))
             if layout.get("parameters", len(self.names)) != len(self.names):
@@ -162,7 +162,7 @@ class StoredState:
                 self.places.setdefault(tensor, []).append((start, start + size, rank, key))
             return int(layout["workers"])
         except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as e:
-            raise UserError(f"{path}: not to be read as an optimizer's state ({e}); {_ADVICE}") from None
+            raise UserError(f"{path}: not to be read as an optimizer's state ({e}); {ADVICE}") from None
 
     def _name(self, name: str) -> str:
         return self.names[int(name[1:])] if name.startswith("#") else name
@@ -174,4 +174,4 @@ class StoredState:
         return self.files[rank]
 
 
-_ADVICE = "restore it, or start from an older checkpoint with resume=step_NNNNNN"
+ADVICE = "restore it, or start from an older checkpoint with resume=step_NNNNNN"

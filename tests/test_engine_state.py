@@ -303,6 +303,15 @@ def test_stored_state_names_what_is_wrong(tmp_path):
     assert "value of shift is missing" in broken("lost_value", lost_value)
     assert "also of model.other" in broken("renamed", renamed)
     assert "the objective's shift is not finite" in broken("infinite", infinite)
+
+    def no_model(folder, _):
+        (folder / "model.safetensors").write_bytes(b"no tensors")
+
+    def other_model(folder, _):
+        save_file({"a": torch.ones(1)}, folder / "model.safetensors")
+
+    for change in (no_model, other_model):
+        assert "model.safetensors: not to be read as this run's" in broken(change.__name__, change)
     files = {f"json-{i}": ("optimizer-00000.json", content) for i, content in enumerate(NO_LAYOUTS)}
     sizes = (0, 7, 100, path.stat().st_size - 1)
     files |= {f"cut-{size}": (path.name, path.read_bytes()[:size]) for size in sizes}
@@ -319,3 +328,22 @@ def test_master_weights_are_not_written_twice(tmp_path):
     assert {key.partition(":")[0] for key in load_file(path)} == {*MOMENTS, VALUE}
     stored = StoredState(tmp_path / "a", ())
     assert {name for kind, name in stored.shapes if kind == VALUE} == {"shift", "frozen", "mean"}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", list(ENGINES))
+def test_state_on_a_gpu_is_taken_over_to_the_bit(tmp_path, name):
+    gpu = torch.device("cuda", 0)
+    objective = ShiftedSquares()
+    engine = ENGINES[name](objective, OPTIM, gpu, False, None, rates)
+    for step in range(3):
+        batch = {key: value.to(gpu) for key, value in batch_of(step, 0, 1).items()}
+        engine.step(batch, step, OPTIM.lr)
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        write_files(folder, state_files(engine.state(), 0))
+        objective.model.save(folder)
+        objective = ShiftedSquares()
+        engine = ENGINES[name](objective, OPTIM, gpu, False, folder, rates)
+    assert_same_state(tmp_path / "a", tmp_path / "b")
+    engine.step({key: value.to(gpu) for key, value in batch_of(3, 0, 1).items()}, 3, OPTIM.lr)
