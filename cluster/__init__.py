@@ -281,8 +281,8 @@ def _submit_job(cluster: Cluster, command: list[str]) -> int:
     if job is None:  # it was not accepted
         return follower.returncode or 1
     code = job["driver_exit_code"]
-    if code is None:  # it never ran
-        return 1
+    if code is None:  # Ray keeps none of a job that was stopped; else it never ran
+        return 128 + signal.SIGTERM if job["status"] == "STOPPED" else 1
     return code if code >= 0 else 128 - code
 
 

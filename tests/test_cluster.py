@@ -14,6 +14,7 @@ import tempfile
 import time
 import tomllib
 import types
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,10 @@ import cluster
 from cluster.__main__ import main
 from cluster.submit import follow
 from pretrain.__main__ import main as pretrain
+from raylib import checkpoint
+from raylib.config import dump_config
 from raylib.errors import UserError
+from raylib.monitoring import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parent.parent
@@ -134,6 +138,55 @@ def test_cluster_signal_stops_job_then_cluster(number, tmp_path):
         output = "".join(lines) + process.communicate(timeout=120)[0]
     assert process.returncode == 128 + number, output
     assert f"{number.name}: stopping" in output
+    assert_nothing_left(output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["ray job stop", "SIGTERM", "second Ctrl-C"])
+def test_cluster_job_that_is_stopped_saves_and_ends_with_143(by, mini, tmp_path):
+    """Told by Ray, or by this launcher, which does the same; Ctrl-C does so once."""
+    config = mini("name=stopped", "fit.steps=100000", "fit.log_every=1")
+    file, ended, run = tmp_path / "config.json", tmp_path / "ended", tmp_path / "stopped"
+    file.write_text(dump_config(config), encoding="utf-8")
+    # what Ray starts, told to end as its child is
+    wrapper = (
+        "import signal, subprocess, sys; signal.signal(15, lambda *_: None); "
+        f"code = subprocess.call([sys.executable, '-m', 'pretrain', '--config', '{file}']); "
+        f"open('{ended}', 'w').write(str(code))"
+    )
+    with start(["python", "-c", wrapper], tmp_path) as process:
+        head = [process.stdout.readline() for _ in range(2)]
+        while not read_metrics(run):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        if by == "ray job stop":
+            token = find_token("".join(head))
+            url = re.search(r"dashboard (\S+)", "".join(head))[1]
+            request = urllib.request.Request(f"{url}/api/jobs/")
+            request.add_header("Authorization", f"Bearer {token.read_text()}")
+            (job,) = json.load(urllib.request.urlopen(request, timeout=10))
+            stop = [
+                Path(sys.executable).with_name("ray"),
+                "job",
+                "stop",
+                "--address",
+                url,
+                job["submission_id"],
+            ]
+            env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+            subprocess.run(stop, env=env, check=True, capture_output=True)
+        elif by == "SIGTERM":
+            process.terminate()
+        else:
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+        output = "".join(head) + process.communicate(timeout=120)[0]
+    assert process.returncode == (130 if by == "second Ctrl-C" else 143), output
+    if by != "second Ctrl-C":
+        step = checkpoint.read_meta(checkpoint.find_newest(run))["step"]
+        assert ended.read_text() == "143", output
+        assert f"stopped by SIGTERM at step {step} of 100000; saved; the same command goes on" in output
     assert_nothing_left(output)
 
 
