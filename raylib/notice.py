@@ -4,8 +4,10 @@ word that a node goes away. A training answers one by a checkpoint at its next s
 1. `signals_handled`: a command's main thread takes signals. They end it at once,
 2. `notices_to(receive)`: but within this block, the first one is handed to `receive` instead.
 3. `StopVote`: the training loop's `receive`; all workers agree on the step after which they stop.
+4. `NoticeBoard` brings a notice from a Ray driver to its workers.
 """
 
+import asyncio
 import ctypes
 import math
 import os
@@ -292,3 +294,53 @@ def _raise_in_thread(thread: int, kind: type[BaseException] | None) -> None:
     yet."""
     error = ctypes.py_object(kind) if kind else None
     ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+
+
+class NoticeBoard:
+    """The actor between the driver of a run and its workers.
+
+    nodes: on which workers train. is_listening: worker 0 is in its training loop.
+    """
+
+    def __init__(self) -> None:
+        self.changed = asyncio.Condition()
+        self.number, self.is_listening = 0, False
+        self.nodes: set[str] = set()
+        self.controller: Any = None
+
+    async def enter(self, node: str, is_first: bool) -> None:
+        """Take part from `node` on; the first worker listens."""
+        self.nodes.add(node)
+        self.is_listening |= is_first
+
+    async def leave(self) -> int:
+        """Listen no more; returns the last notice."""
+        async with self.changed:
+            self.is_listening = False
+            self.changed.notify_all()
+        return self.number
+
+    async def wait(self, known: int) -> int:
+        """Return the notice that outranks `known`, once there is one; 0 when nobody listens any more."""
+        async with self.changed:
+            await self.changed.wait_for(lambda: self.number > known or not self.is_listening)
+        return self.number if self.is_listening else 0
+
+    async def post(self, number: int) -> bool:
+        """Give notice; returns whether somebody listens."""
+        async with self.changed:
+            self.number = max(self.number, number)
+            self.changed.notify_all()
+        return self.is_listening
+
+    async def nodes_of_workers(self) -> set[str]:
+        """Return the nodes of the workers that train."""
+        return self.nodes
+
+    async def set_controller(self, actor: Any) -> None:
+        """Keep the actor by which Ray Train controls this attempt."""
+        self.controller = actor
+
+    async def get_controller(self) -> Any:
+        """Return that actor; None: it has not begun."""
+        return self.controller

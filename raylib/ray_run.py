@@ -14,7 +14,6 @@ Notices travel through `NoticeBoard`, an actor of the driver's: worker 0 waits f
 asked for in vain.
 """
 
-import asyncio
 import logging
 import re
 import threading
@@ -26,7 +25,7 @@ from typing import Any, NamedTuple
 from raylib import cache, checkpoint
 from raylib.errors import MachineError, error_line
 from raylib.lock import owner_of, work_for
-from raylib.notice import PREEMPTION, Interrupted, notices_to, stop_line
+from raylib.notice import PREEMPTION, Interrupted, NoticeBoard, notices_to, stop_line
 from raylib.runtime import RayRuntime, Reporter, set_deterministic
 
 LOOK_SECONDS, DRAIN_SECONDS = 0.25, 1.0  # between looks at what has come: signals; nodes that go away
@@ -35,56 +34,6 @@ ANSWER_SECONDS = 10.0  # for an actor to answer
 CONNECTION = re.compile(
     r"gloo|nccl|connection (closed|reset|refused)|socket|broken pipe|timed out|cuda error", re.I
 )
-
-
-class NoticeBoard:
-    """The actor between the driver of a run and its workers.
-
-    nodes: on which workers train. is_listening: worker 0 is in its training loop.
-    """
-
-    def __init__(self) -> None:
-        self.changed = asyncio.Condition()
-        self.number, self.is_listening = 0, False
-        self.nodes: set[str] = set()
-        self.controller: Any = None
-
-    async def enter(self, node: str, is_first: bool) -> None:
-        """Take part from `node` on; the first worker listens."""
-        self.nodes.add(node)
-        self.is_listening |= is_first
-
-    async def leave(self) -> int:
-        """Listen no more; returns the last notice."""
-        async with self.changed:
-            self.is_listening = False
-            self.changed.notify_all()
-        return self.number
-
-    async def wait(self, known: int) -> int:
-        """Return the notice that outranks `known`, once there is one; 0 when nobody listens any more."""
-        async with self.changed:
-            await self.changed.wait_for(lambda: self.number > known or not self.is_listening)
-        return self.number if self.is_listening else 0
-
-    async def post(self, number: int) -> bool:
-        """Give notice; returns whether somebody listens."""
-        async with self.changed:
-            self.number = max(self.number, number)
-            self.changed.notify_all()
-        return self.is_listening
-
-    async def nodes_of_workers(self) -> set[str]:
-        """Return the nodes of the workers that train."""
-        return self.nodes
-
-    async def set_controller(self, actor: Any) -> None:
-        """Keep the actor by which Ray Train controls this attempt."""
-        self.controller = actor
-
-    async def get_controller(self) -> Any:
-        """Return that actor; None: it has not begun."""
-        return self.controller
 
 
 class _Failure(NamedTuple):
@@ -104,6 +53,7 @@ def train_on_ray(
         UserError: a mistake in the input. MachineError: a full disk; more lost workers, or preemptions, than
         settings allow. Interrupted: a signal came, and there was nothing to save.
     """
+    from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
     counts = {"failures": 0, "preemptions": 0}
@@ -115,6 +65,9 @@ def train_on_ray(
             if attempt.signal:  # a worker's evaluation could not be left otherwise
                 raise _stopped(attempt.signal, run) from None
             failure = _explain(e)
+            failure = failure._replace(is_preemption=failure.is_preemption or attempt.is_preempted)
+        except RayError as e:
+            failure = _Failure(f"Ray Train's controller was lost ({_first_line(e)})", attempt.is_preempted)
         else:
             if result.get("notice") != PREEMPTION:
                 return result
@@ -148,7 +101,10 @@ def _stopped(number: int, run: Path) -> Interrupted:
 
 
 class _Attempt:
-    """One group of workers, from its start to its end. signal: that asks the run to end; 0: none."""
+    """One group of workers, from its start to its end.
+
+    signal: that asks the run to end; 0: none. is_preempted: Ray takes a node away, and workers know.
+    """
 
     def __init__(
         self, main: Callable, config: Any, run: Path, worker: dict[str, float], reporter: Reporter | None
@@ -161,7 +117,7 @@ class _Attempt:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(num_cpus=0)(NoticeBoard)
         self.board = actor.options(scheduling_strategy=here).remote()
-        self.signal, self.last_look = 0, 0.0
+        self.signal, self.is_preempted, self.last_look = 0, False, 0.0
         self.outcome: Any = None
         callbacks: list[Any] = [_controller_callback(self.board)]
         # Ray's type hints are those of Train's first version, its objects those of the second
@@ -242,6 +198,7 @@ class _Attempt:
             if draining and draining.keys() & ray.get(
                 self.board.nodes_of_workers.remote(), timeout=ANSWER_SECONDS
             ):
+                self.is_preempted = True
                 self._post(PREEMPTION)
         except (ray.exceptions.RayError, RuntimeError):  # the cluster's head does not answer just now
             return

@@ -75,7 +75,7 @@ class LocalRuntime:
 
 class RayRuntime:
     """A Ray Train worker. Ray owns the process group. keep, cpus: as of `LocalRuntime`. board: brings notices
-    from the driver (`raylib.ray_run.NoticeBoard`)."""
+    from the driver (`raylib.notice.NoticeBoard`)."""
 
     sharding: Sharding = "zero2"
     waits_for_saves = (
@@ -115,8 +115,9 @@ class RayRuntime:
         try:
             yield
         finally:
-            if self.rank == 0 and (notice := ray.get(self.board.leave.remote())):
-                receive(notice)
+            with suppress(ray.exceptions.RayError):  # the driver has ended
+                if self.rank == 0 and (notice := ray.get(self.board.leave.remote())):
+                    receive(notice)
 
     def _listen(self, receive: Callable[[int], None]) -> None:
         import ray
