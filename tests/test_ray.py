@@ -243,6 +243,7 @@ def signal_at(config, lines: int, *numbers: int) -> threading.Thread:
             time.sleep(0.02)
         for number in numbers:
             os.kill(os.getpid(), number)
+            time.sleep(0.05)  # signals of one kind that wait together are one
 
     thread = threading.Thread(target=send)
     thread.start()
