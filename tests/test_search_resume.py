@@ -1,6 +1,7 @@
 """A search that is killed at every one of its writes goes on to what it would have come to: a driver without
 Ray, over a stage that computes its score; damaged files; what is read of them."""
 
+import errno
 import json
 import os
 import pickle
@@ -11,7 +12,7 @@ import optuna
 import pytest
 
 from raylib.config import Config
-from raylib.errors import UserError
+from raylib.errors import MachineError, UserError, error_line
 from raylib.fileio import read_jsonl
 from raylib.search import optuna as study_module
 from raylib.search.config import SearchConfig
@@ -96,20 +97,20 @@ class Driver:
 
 @pytest.fixture
 def kill(monkeypatch):
-    """`kill(n, cut)`: the process dies in its n-th write from now on, of which `cut` bytes are lost; every
-    write of a search's logs ends in an fsync."""
-    fsync, state = os.fsync, {"left": -1, "cut": 0}
+    """`kill(n, cut)`: the process dies in its n-th write from now on, of which `cut` bytes are lost; or it
+    meets `error`. Every write of a search's logs ends in an fsync."""
+    fsync, state = os.fsync, {"left": -1, "cut": 0, "error": Killed()}
 
     def counting(descriptor):
         state["left"] -= 1
         if state["left"] == 0:
             size = os.fstat(descriptor).st_size
             os.truncate(os.readlink(f"/proc/self/fd/{descriptor}"), max(0, size - state["cut"]))
-            raise Killed
+            raise state["error"]
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", counting)
-    return lambda n, cut=0: state.update(left=n, cut=cut)
+    return lambda n, cut=0, error=Killed(): state.update(left=n, cut=cut, error=error)  # noqa: B008
 
 
 def kill_at_every_write(kill, tmp_path, every, cuts, **settings):
@@ -159,6 +160,20 @@ def test_search_killed_at_every_write_comes_to_the_same(kill, tmp_path, algorith
         numbers = Space("", "", {"x": Float(0, 1), "n": Int(1, 3)})
         monkeypatch.setitem(globals(), "SPACE", numbers)
     kill_at_every_write(kill, tmp_path, 1, (0, 9), algorithm=algorithm, stop=stop, num_trials=8)
+
+
+def test_search_on_a_full_disk_goes_on_and_counts_no_trial_as_failed(kill, tmp_path):
+    whole = Driver(tmp_path / "whole", "tpe").run().outcome()
+    for n in range(3, 60, 8):
+        folder = tmp_path / f"full {n}"
+        folder.mkdir()
+        kill(n, 9, OSError(errno.ENOSPC, "No space left on device", "a file"))
+        with pytest.raises((OSError, MachineError)) as full:
+            Driver(folder, "tpe").run()
+        assert "no space left on the disk" in str(error_line(full.value))
+        kill(-1)
+        again = Driver(folder, "tpe").run()
+        assert again.outcome() == whole and "failed" not in {row[1] for row in whole[0]}
 
 
 def interrupted(folder, kill, n=80):

@@ -253,22 +253,25 @@ def run_trials(context: SearchContext, resources: Resources, warm_start: WarmSta
     for note in log.notes:
         print(f"search '{config.name}': {note}", flush=True)
     table = SearchTable(f"search '{config.name}'", config.goals, num_trials, earlier=log.ended_trials())
-    run_tuner(
-        folder / "tune",
-        trainable,
-        metrics,
-        search_alg,
-        table,
-        knobs_by_name(context.space.knobs),
-        [RecordTrials(log, metrics), *load_callbacks(config.callbacks)],
-        num_samples=num_trials,
-        scheduler=scheduler,
-        max_failures=config.max_failures,
-        # a stopped trial that waits for workers of its own cannot hand on its process
-        reuse_actors=not config.workers_per_trial,
-        trial_name_creator=trial_name,
-        trial_dirname_creator=trial_name,
-    )
+    if len(log.outcomes) < num_trials:
+        run_tuner(
+            folder / "tune",
+            trainable,
+            metrics,
+            search_alg,
+            table,
+            knobs_by_name(context.space.knobs),
+            [RecordTrials(log, metrics), *load_callbacks(config.callbacks)],
+            num_samples=num_trials,
+            scheduler=scheduler,
+            max_failures=config.max_failures,
+            # a stopped trial that waits for workers of its own cannot hand on its process
+            reuse_actors=not config.workers_per_trial,
+            trial_name_creator=trial_name,
+            trial_dirname_creator=trial_name,
+        )
+    else:  # a population would begin its members again
+        table.report([], done=True)
     # members of a population kept all of them, for others to go on from; of others, the driver may have died
     # before they were dropped
     for checkpoint in (folder / "tune").glob("*/checkpoint_*"):
