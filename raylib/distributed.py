@@ -8,6 +8,7 @@ gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
 import itertools
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,6 +73,26 @@ def errors_on_all_workers() -> Iterator[None]:
     raise_on_all_workers(error, UserError)
 
 
+_exchanged = 0.0  # seconds of this process
+
+
+@contextmanager
+def _exchange() -> Iterator[None]:
+    """Count the time of the block as an exchange with other workers."""
+    global _exchanged
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        _exchanged += time.perf_counter() - began
+
+
+def exchange_seconds() -> float:
+    """Return how long this process has been in exchanges with other workers so far, where it also waits for
+    the slowest of them. On a GPU the host does not wait: it is the time to begin them."""
+    return _exchanged
+
+
 def broadcast_from_rank0(value: T) -> T:
     """Return, on every worker, the value that worker 0 has. All workers call it."""
     values = [value]
@@ -84,7 +105,8 @@ def all_reduce(x: Tensor) -> Tensor:
     """Return the sum of `x` over all workers, without gradient."""
     x = x.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(x)
+        with _exchange():
+            dist.all_reduce(x)
     return x
 
 
@@ -189,7 +211,8 @@ def ring(x: Tensor, counts: list[int]) -> Iterator[tuple[int, Tensor]]:
         worker = (rank() + turn) % world
         yield worker, x[: counts[worker]]
         for wait in waits:
-            wait.wait()
+            with _exchange():
+                wait.wait()
         x = following
 
 
@@ -220,7 +243,8 @@ def _gather_rows(x: Tensor, counts: list[int]) -> Tensor:
     # collectives want equal shapes: where some worker has a row more, the others send one of zeros
     most = max(counts)
     out = x.new_empty(len(counts) * most, *x.shape[1:])
-    dist.all_gather_into_tensor(out, pad_rows(x, most).contiguous())
+    with _exchange():
+        dist.all_gather_into_tensor(out, pad_rows(x, most).contiguous())
     if min(counts) == most:
         return out
     return torch.cat([rows[:count] for rows, count in zip(out.split(most), counts, strict=True)])
@@ -251,7 +275,8 @@ class _AllToAll(torch.autograd.Function):
     def forward(ctx, x: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         ctx.counts = send_counts, receive_counts
         out = x.new_empty(sum(receive_counts), *x.shape[1:])
-        dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts)
+        with _exchange():
+            dist.all_to_all_single(out, x.contiguous(), receive_counts, send_counts)
         return out
 
     @staticmethod

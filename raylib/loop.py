@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
 from raylib.data.loading import BatchStream, StepDataset, to_device
-from raylib.distributed import broadcast_from_rank0
+from raylib.distributed import broadcast_from_rank0, exchange_seconds
 from raylib.engine import (
     Engine,
     LayerRates,
@@ -41,19 +41,37 @@ class Meter:
     process, samples of all workers, tokens of this one, and, where the device's `peak` is known, FLOP of its
     first step.
 
-    seconds: of earlier starts.
+    seconds: of earlier starts. forward_seconds: see `time_forward`.
     """
 
     def __init__(self, seconds: dict[str, float], peak: float | None = None):
         self.seconds, self.peak = dict(seconds), peak
         self.last = time.perf_counter()
         self.samples = self.tokens = 0
+        self.forward_seconds = 0.0
         self.flops_per_token: float | None = None
 
     @property
     def working_seconds(self) -> float:
         """Seconds of steps and of waiting for their data."""
         return self.seconds.get("step", 0.0) + self.seconds.get("data", 0.0)
+
+    def time_forward(self, objective: Objective) -> None:
+        """Add up, from now on, the time of its forward passes in which this worker works by itself, without
+        its exchanges with others: steps take all workers equally long, and this tells who is slow. It is the
+        host's time, also of a GPU's worker."""
+        began = 0.0
+
+        def begin(*_: Any) -> None:
+            nonlocal began
+            began = time.perf_counter() - exchange_seconds()
+
+        def end(module: Objective, *_: Any) -> None:
+            if module.training:
+                self.forward_seconds += time.perf_counter() - exchange_seconds() - began
+
+        objective.register_forward_pre_hook(begin)
+        objective.register_forward_hook(end)
 
     def lap(self, activity: str) -> None:
         """Book the time since the last lap."""
@@ -120,6 +138,8 @@ def fit(
         print(note, flush=True)
     meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
     engine = _build_engine(objective, runtime, config, optim, start, meta, rates)
+    if runtime.world_size > 1:
+        meter.time_forward(objective)
     first, last = meta["step"], min(config.steps, config.stop_after or config.steps)
     is_evaluation_due = meta.get("evaluation_due", False)
     metrics_log = MetricsLog(runtime.run, first, not is_evaluation_due) if runtime.rank == 0 else None

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from raylib.data.loading import StepDataset
@@ -64,7 +65,10 @@ def read_metrics(run: Path) -> list[dict]:
 
 class ProgressLog:
     """Logs what the training `run` of `steps` steps reaches, from step `first` on, in epochs where `batches`
-    has some. All workers take part, the one with a `metrics_log` speaks."""
+    has some. All workers take part, the one with a `metrics_log` speaks. It names a worker whose own part of
+    a step takes `SLOW` times as long as the others', the median over `SLOW_STEPS` and more."""
+
+    SLOW, SLOW_STEPS = 1.5, 10
 
     def __init__(
         self,
@@ -79,6 +83,8 @@ class ProgressLog:
         self.run, self.steps, self.first, self.batches = run, steps, first, batches
         self.meter, self.runtime, self.metrics_log = meter, runtime, metrics_log
         self.before = self.last = meter.copy()
+        self.forward = np.zeros(runtime.world_size)  # seconds of each worker, since `forward_step`
+        self.forward_step, self.slow_worker = first, -1  # none
 
     def log(self, step: int, lr: float, losses: dict[str, float], skipped: int) -> float:
         """Log step `step`: the means of the losses, how many steps have been skipped so far, and what the
@@ -89,9 +95,10 @@ class ProgressLog:
         waited = now.seconds.get("data", 0.0) - last.seconds.get("data", 0.0)
         memory = peak_memory(self.runtime.device)
         # one gather of what workers differ in: the slowest reader and the fullest memory count
-        local = torch.tensor([now.tokens - last.tokens, waited, memory], dtype=torch.float64)
+        forward = now.forward_seconds - last.forward_seconds
+        local = torch.tensor([now.tokens - last.tokens, waited, memory, forward], dtype=torch.float64)
         found = all_gather(local.to(self.runtime.device), [len(local)] * self.runtime.world_size)
-        tokens, waits, memories = found.view(-1, 3).T.tolist()
+        tokens, waits, memories, forwards = found.view(-1, 4).T.tolist()
         waiting = max(waits) / worked
         if not self.metrics_log:
             return waiting
@@ -110,7 +117,28 @@ class ProgressLog:
         named = {f"loss/{k}": v for k, v in finite_values(losses).items()}
         self._record(step, {"lr": lr, **named, "skipped": skipped, **figures})
         self._print(step, _describe(losses, lr, skipped, figures), epoch)
+        self._name_slow_worker(step, forwards)
         return waiting
+
+    def _name_slow_worker(self, step: int, forwards: list[float]) -> None:
+        """Say once that a worker is slow: with two, beside the other one."""
+        self.forward += forwards
+        steps = step - self.forward_step
+        if self.runtime.world_size == 1 or steps < self.SLOW_STEPS:
+            return
+        slowest = int(self.forward.argmax())
+        own, usual = self.forward[slowest], median(np.delete(self.forward, slowest).tolist())
+        slow_worker = slowest if own > self.SLOW * usual else -1
+        if slow_worker not in (-1, self.slow_worker):
+            self._print(
+                step,
+                [
+                    f"worker {slowest} is slow: its own part of a step takes {own / steps:.2g} s, that of "
+                    f"other workers {usual / steps:.2g} s, and they wait for it"
+                ],
+            )
+        self.slow_worker, self.forward_step = slow_worker, step
+        self.forward[:] = 0.0
 
     def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores after `step` steps; names with a slash are grouped."""

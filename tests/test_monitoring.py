@@ -2,8 +2,10 @@
 hang."""
 
 import contextlib
+import io
 import os
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 
 from raylib import loop
 from raylib.data.loading import StepDataset
+from raylib.distributed import all_reduce, rank
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.loop import Meter
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
@@ -201,6 +204,43 @@ def test_flops_are_counted_under_ddp_and_zero_and_change_nothing(tmp_path):
         assert losses(plain) == losses(counted) and len(losses(plain)) == 3
         assert all("share_of_peak" not in line for line in read_metrics(plain))
         assert all(0 < line["share_of_peak"] < 1 for line in read_metrics(counted))
+
+
+class WaitingObjective(torch.nn.Module):
+    """A forward pass of 2 ms, of worker `slow` 20 ms, and an exchange."""
+
+    def __init__(self, slow):
+        super().__init__()
+        self.slow = slow
+
+    def forward(self, x):
+        time.sleep(0.02 if rank() == self.slow else 0.002)
+        return all_reduce(x)
+
+
+def log_steps(worker, world, folder, slow):
+    """What worker 0 prints of 25 steps."""
+    objective, meter = WaitingObjective(slow), Meter({"step": 1.0})
+    meter.time_forward(objective)
+    runtime = types.SimpleNamespace(
+        run=Path(folder), device=torch.device("cpu"), world_size=world, publish=lambda _: None
+    )
+    log = MetricsLog(Path(folder), 0) if worker == 0 else None
+    progress = ProgressLog("x", 25, 0, StepDataset(), meter, runtime, log)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        for step in range(25):
+            objective(torch.ones(1))
+            meter.lap("step")
+            progress.log(step + 1, 0.1, {}, 0)
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("slow", [0, 1, None])
+def test_slow_worker_is_named_once(tmp_path, slow):
+    first, second = run_workers(log_steps, 2, str(tmp_path), slow)
+    named = [line for line in first.splitlines() if "is slow" in line]
+    assert second == "" and len(named) == (slow is not None), named
+    assert not named or f"worker {slow} is slow: its own part of a step takes 0.02" in named[0]
 
 
 def test_share_of_peak_is_of_all_workers_devices(tmp_path):
