@@ -316,3 +316,12 @@ def test_search_does_not_wait_for_the_lock_of_a_killed_driver(kill, tmp_path, mo
     monkeypatch.setattr("time.sleep", lambda _: pytest.fail("it waits"))
     assert Driver(folder, "tpe", 8).run().outcome() == whole
     assert not list(folder.glob(f"{study_module.JOURNAL}.lock*"))
+
+
+def test_search_with_cmaes_refuses_the_journal_of_another_user(tmp_path, monkeypatch):
+    numbers = Space("", "", {"x": Float(0, 1), "n": Int(1, 3)})
+    monkeypatch.setitem(globals(), "SPACE", numbers)
+    Driver(tmp_path / "whole", "cmaes").run()
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    with pytest.raises(UserError, match="optuna.journal: another user's, with pickles of Optuna's CMA-ES"):
+        Driver(tmp_path / "whole", "cmaes")

@@ -2,6 +2,7 @@
 of Optuna's."""
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -12,6 +13,7 @@ from ray.tune.experiment import Trial
 from ray.tune.experiment.config_parser import _create_trial_from_spec, _make_parser
 from ray.tune.search import SearchAlgorithm
 
+from raylib.errors import UserError
 from raylib.randomness import hash64
 from raylib.search.config import Repeats, SearchConfig
 from raylib.search.optuna import JOURNAL, STATES, open_study, trial_state
@@ -279,9 +281,19 @@ def build_generator(
     config: SearchConfig, space: Space, log: TrialLog, options: GeneratorOptions
 ) -> OptunaGenerator:
     """Return the source of trials of `config` over a space, its study in optuna.journal beside the log
-    (`optuna-dashboard` reads it). Published settings, or the grid, come first."""
+    (`optuna-dashboard` reads it). Published settings, or the grid, come first.
+
+    Raises:
+        UserError: the journal is another user's, and has pickles in it.
+    """
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal = log.path.with_name(JOURNAL)
+    if config.algorithm == "cmaes" and journal.is_file() and journal.stat().st_uid != os.getuid():
+        raise UserError(
+            f"{journal}: another user's, with pickles of Optuna's CMA-ES in it, which going on would "
+            "execute; give the search another name=, or make the file yours (chown) if you trust it"
+        )
     first = {"grid": space.grid_settings(), "random": []}.get(config.algorithm, list(space.published))
     study = open_study(log, config.name, config.goals)
     study.sampler = build_sampler(config, space, options.num_trials)
