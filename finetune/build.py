@@ -1,7 +1,7 @@
 """From a config to what it names: its task, the splits that it reads and their files, its model, strategies
 and images."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,14 +216,18 @@ def used_sets(parts: Mapping[str | None, FinetuneConfig]) -> list[UsedSet]:
     return [used._replace(parts=frozenset(of)) for used, of in places.values()]
 
 
-def check_images(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> Iterator[str]:
+def check_images(
+    config: FinetuneConfig,
+    parts: Mapping[str | None, FinetuneConfig],
+    roles: Collection[str] = ("test", "dev", "train"),
+) -> Iterator[str]:
     """Look for the images, or the region features, of the sets of a run (`check_sets`). Those of what is
     trained on are looked for by the training itself, when it has read it (`training_examples`), but where the
     parts of a run train one after the other."""
     if not find_task(config).needs_images(config):
         return
     apart = config.verify or config.trains_apart or get_cache() is not None
-    sets = [used for used in used_sets(parts) if used.role != "train" or apart]
+    sets = [used for used in used_sets(parts) if used.role in roles and (used.role != "train" or apart)]
     yield from check_sets(open_visual(config, 0), sets, config.bad_limit, config.verify)
 
 

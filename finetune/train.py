@@ -422,6 +422,8 @@ def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
     data, different = compare_data(folder, finetuning_files(config), config.verify)
     if different:
         print(f"note: evaluates on other data than the run began with: {', '.join(different)}", flush=True)
+    for line in check_images(config, {language: part for part, language in _parts(config)}, ["test"]):
+        print(line, flush=True)
     for part, _ in _parts(config):
         run = folder / part.name if part is not config else folder
         part = final_training(part)
