@@ -28,6 +28,7 @@ from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
+from raylib.fileio import atomic_file
 from raylib.metrics import MILLION, ItemClusters
 from raylib.models.finetuned import FinetuneModel
 from raylib.precision import autocast
@@ -198,8 +199,10 @@ def _batches(examples: Iterable[Example]) -> Iterator[NumberedExamples]:
 def _merge(parts: list[Path], out: Path) -> None:
     """Lines of the workers' files, in the order of the examples and without the number before them."""
     with contextlib.ExitStack() as stack:
+        # on the disk before the checkpoint whose evaluation this is: no start writes it again
+        temporary = stack.enter_context(atomic_file(out))
         files = [stack.enter_context(open(part, encoding="utf-8")) for part in parts]
-        whole = stack.enter_context(open(out, "w", encoding="utf-8"))
+        whole = stack.enter_context(open(temporary, "w", encoding="utf-8"))
 
         def lines() -> Iterator[list[str]]:
             # worker r wrote batches r, r + world, ...: BATCH lines from each in turn are in their order

@@ -196,7 +196,7 @@ class CheckpointWriter:
     ):
         self.run, self.keep, self.rank = run, keep, rank
         # a group of its own: its meetings cross those of the training's in any order
-        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=2)) if world_size > 1 else None
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=1)) if world_size > 1 else None
         self.copy = HostCopy(device) if in_background else None
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None

@@ -20,6 +20,7 @@ from raylib.config import dump_config
 from raylib.errors import MachineError
 from raylib.saving import DTYPES, CheckpointWriter, HostCopy, num_bytes, write_files
 from tests.test_checkpoint import killed_everywhere, steps
+from tests.test_not_finite_run import run as train
 from tests.workers import run_workers
 
 CPU = torch.device("cpu")
@@ -196,6 +197,30 @@ def test_writer_on_full_disk_keeps_last_checkpoint_and_says_what_is_needed(
     assert "/run/checkpoints" in line and "no space left on the disk (2.1 MB needed, " in line, line
     assert "MB free" in line and "\n" not in line
     assert (kept, left, step) == (steps(1), [], 2)
+
+
+def train_saving(rank, world, folder):
+    """Train with a checkpoint after each step, in the background and in line, on both engines."""
+    os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(world)}
+    for sharding in ("none", "zero2"):
+        for in_background in (True, False):
+            place = folder / f"{sharding} {in_background}"
+            more = {"keep": 9, "async_save": in_background, "sharding": sharding, "steps": 6, "log_every": 5}
+            train(place, {}, rank=rank, world=world, **more)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_training_saved_in_background_has_checkpoints_of_one_saved_in_line(tmp_path, world):
+    """To the byte, after each step, although training goes on while they are written."""
+    run_workers(train_saving, world, tmp_path)
+    for sharding in ("none", "zero2"):
+        one, other = (tmp_path / f"{sharding} {x}" / "checkpoints" for x in (True, False))
+        for name in steps(*range(1, 7)):
+            checkpoint.verify(one / name)
+            files = sorted(path.name for path in (one / name).glob("*.safetensors"))
+            assert len(files) == 1 + world
+            for file in files:
+                assert (one / name / file).read_bytes() == (other / name / file).read_bytes(), (name, file)
 
 
 def test_pretraining_on_full_disk_ends_with_one_line_and_goes_on_later(mini, tmp_path):
