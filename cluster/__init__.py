@@ -308,9 +308,8 @@ def _stop_all(cluster: Cluster | None, hurry: threading.Event) -> None:
             while any(job["status"] not in FINAL_STATES for job in cluster.jobs()):
                 if time.monotonic() > limit or hurry.wait(0.2):
                     break
-    followers = [p for p in psutil.Process().children() if "cluster.submit" in p.cmdline()]
     if not hurry.is_set():
-        psutil.wait_procs(followers, timeout=5)  # the job's last lines
+        psutil.wait_procs([p for p in psutil.Process().children() if _follows(p)], timeout=5)
     for process in psutil.Process().children():
         process.terminate()  # the head ends its own children
     limit = time.monotonic() + STOP_SECONDS
@@ -320,6 +319,15 @@ def _stop_all(cluster: Cluster | None, hurry: threading.Event) -> None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         psutil.wait_procs(processes, timeout=0.2)
+
+
+def _follows(process: Any) -> bool:
+    """Return whether a child prints the job's log: it ends with the job, after its last lines."""
+    import psutil
+
+    with contextlib.suppress(psutil.Error):  # it has ended
+        return "cluster.submit" in process.cmdline()
+    return False
 
 
 def _interrupt(number: int, frame: Any) -> None:
