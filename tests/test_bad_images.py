@@ -293,5 +293,5 @@ def test_tar_that_is_cut_off_in_mid_run_is_named(scenes, tmp_path):
     with open(path, "r+b") as file:
         file.truncate(5000)
     last = names_of(items_of(scenes, "test"))[-1]
-    with pytest.raises(UserError, match=f"{path}: 5,000 bytes now"):
+    with pytest.raises(UserError, match=f"{path}: cut off: it has 5,000 bytes"):
         store.read(last)

@@ -69,8 +69,9 @@ def test_file_bytes_that_become_fewer_name_the_file(tmp_path):
     )
     os.truncate(path, 50)
     assert content.read(10, 40) == bytes(range(40, 50))
+    found = f"{path}: cut off: it has 50 bytes, and had 100 at least; restore it"
     for read in (lambda: content.read(10, 45), lambda: content[90:], lambda: content.read(1, 99)):
-        with pytest.raises(UserError, match=f"{path}: 50 bytes now, 100 when it was opened; restore it"):
+        with pytest.raises(UserError, match=found):
             read()
 
 
@@ -88,9 +89,19 @@ def test_shard_that_is_cut_off_in_mid_run_is_named(shards, kind, what, workers):
         next(stream)
     path = path if what == "shard" else index_path(path)
     os.truncate(path, 600)
-    with pytest.raises(UserError, match=f"{path}: 600 bytes now, [0-9,]+ when it was opened") as error:
+    found = f"{path}: cut off: it has 600 bytes, and had [0-9,]+ at least"
+    with pytest.raises(UserError, match=found) as error:
         list(stream)
     assert "\n" not in str(error.value)
+
+
+def test_shard_that_is_cut_off_before_it_is_opened_is_named(shards):
+    """Of many shards a loader opens each when its first sample is read."""
+    source = Source(shards / "text")
+    path = shards / "text" / source.shards[-1].name
+    os.truncate(path, 600)
+    with pytest.raises(UserError, match=f"{path}: 600 bytes now, the manifest says [0-9,]+; restore it"):
+        source.row(source.shards[-1].language, source.size(source.shards[-1].language) - 1)
 
 
 @pytest.mark.parametrize("kind", ["text", "image_text"])
@@ -145,7 +156,7 @@ def test_states_that_are_cut_off_in_mid_run_are_named(tmp_path, states):
     stream = BatchStream(Reads(lambda step: stored.read(names[-1 - step : -step or None])), 0, 300, 1)
     next(stream)
     os.truncate(path, 5000)
-    with pytest.raises(UserError, match=f"{path}: 5,000 bytes now, "):
+    with pytest.raises(UserError, match=f"{path}: cut off: it has 5,000 bytes, and had "):
         list(stream)
 
 

@@ -43,7 +43,7 @@ class FileBytes:
     """The content of a file, read where it is sliced. A mapped file reads as well, but ends the process
     without a word (SIGBUS) where it has become shorter; here an error names it. May be forked, not pickled.
 
-    Raises UserError (whatever reads): the file has become shorter.
+    Raises UserError (whatever reads): the file has become shorter, since it was opened or before.
     """
 
     def __init__(self, path: Path):
@@ -83,9 +83,10 @@ class FileBytes:
         while done < len(buffer):
             count = os.preadv(self.file, [buffer[done:]], offset + done)
             if not count:
+                size, before = self.find_stamp()[0], max(len(self), offset + len(buffer))
                 raise UserError(
-                    f"{self.path}: {self.find_stamp()[0]:,} bytes now, {len(self):,} when it was opened; "
-                    "restore it, and start again"
+                    f"{self.path}: cut off: it has {size:,} bytes, and had {before:,} at least; restore it, "
+                    "and start again"
                 )
             done += count
 

@@ -334,6 +334,11 @@ class Source:
             raise UserError(
                 f"{path}: {index.rows} samples, the manifest says {entry.samples}; index the folder anew"
             )
+        if path.stat().st_size != entry.bytes:  # it was right when the source was opened
+            raise UserError(
+                f"{path}: {path.stat().st_size:,} bytes now, the manifest says {entry.bytes:,}; restore it, "
+                "and start again"
+            )
         packed, check = self.kind != "image_text", is_younger(path, index)
         shard = self._opened[entry.name] = Shard(path, index, packed, entry.sha256, self.images, check)
         # each holds a file open; the least recently used one goes where there are many
