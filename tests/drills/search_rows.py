@@ -6,42 +6,35 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
-from raylib.monitoring import read_metrics
 from tests.drills.harness import Drill, row
 from tests.drills.kills import RANDOM_KILLS, ROUND
 from tests.drills.nodes import ray_cluster
-from tests.drills.runs import Group, Work, last_lines
-from tests.test_search import SMALL
+from tests.drills.runs import Group, Work, last_lines, require_equal
 
-TIMES = ("seconds", "start_seconds", "hours", "started", "ended")  # columns that are never the same
 SEARCH_KILLS = 10  # of one search, after which it is left to end
 
 
-def search(drill: Drill, runs: Path, address: str) -> Work:
-    """Return what the driver of a search of four trials does, one after the other, on a cluster."""
-    words = [
-        *("layer_decay", "recipe=scenes_xvnli", "name=run", f"runs={runs}", f"model={drill.data.model}"),
-        *(f"data={drill.data.scenes}", "num_trials=4", "max_concurrent=1", "final_seeds=0"),
-        *("early_stopping=none", *SMALL),
-    ]
+def search(runs: Path, address: str) -> Work:
+    """Return what the driver of a search (`tests.curve_search`) does on a cluster."""
 
     def work() -> int:
         os.environ.update(RAY_ADDRESS=address, RAY_USAGE_STATS_ENABLED="0")
-        return importlib.import_module("tune_spaces.__main__").main(words)
+        main = importlib.import_module("tests.curve_search").main
+        return main([str(runs), "--", "wait=0.2", "megabytes=1"])
 
     return work
 
 
-def trials_of(run: Path) -> list[dict[str, str]]:
-    """Return the rows of a search's trials.csv, without names and times."""
-    with open(run / "trials.csv", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    for trial in rows:
-        steps = [line["step"] for line in read_metrics(run / "trials" / trial["trial"]) if "lr" in line]
-        assert steps == sorted(set(steps)), f"trial {trial['trial']}: steps {steps}"
-    dropped = ("trial", *TIMES)
-    return [{k: v for k, v in trial.items() if k not in dropped and "seconds" not in k} for trial in rows]
+def outcome_of_search(runs: Path) -> dict[str, Any]:
+    """Return what a search came to, but for seconds: its trials with their names, and its report."""
+    with open(runs / "search" / "trials.csv", encoding="utf-8") as file:
+        rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+    report = (runs / "search" / "report.md").read_text(encoding="utf-8")
+    # of its tables the cells that are no time
+    tables = [line for line in report.splitlines() if line.startswith("|") and " s " not in line]
+    return {"trials": rows, "tables": tables, "best": (runs / "search" / "best.yaml").read_text()}
 
 
 @row
@@ -52,15 +45,15 @@ def random_kills_of_a_search(drill: Drill) -> None:
         (drill.folder / "undisturbed").mkdir()
         log = drill.folder / "undisturbed" / "log.txt"
         began = time.monotonic()
-        with Group([search(drill, log.parent, cluster.address)], log) as group:
+        with Group([search(log.parent, cluster.address)], log) as group:
             codes = group.wait(300)
         seconds = time.monotonic() - began
         assert codes == [0], last_lines(log)
-        expected = trials_of(log.parent / "run")
+        expected = outcome_of_search(log.parent)
 
         def disturb(runs: Path) -> None:
             for _ in range(ROUND if drill.quick else SEARCH_KILLS):
-                with Group([search(drill, runs, cluster.address)], runs / "log.txt") as group:
+                with Group([search(runs, cluster.address)], runs / "log.txt") as group:
                     try:
                         codes = group.wait(drill.rng.uniform(0.1, 0.9) * seconds)
                     except AssertionError:
@@ -68,11 +61,10 @@ def random_kills_of_a_search(drill: Drill) -> None:
                     else:
                         assert codes == [0], f"exit codes {codes}; {last_lines(runs / 'log.txt')}"
                         break
-            with Group([search(drill, runs, cluster.address)], runs / "log.txt") as group:
+            with Group([search(runs, cluster.address)], runs / "log.txt") as group:
                 codes = group.wait(300)
             assert codes == [0], f"exit codes {codes}; {last_lines(runs / 'log.txt')}"
-            found = trials_of(runs / "run")
-            assert found == expected, f"{found} in place of {expected}"
+            require_equal(outcome_of_search(runs), expected)
 
         wanted = ROUND if drill.quick else RANDOM_KILLS
         while drill.count < wanted and drill.tried < wanted:
@@ -82,7 +74,7 @@ def random_kills_of_a_search(drill: Drill) -> None:
 
 @row
 def sigterm_of_a_search(drill: Drill) -> None:
-    """SIGTERM of a search's driver in its second trial. It ends with exit code 143 and a line, and goes on to
+    """SIGTERM of a search's driver in its third trial. It ends with exit code 143 and a line, and goes on to
     the trials of the undisturbed one."""
     with ray_cluster(drill.folder, 2) as cluster:
         outcomes = []
@@ -90,9 +82,9 @@ def sigterm_of_a_search(drill: Drill) -> None:
             runs = drill.folder / name
             runs.mkdir()
             if name == "stopped":
-                with Group([search(drill, runs, cluster.address)], runs / "log.txt") as group:
+                with Group([search(runs, cluster.address)], runs / "log.txt") as group:
                     end = time.monotonic() + 300
-                    while len(list((runs / "run").glob("trials/*/metrics.jsonl"))) < 2:
+                    while len(list((runs / "search").glob("trials/*/result.json"))) < 2:
                         assert not group.has_ended() and time.monotonic() < end, last_lines(runs / "log.txt")
                         time.sleep(0.05)
                     group.signal(signal.SIGTERM)
@@ -100,8 +92,8 @@ def sigterm_of_a_search(drill: Drill) -> None:
                     codes = group.wait(120)
                 text = (runs / "log.txt").read_text()
                 assert codes == [143] and "Traceback" not in text, f"{codes}; {last_lines(runs / 'log.txt')}"
-            with Group([search(drill, runs, cluster.address)], runs / "log.txt") as group:
+            with Group([search(runs, cluster.address)], runs / "log.txt") as group:
                 codes = group.wait(300)
             assert codes == [0], f"exit codes {codes}; {last_lines(runs / 'log.txt')}"
-            outcomes.append(trials_of(runs / "run"))
-    assert outcomes[0] == outcomes[1], f"{outcomes[1]} in place of {outcomes[0]}"
+            outcomes.append(outcome_of_search(runs))
+    require_equal(outcomes[1], outcomes[0])
