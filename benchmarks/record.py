@@ -90,6 +90,7 @@ def write_pages(root: Path) -> None:
         trials=trial_table(),
         ablations=ablations.table(),
     )
+    write_parts(root / "docs" / "cluster.md", drills=drill_table())
     write_parts(
         root / "docs" / "performance.md",
         speed=speed_tables(),
@@ -114,6 +115,21 @@ def folded_table(table: str) -> str:
     summary = "<details><summary>the other languages</summary>"
     tables = markdown_table([head, *visible]), summary, markdown_table([head, *rest]), "</details>"
     return "\n\n".join(tables)
+
+
+def drill_table() -> str:
+    """Table of the newest outcome of each drill."""
+    rows = [["drill", "what is broken", "times", "seconds", "verdict"]]
+    for line in newest(read_jsonl(RESULTS / "drills.jsonl"), "row"):
+        cells = (
+            f"`{line['row']}`",
+            line["what"],
+            str(line["count"]),
+            f"{line['seconds']:.0f}",
+            line["verdict"],
+        )
+        rows.append(list(cells))
+    return markdown_table(rows, words=2) if len(rows) > 1 else "Not recorded yet."
 
 
 def write_parts(path: Path, **parts: str) -> None:

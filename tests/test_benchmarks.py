@@ -21,7 +21,7 @@ LIBRARIES |= {f"gpu_{part}" for part in ("parts", "peers", "steps", "tables")}  
 
 
 def test_benchmark_tables_match_recorded_results(tmp_path):
-    files = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md")
+    files = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md", "docs/cluster.md")
     (tmp_path / "docs").mkdir()
     for name in files:
         shutil.copy2(results.ROOT / name, tmp_path / name)

@@ -30,7 +30,7 @@ Work = Callable[[], int]
 # of result.json: what is another number each time
 VOLATILE = (
     *("seconds", "times", "samples_per_second", "peak_memory_gb", "evaluation_seconds"),
-    *("evaluated_per_second", "time"),
+    *("evaluated_per_second", "time", "code", "git"),
 )
 LOGGED = ("step", "lr", "epoch", "loss/", "eval/", "skipped")  # what of metrics.jsonl is compared
 
@@ -234,6 +234,7 @@ def outcome(run: Path) -> dict[str, Any]:
         "weights": tensors_of(newest),
         "best": record and (*record, checkpoint.verify(best)["score"], tensors_of(best)),
         "result": {k: v for k, v in result.items() if k not in VOLATILE},
+        "tokenizer": {path.name: _sha256(path) for path in run.glob("*.model")},
         "predictions": {
             str(path.relative_to(run)): _sha256(path)
             for folder in kept
