@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib import cache, checkpoint
-from raylib.errors import MachineError, error_line
+from raylib.errors import MachineError, UserError, error_line
 from raylib.lock import owner_of, work_for
 from raylib.notice import PREEMPTION, Interrupted, NoticeBoard, notices_to, stop_line
 from raylib.runtime import RayRuntime, Reporter, set_deterministic
@@ -244,6 +244,8 @@ def _explain(error: Exception) -> _Failure:
     deaths: dict[int, Exception] = {}
     lost: dict[int, str] = {}
     for rank, e in sorted(error.worker_failures.items()):
+        if isinstance(e, UserError | MachineError):
+            raise e from None
         if isinstance(e, WorkerHealthCheckFailedError):
             deaths[rank] = e.health_check_failure
         elif isinstance(e, ConnectionError | TimeoutError) or CONNECTION.search(str(e)):

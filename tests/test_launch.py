@@ -1,11 +1,17 @@
-"""What a run asks of a cluster, and what becomes of it where there is none."""
+"""What a run asks of a cluster, what becomes of it where there is none, and which of its failures another
+attempt may mend."""
 
+import errno
 import socket
 
 import pytest
+from ray.exceptions import RayActorError
+from ray.train import WorkerGroupError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
 from raylib.errors import MachineError, UserError
 from raylib.launch import connect_to_ray, gpu_share, warn_of_copy, worker_resources
+from raylib.ray_run import _explain
 
 HEAD, CPU4 = {"CPU": 0.0}, {"CPU": 4.0}
 BOX, NODE = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}
@@ -103,3 +109,41 @@ def test_relative_runs_in_the_copy_of_a_job_are_warned_of(tmp_path, monkeypatch,
     assert capsys.readouterr().err.startswith(
         "warning: runs=runs is relative, and this job's working directory"
     )
+
+
+CLOSED = RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer [127.0.0.1]:18422")
+
+
+def died(preempted: bool = False) -> WorkerHealthCheckFailedError:
+    words = "The actor is dead because its worker process has died."
+    cause = RayActorError(error_msg=words, preempted=preempted)
+    return WorkerHealthCheckFailedError("A worker health check failed.", cause)
+
+
+@pytest.mark.parametrize(
+    ("failures", "cause", "is_preemption"),
+    [
+        ({0: CLOSED, 1: died()}, "worker 1 died (its process was killed, as for want of memory, or", False),
+        ({0: died(), 1: died()}, "workers 0, 1 died (its process", False),
+        ({0: CLOSED, 1: died(preempted=True)}, "worker 1 died with a node that Ray took away", True),
+        ({0: CLOSED}, "worker 0 lost the others ([gloo/transport", False),
+        ({1: ConnectionResetError("reset by peer")}, "worker 1 lost the others (reset by peer)", False),
+    ],
+)
+def test_failure_that_another_attempt_may_mend_names_its_cause(failures, cause, is_preemption):
+    found = _explain(WorkerGroupError("a traceback", failures))
+    assert found.cause.startswith(cause) and found.is_preemption == is_preemption and "\n" not in found.cause
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (UserError("https://a: timed out"), UserError),
+        (MachineError("the quota is used up"), MachineError),
+        (OSError(errno.ENOSPC, "No space left on device", "/data/x"), MachineError),
+        (ValueError("a bug"), WorkerGroupError),  # with the traceback
+    ],
+)
+def test_failure_that_would_only_come_again_ends_the_run(error, kind):
+    with pytest.raises(kind):
+        _explain(WorkerGroupError("a traceback", {0: CLOSED, 1: error}))
