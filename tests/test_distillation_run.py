@@ -4,6 +4,7 @@ OSCAR; mistakes."""
 import itertools
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from finetune.__main__ import main
 from finetune.build import build_model
 from finetune.recipes import RECIPES
+from finetune.stores import stem
 from finetune.strategies import STRATEGIES
 from finetune.strategies.distillation.teacher import Teacher
 from raylib.checkpoint import find_best
@@ -107,6 +109,29 @@ CLS = 'strategies.distillation.tokens=["cls"]'
 
 def weights(folder, step=6):
     return load_file(folder / "ru" / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
+
+
+def test_distillation_with_every_cache_and_a_broken_image_resumes_to_the_bit(distil, parallel, tmp_path):
+    """Image states of a frozen encoder, and the teacher's, of examples of which some are not trained on."""
+    with tarfile.open(parallel / "images.tar") as tar:
+        tar.extractall(tmp_path / "images", filter="data")
+    broken = json.loads((parallel / "cvil/train.jsonl").read_text().splitlines()[0])["img_id"]
+    (path,) = (tmp_path / "images").rglob(f"{stem(broken)}.*")
+    path.write_bytes(b"no image")
+    own = [CLS, 'freeze=["vision"]', "strategies.distillation.states=stored", "bad_limit=0.5"]
+    own.append(f"images={tmp_path / 'images'}")
+    for name, stops in (("whole", [[]]), ("parts", [["fit.stop_after=4"], []])):
+        for stop in stops:
+            code, printed = distil(f"name={name}", *own, *stop)
+            assert code == 0, printed
+    runs = [tmp_path / name / "ru" for name in ("whole", "parts")]
+    lines = [[(r["step"], r["loss/cls"]) for r in read_metrics(run) if "loss/cls" in r] for run in runs]
+    assert lines[0] == lines[1] and len(lines[0]) == 6
+    assert all(
+        value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "whole").items()
+    )
+    results = [json.loads((run.parent / "result.json").read_text())["items_skipped"] for run in runs]
+    assert results[0] == results[1] and results[0]["train"] > 0
 
 
 def test_distillation_run_lowers_distance_and_resumes(distil, tmp_path):
