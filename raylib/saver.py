@@ -1,5 +1,5 @@
-"""What a training does after some of its steps: it evaluates the model, and saves a checkpoint; both wait for
-no one who is told to stop."""
+"""Work after some steps of a training: the evaluation of the model, and its checkpoint; neither keeps a worker
+waiting that is told to stop."""
 
 import json
 import os
