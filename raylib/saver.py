@@ -1,5 +1,5 @@
-"""Work after some steps of a training: the evaluation of the model, and its checkpoint; neither keeps a worker
-waiting that is told to stop."""
+"""Work after some steps of a training: the evaluation of the model, and its checkpoint; neither keeps a
+worker waiting that is told to stop."""
 
 import json
 import os
