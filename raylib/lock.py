@@ -19,7 +19,6 @@ import fcntl
 import json
 import os
 import secrets
-import shlex
 import signal
 import sys
 import threading
@@ -37,6 +36,7 @@ LOCK = "lock.json"
 WATCH_SECONDS = 1.0  # between looks
 # until a process that should have ended by itself is interrupted, and until it is ended
 GRACE_SECONDS, INTERRUPT_SECONDS = 5.0, 20.0
+COMMAND = 60  # characters of the owner's command that a line about it has
 RETRY_SECONDS = 3.0  # a lock that is just being looked at, or written, is free or whole by then
 
 Record = Mapping[str, Any]
@@ -305,7 +305,7 @@ def _require_gone(folder: Path, record: Record, is_free: bool | None, job_has_en
 def _take(folder: Path, descriptor: int, before: Record) -> RunLock:
     path, token = folder / LOCK, secrets.token_hex(8)
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    facts = {"since": since, "command": shlex.join(sys.argv)[:200], "ray": None}
+    facts = {"since": since, "command": _command(), "ray": None}
     try:
         with name_errors(path):
             _write_record(descriptor, {"token": token, **this_process(), **facts})
@@ -317,6 +317,15 @@ def _take(folder: Path, descriptor: int, before: Record) -> RunLock:
     if (written := _read_record(path)).get("token") != token:
         raise _in_use(f"{folder}: in use", written)
     return RunLock(Owner(folder, token), descriptor)
+
+
+def _command() -> str:
+    """Return the beginning of what the user typed, for others to know the process by."""
+    program, *words = sys.argv
+    path = Path(program)
+    words.insert(0, f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name)
+    text = " ".join(words)
+    return text if len(text) <= COMMAND else f"{text[:COMMAND]}..."
 
 
 def _may_live(record: Record, path: Path) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 from raylib import cache, checkpoint
 from raylib.errors import MachineError, UserError, error_line
-from raylib.lock import owner_of, work_for
+from raylib.lock import owner_of, require_owned, stop_if_lost, work_for
 from raylib.notice import PREEMPTION, Interrupted, NoticeBoard, notices_to, stop_line
 from raylib.runtime import RayRuntime, Reporter, set_deterministic
 
@@ -58,6 +58,7 @@ def train_on_ray(
 
     counts = {"failures": 0, "preemptions": 0}
     while True:
+        require_owned(run)
         attempt = _Attempt(main, config, run, worker, reporter)
         try:
             result = attempt.run()
@@ -117,7 +118,7 @@ class _Attempt:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(num_cpus=0)(NoticeBoard)
         self.board = actor.options(scheduling_strategy=here).remote()
-        self.signal, self.is_preempted, self.last_look = 0, False, 0.0
+        self.run_folder, self.signal, self.is_preempted, self.last_look = run, 0, False, 0.0
         self.outcome: Any = None
         callbacks: list[Any] = [_controller_callback(self.board)]
         # Ray's type hints are those of Train's first version, its objects those of the second
@@ -163,6 +164,7 @@ class _Attempt:
                         passed_on = self.signal
                         if not self._post(passed_on):
                             raise Interrupted(passed_on)
+                    stop_if_lost(self.run_folder)
                     self._look_for_preemption()
         except BaseException:
             self._abort()

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -87,18 +88,35 @@ class TensorBoard(ExperimentTracker):
     id = address = "tensorboard"
 
     def __init__(self, facts: RunFacts, stored: dict[str, Any]):
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 
-        self.writer = SummaryWriter(str(facts.folder / "tensorboard"))
+        self.folder, before = facts.folder / "tensorboard", threading.excepthook
+
+        def hide_writers(arguments: Any) -> None:
+            # its error comes out of the next call too, where it is told in a line
+            if not isinstance(arguments.thread, _AsyncWriterThread):
+                before(arguments)
+
+        threading.excepthook = hide_writers
+        self._open()
         if not stored:
             lines = [f"- `{path}` {value}" for path, value in flatten({**facts.tags, **facts.config}).items()]
             self.writer.add_text("config", "\n".join(lines))
 
+    def _open(self) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(self.folder))
+
     def log(self, points: Sequence[Point]) -> None:
-        for point in points:
-            for name, value in point.values.items():
-                self.writer.add_scalar(name, value, point.step, point.time / 1000)
-        self.writer.flush()
+        try:
+            for point in points:
+                for name, value in point.values.items():
+                    self.writer.add_scalar(name, value, point.step, point.time / 1000)
+            self.writer.flush()
+        except OSError:  # a full disk has ended the thread that writes: with room again, a new one goes on
+            self._open()
+            raise
 
     def log_results(self, split: str, figures: Figures, files: Sequence[Path]) -> None:
         rows = [" | ".join(map(str, row)) for row in table_rows(figures)]

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from raylib.errors import UserError
+from raylib.errors import MachineError, UserError
 from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
 from raylib.provenance import code_version, commit, has_local_changes
@@ -129,7 +129,10 @@ class RunTracking:
         if not self.failing:
             self.pending.clear()
         if before != [entry["steps"] for entry in self.stored.values()]:
-            write_json(self.path, self.stored)
+            try:
+                write_json(self.path, self.stored)
+            except (OSError, MachineError) as e:  # a full disk: what training itself writes says more of it
+                print(f"note: fit.track: {self.path} is not written ({_first_line(e)})", flush=True)
 
     def log_results(self, split: str, figures: Figures) -> None:
         """Log what the run came to: `figures` of its `split` (test, dev), and the files in its folder."""

@@ -17,8 +17,18 @@ from pathlib import Path
 import pytest
 
 from raylib import processes
+from raylib.checkpoint import find_newest
 from raylib.errors import RunLost, UserError, error_line
-from raylib.lock import LOCK, Owner, add_ray_job, hold_run, owner_of, require_owned, work_for
+from raylib.lock import (
+    LOCK,
+    Owner,
+    add_ray_job,
+    hold_run,
+    owner_of,
+    require_owned,
+    watch_file,
+    work_for,
+)
 from raylib.processes import this_process
 
 HOLD = """
@@ -335,3 +345,33 @@ def test_run_that_loses_its_folder_or_a_file_of_it_ends_with_an_error(lost, mini
     assert run.exists() == (lost != "folder")
     if lost in ("config.json", "metrics.jsonl"):
         assert not (run / lost).exists()
+
+
+@pytest.mark.parametrize("lost", ["folder", "config.json"])
+def test_fine_tuning_that_loses_its_folder_or_config_ends_with_an_error(lost, finetune, tmp_path):
+    run = tmp_path / "lost"
+
+    def lose():
+        while not (run / "checkpoints" / "registry.json").is_file() or not find_newest(run):
+            time.sleep(0.05)
+        LOSSES[lost](run)
+
+    thread = threading.Thread(target=lose)
+    thread.start()
+    code, printed = finetune("scenes_xvnli", "name=lost", "epochs=500", "train_limit=30")
+    thread.join()
+    last = printed.splitlines()[-1]
+    assert code == 1 and last.startswith(f"error: {run}") and "under way; it ends here" in last, printed
+    assert run.exists() == (lost != "folder") and not (run / "config.json").exists()
+
+
+def test_lock_watches_files_of_parts(tmp_path):
+    part = tmp_path / "run" / "de"
+    with hold_run(tmp_path / "run"), hold_run(part):
+        part.mkdir()
+        (part / "config.json").write_text("{}")
+        watch_file(part / "config.json")
+        require_owned(part)
+        (part / "config.json").unlink()
+        with pytest.raises(RunLost, match=f"{part}/config.json: gone while the run was under way"):
+            require_owned(tmp_path / "run")

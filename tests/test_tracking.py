@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import socket
 import struct
@@ -23,8 +24,8 @@ from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_json, write_atomically
 from raylib.monitoring import read_metrics
 from raylib.provenance import commit
-from raylib.trackers import ExperimentTracker, Point, RunFacts, table_rows
-from raylib.tracking import track_run
+from raylib.trackers import ExperimentTracker, Point, RunFacts, TensorBoard, table_rows
+from raylib.tracking import RunTracking, track_run
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 8
@@ -336,7 +337,7 @@ def test_tracking_mlflow_without_a_server_keeps_a_database_beside_the_runs(mini)
 TRIAL = """
 import sys
 from pathlib import Path
-from raylib.tracking import track_run
+from raylib.tracking import RunTracking, track_run
 
 with track_run(Path(sys.argv[1]), "finetune", {"batch": 8}, {"seed": "0"}, ("mlflow",)) as tracking:
     tracking.log_results("dev", {"de": {"score": 0.5}})
@@ -441,3 +442,35 @@ def test_tracking_wandb_is_told_of_an_end_before_the_end(ends, exit_code, code, 
     (folder,) = (Path(long_run.runs) / "tracked" / "wandb").glob("offline-run-*")
     (found,) = [r.exit.exit_code for r in wandb_records(folder) if r.WhichOneof("record_type") == "exit"]
     assert found == code
+
+
+def test_tensorboard_goes_on_after_a_full_disk_without_a_traceback(tmp_path, capfd):
+    """The limit of a file's size in the place of the full disk."""
+    facts = RunFacts(tmp_path, "pretrain", {"a": 1}, {}, tmp_path, {})
+    tracker, limit = TensorBoard(facts, {}), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    point = Point(0, 1, {f"value{i}": 1.0 for i in range(200)})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, limit[1]))
+        with pytest.raises(OSError, match="File too large"):
+            for _ in range(9):  # the first error may come out of a later call
+                tracker.log([point])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, handler)
+    tracker.log([point])
+    tracker.close("finished")
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
+    assert len(events.Tags()["scalars"]) == 200
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_tracking_goes_on_where_its_own_file_cannot_be_written(tmp_path, capsys):
+    facts = RunFacts(tmp_path, "pretrain", {}, {}, tmp_path, {})
+    tracking = RunTracking(facts, ["tensorboard"])
+    (tmp_path / "tracking.json").unlink()
+    (tmp_path / "tracking.json").mkdir()  # nothing can be renamed to it
+    append_jsonl(tmp_path / "metrics.jsonl", {"step": 1, "loss/itm": 0.5})
+    tracking._send()
+    tracking.close()
+    assert f"note: fit.track: {tmp_path}/tracking.json is not written" in capsys.readouterr().out
