@@ -29,6 +29,7 @@ from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
 from raylib.errors import require
 from raylib.fileio import atomic_file
+from raylib.lock import make_folder
 from raylib.metrics import MILLION, ItemClusters
 from raylib.models.finetuned import FinetuneModel
 from raylib.precision import autocast
@@ -168,7 +169,7 @@ def evaluate(
     sets: {language: examples that can be gone through twice, for their images and for their texts}. seed:
         the bootstrap's draws are seeded by it and the language.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     totals: Counter[str] = Counter()
 
     def image_names() -> Iterator[str]:

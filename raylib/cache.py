@@ -29,6 +29,7 @@ from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_worke
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import file_lock, read_json
 from raylib.finite import is_finite
+from raylib.lock import make_folder
 from raylib.packed import Ragged
 from raylib.runtime import free_memory
 
@@ -260,7 +261,7 @@ def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None
             return
         if worker == 0:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            make_folder(partial)
         barrier()
         # a worker that fails must reach the exchange all the same, or the others would wait for ever
         error = None

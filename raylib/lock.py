@@ -153,6 +153,16 @@ def require_owned(folder: Path) -> None:
         raise RunLost(lock.problem)
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder of a run, and those around it; of a run that is gone nothing is made anew.
+
+    Raises:
+        RunLost: the run is not this process's any more.
+    """
+    require_owned(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
 def stop_if_lost(folder: Path) -> None:
     """Go by what the watch has seen so far, which costs nothing: for each step.
 

@@ -28,6 +28,7 @@ from finetune.strategies.base import (
 )
 from raylib.errors import UserError
 from raylib.fileio import atomic_file
+from raylib.lock import make_folder
 
 if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
     from torch import Tensor
@@ -198,7 +199,7 @@ def write_mask(mask: Mask, path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     packed = {name: torch.from_numpy(np.packbits(keep.numpy())) for name, keep in mask.items()}
     shapes = {"shapes": json.dumps({name: list(keep.shape) for name, keep in mask.items()})}
     with atomic_file(path) as temporary:

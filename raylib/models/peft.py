@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from raylib.errors import UserError, require
 from raylib.fileio import atomic_file
 from raylib.finite import require_finite_file
+from raylib.lock import make_folder
 from raylib.models.attention import Block
 from raylib.models.layers import TextEmbedding
 
@@ -285,7 +286,7 @@ def merge_lora(model: nn.Module) -> None:
 
 def save_tuned(model: nn.Module, names: Collection[str], path: Path) -> None:
     """The parameters `names`, those that were trained, with what was put in, as a safetensors file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     small = {name: p.detach().contiguous().cpu() for name, p in model.named_parameters() if name in names}
     with atomic_file(path) as temporary:
         save_file(small, temporary, {"tuning": json.dumps(_backbone(model).tuning)})

@@ -18,7 +18,7 @@ from raylib.cache import set_cache
 from raylib.errors import UserError
 from raylib.fileio import read_json, repair_jsonl, write_json
 from raylib.finite import require_finite_values
-from raylib.lock import work_for
+from raylib.lock import make_folder, work_for
 from raylib.search.config import Resources, SearchContext
 from raylib.search.display import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
@@ -193,7 +193,7 @@ def _choose_finalists(
         if setting not in settings:
             settings.append(setting)
     names = [PUBLISHED if s is None or s == published else ranks[key(s)] for s in settings]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(path, [names, settings])
     return names, settings
 

@@ -34,7 +34,7 @@ from raylib.errors import MachineError, NotFinite, error_line
 from raylib.fileio import append_jsonl, read_jsonl, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
-from raylib.lock import require_owned, work_for
+from raylib.lock import make_folder, require_owned, work_for
 from raylib.search.config import SearchContext, SearchJob
 from raylib.search.space import Setting, apply_changes, config_changes
 
@@ -143,7 +143,7 @@ def trial(setting: Setting, context: SearchContext) -> None:
             seed = context.base.fit.seed + REPLICATE_SEEDS + setting[REPLICATE]
             config = change_settings(config, {"fit.seed": seed})
         run = run_folder(config)
-        run.mkdir(parents=True, exist_ok=True)
+        make_folder(run)
         if context.keeps_checkpoints and (given := tune.get_checkpoint()):
             with given.as_directory() as folder:
                 _adopt_checkpoint(config, Path(folder))
@@ -203,7 +203,7 @@ def _run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None
     job, folder, began = context.job, run_folder(config), time.time()
     cache.set_cache(context.object_cache)
     num_epochs = job.epochs_per_run(config) * job.num_runs(config)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     earlier = read_reports(folder)
     seconds_before = earlier[-1]["spent"] if earlier else 0.0
 
@@ -289,7 +289,7 @@ def has_checkpoints(run: Path) -> bool:
 def _adopt_checkpoint(config: LaunchConfig, folder: Path) -> None:
     """Take another member's checkpoint, with the settings that this one has now."""
     run = run_folder(config)
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     # without its config, the run takes the settings that have changed in mid-run; the results are of the
     # model that it had before
     for name in ("config.json", "result.json", "part.json"):

@@ -19,6 +19,7 @@ from ray.tune.experiment import Trial
 from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_json, read_jsonl, repair_jsonl
 from raylib.finite import finite_values
+from raylib.lock import make_folder
 from raylib.search.space import Setting
 from raylib.search.trial import (
     REPEAT_OF,
@@ -167,7 +168,7 @@ class TrialLog:
 
     def _append(self, record: dict[str, Any]) -> None:
         record = {"at": time.time(), "seconds": self.seconds(), **record}
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         append_jsonl(self.path, record, durable=True)
         # as it will be read again: JSON has lists alone
         self._enter(json.loads(json.dumps(record)))
