@@ -124,7 +124,8 @@ def fit(
         advice: what to set where a batch, or an evaluation, does not fit the memory.
     Returns:
         {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "samples_replaced": by others
-        of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}.
+        of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}; of a run
+        that a notice has stopped also "stopped_by", "notice": its number, "total_steps".
     Raises:
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.
@@ -144,22 +145,17 @@ def fit(
     is_evaluation_due = meta.get("evaluation_due", False)
     metrics_log = MetricsLog(runtime.run, first, not is_evaluation_due) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
-    writer = CheckpointWriter(
-        runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save
-    )
-    if on_gpu:
-        engine.before_update = writer.before_update
-    saver = Saver(runtime, engine, writer, describe, meter, config.steps, meta.get("samples_replaced", 0))
+    saver = _build_saver(runtime, engine, describe, meter, config, meta)
     losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     replay = _Replay(objective, batches, config, runtime)
-    monitor = StepMonitor(engine.guard, engine, replay, writer.find_newest)
+    monitor = StepMonitor(engine.guard, engine, replay, saver.writer.find_newest)
     vote = StopVote(runtime.world_size)
     evaluator = Evaluator(objective, evaluate, saver, monitor, vote, progress, advice, evaluation)
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
     stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
     lock, done = find_lock(runtime.run), first
-    with StallWatch(runtime) as watch, writer, runtime.notices_to(vote.receive):
+    with StallWatch(runtime) as watch, saver.writer, runtime.notices_to(vote.receive):
         if start and is_evaluation_due:
             evaluator.catch_up(start, first, losses)
         elif start and meta.get("is_scheduled", True):
@@ -187,20 +183,35 @@ def fit(
                 means = engine.guard.interval.means(ends=done % config.log_every == 0)
                 stream.warn_of_waiting(done, progress.log(done, lr, means, monitor.counts.skipped))
             if logs or runtime.world_size == 1:
-                writer.check()
+                saver.writer.check()
             if not evaluator.after_step(done, losses, due, stops, done == last):
                 break
         notice = vote.at_end()
     vote.require_heeded()
-    stop = {"notice": notice, "stopped_by": notice and notice_name(notice), "total_steps": config.steps}
+    stop = (
+        {"stopped_by": notice_name(notice), "notice": notice, "total_steps": config.steps} if notice else {}
+    )
     return {
         "steps": done,
         "finished": done == config.steps and not notice,
         "bf16": bf16,
         "samples_per_second": progress.mean_rate(done),
         **saver.summary(losses, evaluator.scores, monitor),
-        **(stop if notice else {}),
+        **stop,
     }
+
+
+def _build_saver(
+    runtime: Runtime, engine: Engine, describe: dict, meter: Meter, config: FitConfig, meta: dict[str, Any]
+) -> Saver:
+    """What writes the checkpoints of `engine`, of a run that goes on from one of which `meta` tells."""
+    device = runtime.device
+    writer = CheckpointWriter(
+        runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save
+    )
+    if device.type == "cuda":
+        engine.before_update = writer.before_update
+    return Saver(runtime, engine, writer, describe, meter, config.steps, meta.get("samples_replaced", 0))
 
 
 def _build_engine(
