@@ -35,7 +35,7 @@ from finetune.worker import FinetuneJob, test_result, trained_config
 from raylib import checkpoint
 from raylib.config import load_config, user_files
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import read_json, write_json
+from raylib.fileio import copy_atomically, read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import (
     config_hash,
@@ -312,7 +312,7 @@ def _run_part(
         if language:
             _open_run(config)
         tokenizer = tokenizer_of(config)
-        shutil.copy2(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
+        copy_atomically(tokenizer, folder / tokenizer.name)  # so that the run is a model for others
     stages = _Stages(config, language, reporter)
     try:
         last, start = stages.run()

@@ -1,6 +1,5 @@
 """One pretraining run: config, data, model, objective, loop, result."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from raylib import checkpoint
 from raylib.command import spell_commands
 from raylib.display import open_pyplot, save_figure
 from raylib.errors import UserError
+from raylib.fileio import copy_atomically
 from raylib.launch import (
     config_hash,
     count_workers,
@@ -83,7 +83,7 @@ def _run_in(
     where = f"{config.workers} workers" if config.runtime == "ray" else "runtime=local"
     log(f"run '{config.name}' in {folder}: {config.fit.steps} steps of {streams}, {where}", flush=True)
     if is_main_process(config):
-        shutil.copy2(data.tokenizer, folder / Path(data.tokenizer).name)
+        copy_atomically(data.tokenizer, folder / Path(data.tokenizer).name)
     with tracked(config) as tracking:
         result = launch(pretrain, config, folder, reporter)
         if result["finished"]:

@@ -54,6 +54,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
+def copy_atomically(source: Path | str, path: Path) -> None:
+    """Copy a file with its times, whole or not at all; one may be copied onto itself."""
+    with atomic_file(path) as temporary:
+        shutil.copy2(source, temporary)
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove what processes that are no more have left of `atomic_file`, at any depth: those of this machine,
     and of others, whose processes nobody here can see, what nothing was written to for a day."""

@@ -17,7 +17,7 @@ from raylib import checkpoint
 from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
 from raylib.distributed import barrier
 from raylib.errors import MachineError, UserError
-from raylib.fileio import read_json, write_atomically
+from raylib.fileio import copy_atomically, read_json, write_atomically
 from raylib.lock import add_ray_job, hold_run, stored_owner, watch_file, work_for
 from raylib.notice import STOP_SECONDS, Interrupted, known_grace, stop_line
 from raylib.provenance import DataFile, record_identity
@@ -125,7 +125,7 @@ def open_run(
     write_atomically(stored, dump_config(config) + "\n")
     watch_file(stored)
     for file in code:
-        (run / file.name).write_bytes(file.read_bytes())  # which may be the copy itself
+        copy_atomically(file, run / file.name)  # which may be the copy itself: a kill must not cost it
     checkpoint.settle(run)
     if config.resume != "newest":
         checkpoint.rewind(run, config.resume)

@@ -1,3 +1,4 @@
+import functools
 import io
 import json
 
@@ -9,6 +10,7 @@ from raylib.fileio import (
     append_jsonl,
     atomic_file,
     atomic_folder,
+    copy_atomically,
     file_lock,
     read_jsonl,
     repair_jsonl,
@@ -147,3 +149,19 @@ def test_stream_json_yields_what_json_loads(tmp_path, monkeypatch, chunk):
             list(stream_json(tmp_path, io.StringIO(broken)))
     with pytest.raises(UserError, match="no list 'n'"):
         list(stream_json(tmp_path, io.StringIO(text), "n"))
+
+
+def test_copy_onto_itself_is_whole_after_a_kill(tmp_path):
+    """As a run's own copy of a user's code is, at each start."""
+    from tests.drills.tracer import torn_writes, trace
+
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "code.py").write_text("x = 1\n" * 100)
+    work = functools.partial(copy_atomically, folder / "code.py", folder / "code.py")
+    whole = trace([lambda: work() or 0], folder, tmp_path / "log")
+    points = [point for point in whole.operations[0] if point.call != "openat"]
+    assert whole.codes == [0] and {point.call for point in points} >= {"rename", "fsync"}
+    for point in (*points, *torn_writes(points)):
+        done = trace([lambda: work() or 0], folder, tmp_path / "log", (0, point), power_fails=True)
+        assert done.reached and (folder / "code.py").read_text() == "x = 1\n" * 100, point
