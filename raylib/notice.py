@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -164,6 +165,7 @@ class StopVote:
         self.notice = self.agreed = 0
         self.lock = threading.RLock()  # a signal's handler runs in the thread that may hold it
         self.evaluating: int | None = None  # the thread that evaluates
+        self.is_raised = False  # `EvaluationStopped`, there, by another thread
         self.group: Any = None
         self.work: Any = None
         self.flag: Any = None
@@ -233,15 +235,18 @@ class StopVote:
         voters = threading.Thread(target=self._vote_until, args=(done, save, leave), daemon=True)
         try:
             with self.lock:
-                self.evaluating = threading.get_ident()
+                self.evaluating, self.is_raised = threading.get_ident(), False
             if self.group is not None:
                 voters.start()
             elif self.notice:
                 raise EvaluationStopped
             value = evaluation()
             with self.lock:
-                self.evaluating = None
-                _raise_in_thread(threading.get_ident(), None)  # none is left under way
+                self.evaluating = None  # from now on, nothing is raised here
+            if self.is_raised:
+                # raised at the next turn of a loop: here, and in nothing that comes later
+                for _ in range(10):
+                    time.sleep(0)
             done.set()
         except BaseException as e:
             self.evaluating = None
@@ -286,14 +291,14 @@ class StopVote:
             if thread == threading.get_ident():
                 raise EvaluationStopped
             if thread is not None:
+                self.is_raised = True
                 _raise_in_thread(thread, EvaluationStopped)
 
 
-def _raise_in_thread(thread: int, kind: type[BaseException] | None) -> None:
-    """Raise `kind` between two instructions of a thread's Python code; None: take back what was not raised
-    yet."""
-    error = ctypes.py_object(kind) if kind else None
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), error)
+def _raise_in_thread(thread: int, kind: type[BaseException]) -> None:
+    """Raise `kind` between two instructions of a thread's Python code. To take it back with NULL would leave
+    CPython 3.11 looking for it at every call, and under a profiler or debugger for ever."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(kind))
 
 
 class NoticeBoard:
