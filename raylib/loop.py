@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
+from raylib.after_step import Evaluator, Saver
 from raylib.data.loading import BatchStream, StepDataset, to_device
 from raylib.distributed import broadcast_from_rank0, exchange_seconds
 from raylib.engine import (
@@ -31,7 +32,6 @@ from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.notice import StopVote, notice_name
 from raylib.randomness import hash64
 from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_flops
-from raylib.saver import Evaluator, Saver
 from raylib.saving import CheckpointWriter
 from raylib.settings import FitConfig, OptimConfig
 
@@ -48,6 +48,8 @@ class Meter:
         self.seconds, self.peak = dict(seconds), peak
         self.last = time.perf_counter()
         self.samples = self.tokens = 0
+        # samples that others took the place of; when the first batch was there, by the clock on the wall
+        self.num_replaced, self.first_batch_time = 0, 0.0
         self.forward_seconds = 0.0
         self.flops_per_token: float | None = None
 
@@ -83,6 +85,8 @@ class Meter:
         """Count a batch."""
         self.samples += batch.get("samples", 0)
         self.tokens += batch.get("tokens", 0)
+        self.num_replaced += batch.get("bad", 0)
+        self.first_batch_time = self.first_batch_time or time.time()
 
     @contextmanager
     def count_flops(self, batch: dict) -> Iterator[None]:
@@ -165,7 +169,7 @@ def fit(
                 raise RunLost(lock.problem)
             watch.start(step)
             batch = next(stream)
-            saver.count(batch)
+            meter.count(batch)
             meter.lap("data" if step > first else "start")  # the first batch waits for the loaders' own start
             replay.start(step, batch)
             lr, done = learning_rate(step, config.steps, optim), step + 1
@@ -204,7 +208,7 @@ def fit(
 def _build_saver(
     runtime: Runtime, engine: Engine, describe: dict, meter: Meter, config: FitConfig, meta: dict[str, Any]
 ) -> Saver:
-    """What writes the checkpoints of `engine`, of a run that goes on from one of which `meta` tells."""
+    """Return the saver of checkpoints of `engine`, of a run that goes on from one of which `meta` tells."""
     device = runtime.device
     writer = CheckpointWriter(
         runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save

@@ -46,16 +46,9 @@ class Saver:
         self.meter, self.steps = meter, steps
         self.engine_facts = {"workers": runtime.world_size, "engine": engine.name}
         self.describe = {**describe, **self.engine_facts}
-        self.first_batch_time = 0.0  # when the first batch was there, by the clock on the wall
-        # samples that others took the place of: on all workers, up to the last save; on this one since then
-        self.total_replaced, self.num_replaced = total_replaced, 0
+        # samples that others took the place of: on all workers, up to the last save
+        self.total_replaced = total_replaced
         self.save_seconds: float | None = None  # of the last save
-
-    def count(self, batch: dict) -> None:
-        """Count a batch, and those of its samples that others took the place of."""
-        self.meter.count(batch)
-        self.first_batch_time = self.first_batch_time or time.time()
-        self.num_replaced += batch.get("bad", 0)
 
     def state(self, losses: dict, evaluation: dict, monitor: StepMonitor) -> dict[str, Any]:
         """Return what the training came to so far."""
@@ -78,8 +71,10 @@ class Saver:
 
     def add_up(self) -> None:
         """Add up what the workers have counted since the last time; all of them call it."""
-        self.total_replaced += int(all_reduce(torch.tensor(self.num_replaced, device=self.runtime.device)))
-        self.num_replaced = 0
+        self.total_replaced += int(
+            all_reduce(torch.tensor(self.meter.num_replaced, device=self.runtime.device))
+        )
+        self.meter.num_replaced = 0
 
     def save(
         self,
@@ -144,7 +139,7 @@ class Saver:
     def report(self, step: int, losses: dict, evaluation: dict) -> None:
         """Report a checkpoint to the search that this is a trial of, which may have heard of it before."""
         folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
-        ready = self.first_batch_time or time.time()
+        ready = self.meter.first_batch_time or time.time()
         named = {f"loss/{name}": value for name, value in losses.items()}
         values = {"step": step, "steps": self.steps, "ready": ready, **evaluation, **named}
         self.runtime.report(values, folder)
