@@ -1,6 +1,7 @@
 """Parts of a search, without a cluster: who is stopped, what Optuna is told, what the report
 reckons."""
 
+import errno
 import statistics
 from types import SimpleNamespace
 
@@ -8,11 +9,12 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.schedulers import TrialScheduler
 
 from finetune.recipes import RECIPES
 from raylib.config import Config, override
-from raylib.errors import UserError
+from raylib.errors import MachineError, UserError
 from raylib.fileio import write_json
 from raylib.search import display, report, space, tuner
 from raylib.search.config import SearchConfig
@@ -30,7 +32,14 @@ from raylib.search.schedulers import (
     rank_agreements,
 )
 from raylib.search.space import Choice, Float, Int, OneOf, Space
-from raylib.search.trial import SETTING, TrialResult, append_report, model_epochs, trial_progress
+from raylib.search.trial import (
+    MACHINE_ERROR,
+    SETTING,
+    TrialResult,
+    append_report,
+    model_epochs,
+    trial_progress,
+)
 from raylib.search.trial_log import TrialLog
 from tune_spaces.jobs import FinetuneSearchJob
 
@@ -441,3 +450,19 @@ def test_search_wrong_callbacks_are_one_line(text, words, tmp_path):
     with pytest.raises(UserError) as error:
         tuner.load_callbacks(str(tmp_path / "mine.py"))
     assert words in str(error.value)
+
+
+def test_search_ends_with_the_line_of_a_full_disk_that_tune_makes_a_traceback_of(tmp_path, monkeypatch):
+    def run(*arguments, **options):
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device", "runs/x/optuna.journal")
+        except OSError:
+            raise TuneError("Traceback (most recent call last): ...")  # noqa: B904
+
+    monkeypatch.setattr(tuner.tune, "run", run)
+    table = display.SearchTable("x", ["score"], 1)
+    with pytest.raises(MachineError, match="^runs/x/optuna.journal: no space left on the disk"):
+        tuner.run_tuner(tmp_path, print, ("score",), None, table)
+    trial, result = SimpleNamespace(trial_id="a"), {MACHINE_ERROR: "no space left"}
+    with pytest.raises(MachineError, match="no space left"):
+        tuner.EndSearch(tmp_path).on_trial_result(1, [], trial, result)

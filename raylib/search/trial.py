@@ -137,7 +137,7 @@ def trial(setting: Setting, context: SearchContext) -> None:
     if REPEAT_OF in setting:
         tune.report({REPEAT_OF: setting[REPEAT_OF], "epoch": 0.0, "judged": False, "finished": False})
         return
-    with machine_errors_reported():
+    with machine_errors_reported(context.folder):
         config = setting_config(context, without_marks(setting), "trials", tune.get_context().get_trial_id())
         if REPLICATE in setting:
             seed = context.base.fit.seed + REPLICATE_SEEDS + setting[REPLICATE]
@@ -156,7 +156,7 @@ def trial(setting: Setting, context: SearchContext) -> None:
 def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
     """Run a cell of the grid of best settings and fresh seeds; Tune's trainable of the last stage. None is
     the recipe as it is."""
-    with machine_errors_reported():
+    with machine_errors_reported(context.folder):
         index, seed = cell["cell"]
         config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
         config = change_settings(config, {"fit.seed": seed, "keep_optimizer": False})
@@ -164,14 +164,14 @@ def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting |
 
 
 @contextlib.contextmanager
-def machine_errors_reported() -> Iterator[None]:
+def machine_errors_reported(folder: Path) -> Iterator[None]:
     """Report a failure of the machine in the block, such as a full disk, to the driver, which ends the
     search: another setting would meet it too, and no trial is to be counted as failed by it. A connection
-    that was lost may be a trial's own affair: Tune tries it again."""
+    that was lost may be a trial's own affair: Tune tries it again. `folder`: of the search."""
     try:
         yield
     except Exception as e:
-        line = error_line(e)
+        line = error_line(e, folder)
         if not isinstance(line, MachineError) or isinstance(e, ConnectionError | TimeoutError):
             raise
         tune.report({MACHINE_ERROR: str(line), "epoch": 0.0, "judged": False, "finished": False})

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.tune.error import TuneError
 from ray.tune.search import SearchAlgorithm
 
 from raylib.config import load_user_file, user_file_error
-from raylib.errors import MachineError, UserError
+from raylib.errors import MachineError, UserError, error_line
 from raylib.lock import stop_if_lost
 from raylib.search.display import SearchTable, TensorBoardScores
 from raylib.search.optuna import STATES, trial_state
@@ -60,17 +61,21 @@ def run_tuner(
     for name in ("ray.tune.tune", "ray.tune.utils.util", "ray.tune.execution.experiment_state"):
         logging.getLogger(name).addFilter(_is_for_users)
     # `tune.run` and not `Tuner`, which would keep a pickle of the first start's arguments
-    analysis = tune.run(
-        trainable,
-        name=folder.name,
-        storage_path=str(folder.parent),
-        search_alg=search_alg,
-        callbacks=[EndSearch(folder), *callbacks, TensorBoardScores(metrics, knobs)],
-        progress_reporter=table,
-        verbose=1,
-        raise_on_failed_trial=False,
-        **arguments,
-    )
+    try:
+        analysis = tune.run(
+            trainable,
+            name=folder.name,
+            storage_path=str(folder.parent),
+            search_alg=search_alg,
+            callbacks=[EndSearch(folder), *callbacks, TensorBoardScores(metrics, knobs)],
+            progress_reporter=table,
+            verbose=1,
+            raise_on_failed_trial=False,
+            **arguments,
+        )
+    except TuneError as e:  # Tune makes text of whatever is raised while it handles a report
+        line = error_line(e.__context__) if e.__context__ else None
+        raise line or e from None
     if not (search_alg.is_finished() and all(trial.is_finished() for trial in analysis.trials)):
         raise KeyboardInterrupt
 
