@@ -16,6 +16,7 @@ process that opens a shard without one makes it, and it is made anew where what 
 """
 
 import errno
+import mmap
 import os
 import struct
 import weakref
@@ -64,6 +65,22 @@ class FileBytes:
         status = os.fstat(self.file)
         return status.st_size, status.st_mtime_ns
 
+    def map(self) -> mmap.mmap | bytes:
+        """Return the content mapped into memory, of which nothing may be read but after
+        `require_whole`."""
+        return mmap.mmap(self.file, 0, access=mmap.ACCESS_READ) if len(self) else b""
+
+    def require_whole(self) -> None:
+        """Raise UserError where the file has become shorter."""
+        if os.fstat(self.file).st_size < self.stamp[0]:
+            raise self._cut_off(self.stamp[0])
+
+    def _cut_off(self, before: int) -> UserError:
+        return UserError(
+            f"{self.path}: cut off: it has {self.find_stamp()[0]:,} bytes, and had {before:,} at least; "
+            "restore it, and start again"
+        )
+
     def read(self, size: int, offset: int) -> bytes:
         """Read so many bytes."""
         try:
@@ -83,11 +100,7 @@ class FileBytes:
         while done < len(buffer):
             count = os.preadv(self.file, [buffer[done:]], offset + done)
             if not count:
-                size, before = self.find_stamp()[0], max(len(self), offset + len(buffer))
-                raise UserError(
-                    f"{self.path}: cut off: it has {size:,} bytes, and had {before:,} at least; restore it, "
-                    "and start again"
-                )
+                raise self._cut_off(max(len(self), offset + len(buffer)))
             done += count
 
 
@@ -110,7 +123,10 @@ class ShardIndex:
         ValueError: not whole, or of another format.
     """
 
-    def __init__(self, data: FileBytes | bytes):
+    def __init__(self, content: FileBytes | bytes):
+        # mapped: a sample is looked up in the time of one system call, which asks whether the file is whole
+        self._file = None if isinstance(content, bytes) else content
+        data = content if isinstance(content, bytes) else content.map()
         if len(data) < HEADER.size:
             raise ValueError("truncated in the header")
         _, form, crc, *fields = HEADER.unpack(data[: HEADER.size])
@@ -134,6 +150,8 @@ class ShardIndex:
 
     def read(self, number: int) -> IndexedSample:
         """Return a sample; each member has a hash, or -1."""
+        if self._file is not None:
+            self._file.require_whole()
         (first, key, row), (last, end, next_row) = self._samples(number, number + 2)
         start = self._starts[0]
         table = self._data[start + MEMBER.size * first : start + MEMBER.size * last]
