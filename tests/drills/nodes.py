@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import psutil
 
+from tests.drills.runs import free_port
+
 MARK = "POLYGLANCE_DRILL"  # an environment variable of every process of a cluster, and of its drivers
 
 
@@ -26,7 +28,8 @@ def main(arguments: list[str]) -> None:
     """Run a cluster until standard input ends."""
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": True})
+    head = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=int(cpus)) for cpus in arguments]
 
     def process_of(node: Any, name: str) -> int:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -59,8 +60,7 @@ def finish(case: Case, runs: Path, cluster: Cluster) -> None:
 def undisturbed(drill: Drill) -> dict:
     """Return what the run comes to if nothing disturbs it."""
     if "ray" not in drill.workshop.outcomes:
-        runs = drill.workshop.folder / "undisturbed-ray"
-        runs.mkdir()
+        runs = Path(tempfile.mkdtemp(prefix="undisturbed-", dir=drill.workshop.folder))
         with ray_cluster(runs, 2) as cluster:
             finish(ray_case(drill), runs, cluster)
         drill.workshop.outcomes["ray"] = outcome(runs / "run")
