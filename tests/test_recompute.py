@@ -98,8 +98,8 @@ def on_share(rank, world, micro_batches):
     return step(model, batch)[1:3]
 
 
-def test_micro_batches_on_two_workers_equal_the_whole_batch_on_one():
-    assert_workers_equal_one(run_workers(on_share, 2, 3), on_share(0, 1, 1))
+def test_micro_batches_on_three_workers_equal_the_whole_batch_on_one():
+    assert_workers_equal_one(run_workers(on_share, 3, 3), on_share(0, 1, 1))
 
 
 def test_micro_batches_draw_dropout_again_as_they_drew_it(monkeypatch):
