@@ -111,10 +111,6 @@ class StoredState:
             if starts != [0, *(stop for _, stop, *_ in places)]:
                 raise UserError(f"{folder}: the optimizer's {kind} of {name} has gaps; {ADVICE}")
 
-    def names_of(self, kind: str) -> set[str]:
-        """Return the names of which there is a tensor of this kind."""
-        return {name for found, name in self.shapes if found == kind}
-
     def read(self, kind: str, name: str, shape: Sequence[int], start: int, stop: int) -> Tensor:
         """Read the flat elements `start` to `stop` of a tensor, onto the CPU.
 

@@ -27,6 +27,7 @@ from typing import Any, TextIO, cast
 import ijson
 
 from raylib.errors import UserError, name_errors
+from raylib.processes import process_start
 
 CHUNK = 1 << 16  # characters of JSON read at a time
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -69,22 +70,12 @@ def remove_temporaries(folder: Path) -> None:
         if not pid.isdigit() or not path.is_file():
             continue
         if f"{before}.".endswith(own):
-            is_left = not _is_running(int(pid))
+            is_left = process_start(int(pid)) == ""
         else:
             named = re.match(r"\..+\.(json|jsonl|yaml|txt|csv|md|png|npz|pt|safetensors)\..+\.", path.name)
             is_left = bool(named) and time.time() - path.stat().st_mtime > DAY
         if is_left:
             path.unlink(missing_ok=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
 
 
 def sync_file(path: Path) -> None:
@@ -114,10 +105,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         partial.replace(path)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a UTF-8 file, whole or not at all."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write a file, a text as UTF-8, whole or not at all."""
     with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any, compact: bool = False) -> None:
@@ -228,8 +219,7 @@ def repair_jsonl(path: Path, key: str) -> list[str]:
         notes.append(f"{path}: {what} was cut off by a crash and is dropped")
     repaired = b"".join(record + b"\n" for record in kept)
     if repaired != data:
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(repaired)
+        write_atomically(path, repaired)
     return notes
 
 

@@ -15,7 +15,6 @@ without (`watch_file`).
 """
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -30,13 +29,21 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib.errors import MachineError, RunLost, UserError, name_errors
-from raylib.processes import has_rebooted, process_lives, sees_locks, this_process, try_lock
+from raylib.processes import (
+    has_rebooted,
+    is_same_file,
+    may_live,
+    process_lives,
+    sees_locks,
+    this_command,
+    this_process,
+    try_lock,
+)
 
 LOCK = "lock.json"
 WATCH_SECONDS = 1.0  # between looks
 # until a process that should have ended by itself is interrupted, and until it is ended
 GRACE_SECONDS, INTERRUPT_SECONDS = 5.0, 20.0
-COMMAND = 60  # characters of the owner's command that a line about it has
 RETRY_SECONDS = 3.0  # a lock that is just being looked at, or written, is free or whole by then
 
 Record = Mapping[str, Any]
@@ -75,7 +82,7 @@ class RunLock:
             return f"{self.path if self.owner.folder.is_dir() else self.owner.folder}: {gone}"
         if record.get("token") != self.owner.token:
             return f"{self.owner.folder}: {_describe(record)} has taken the run over; this process ends"
-        if self.descriptor is None and not _may_live(record, self.path):
+        if self.descriptor is None and not may_live(record, self.path):
             return f"{self.owner.folder}: its owner, {_describe(record)}, is gone; this worker ends"
         if self.parent not in (None, os.getppid()):
             return f"{self.owner.folder}: torchrun, which started this worker, is gone; it ends"
@@ -193,7 +200,7 @@ def hold_run(folder: Path, job_has_ended: JobHasEnded = lambda record: None) -> 
         yield not folder.exists()
         return
     for parent in folder.parents:
-        if (parent / LOCK).is_file() and _may_live(record := _read_record(parent / LOCK), parent / LOCK):
+        if (parent / LOCK).is_file() and may_live(record := _read_record(parent / LOCK), parent / LOCK):
             raise _in_use(f"{folder}: a part of {parent}, which is in use", record)
     is_new = _make_folder(folder)
     try:
@@ -283,7 +290,7 @@ def _acquire(folder: Path, job_has_ended: JobHasEnded) -> RunLock:
         try:
             is_free, record = try_lock(descriptor), _parse(os.pread(descriptor, 1 << 16, 0))
             # an owner that has just ended has removed the file that was opened
-            if is_free is not False and _is_same_file(descriptor, path):
+            if is_free is not False and is_same_file(descriptor, path):
                 _require_gone(folder, record, is_free, job_has_ended)
                 return _take(folder, descriptor, record)
             # of a process that is gone, or not written yet: another is just starting, or looks at it
@@ -315,7 +322,7 @@ def _require_gone(folder: Path, record: Record, is_free: bool | None, job_has_en
 def _take(folder: Path, descriptor: int, before: Record) -> RunLock:
     path, token = folder / LOCK, secrets.token_hex(8)
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    facts = {"since": since, "command": _command(), "ray": None}
+    facts = {"since": since, "command": this_command(), "ray": None}
     try:
         with name_errors(path):
             _write_record(descriptor, {"token": token, **this_process(), **facts})
@@ -327,35 +334,6 @@ def _take(folder: Path, descriptor: int, before: Record) -> RunLock:
     if (written := _read_record(path)).get("token") != token:
         raise _in_use(f"{folder}: in use", written)
     return RunLock(Owner(folder, token), descriptor)
-
-
-def _command() -> str:
-    """Return the beginning of what the user typed, for others to know the process by."""
-    program, *words = sys.argv
-    path = Path(program)
-    words.insert(0, f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name)
-    text = " ".join(words)
-    return text if len(text) <= COMMAND else f"{text[:COMMAND]}..."
-
-
-def _may_live(record: Record, path: Path) -> bool:
-    """Return whether the owner of a lock lives, as far as that can be seen without taking it: in doubt, it
-    does."""
-    lives = process_lives(record)
-    if lives is None and sees_locks(path, record):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            return not try_lock(descriptor, fcntl.LOCK_SH)
-        finally:
-            os.close(descriptor)
-    return lives is not False
-
-
-def _is_same_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -20,13 +20,12 @@ from raylib.engine import (
     Engine,
     LayerRates,
     Objective,
-    StepGuard,
     TorchEngine,
     learning_rate,
 )
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import RunLost, UserError
-from raylib.finite import StepMonitor, finite_values
+from raylib.finite import StepGuard, StepMonitor, finite_values
 from raylib.lock import find_lock
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.notice import StopVote, notice_name

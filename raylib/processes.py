@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 # of one kernel: no process of another machine can have a file of theirs
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs")
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "ceph")  # whose locks all machines see
+COMMAND_LENGTH = 60  # characters of a command that a line about its process has
 
 
 def this_process() -> dict[str, Any]:
@@ -20,8 +22,17 @@ def this_process() -> dict[str, Any]:
         "boot": _read_text("/proc/sys/kernel/random/boot_id"),
         "pid_namespace": _pid_namespace(),
         "pid": os.getpid(),
-        "start": _process_start(os.getpid()),
+        "start": process_start(os.getpid()),
     }
+
+
+def this_command() -> str:
+    """Return the beginning of what the user typed, for others to know the process by."""
+    program, *words = sys.argv
+    path = Path(program)
+    words.insert(0, f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name)
+    text = " ".join(words)
+    return text if len(text) <= COMMAND_LENGTH else f"{text[:COMMAND_LENGTH]}..."
 
 
 def process_lives(process: Mapping[str, Any]) -> bool | None:
@@ -30,7 +41,7 @@ def process_lives(process: Mapping[str, Any]) -> bool | None:
     here = this_process()
     if not here["start"] or any(process.get(k) != here[k] for k in ("host", "boot", "pid_namespace")):
         return None
-    start = _process_start(process["pid"])
+    start = process_start(process["pid"])
     return None if start is None else start == process["start"]
 
 
@@ -40,7 +51,7 @@ def has_rebooted(process: Mapping[str, Any]) -> bool:
     return process.get("host") == here["host"] and process.get("boot", "") not in ("", here["boot"])
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """Return when a process began, in ticks since the start of the machine, for numbers of processes come
     again; "": there is none, or it has ended and waits to be fetched; None: it is hidden from this user."""
     stat = _read_text(f"/proc/{pid}/stat")
@@ -78,6 +89,27 @@ def sees_locks(path: Path, process: Mapping[str, Any]) -> bool:
         local = [o for o in options.split(",") if o == "nolock" or o.startswith("local_lock=")]
         return all(option == "local_lock=none" for option in local)
     return kind in LOCAL_FILE_SYSTEMS
+
+
+def may_live(process: Mapping[str, Any], path: Path) -> bool:
+    """Return whether the process that locked the file `path` lives, as far as that can be seen without taking
+    the lock: in doubt, it does."""
+    lives = process_lives(process)
+    if lives is None and sees_locks(path, process):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return not try_lock(descriptor, fcntl.LOCK_SH)
+        finally:
+            os.close(descriptor)
+    return lives is not False
+
+
+def is_same_file(descriptor: int, path: Path) -> bool:
+    """Return whether an open file is still the one that `path` names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _file_system(path: Path) -> tuple[str, str]:

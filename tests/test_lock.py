@@ -140,7 +140,7 @@ def test_lock_of_a_number_that_another_process_has_now_is_taken_over(tmp_path, c
 
 
 def test_lock_of_a_live_process_is_kept_where_the_file_is_not_locked(tmp_path):
-    write_record(tmp_path, pid=os.getppid(), start=processes._process_start(os.getppid()))
+    write_record(tmp_path, pid=os.getppid(), start=processes.process_start(os.getppid()))
     with pytest.raises(UserError, match="in use by process"), hold_run(tmp_path):
         pass
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from raylib.data.tars import TarScan
 from raylib.errors import UserError
-from raylib.fileio import atomic_file, file_lock, read_json, write_json
+from raylib.fileio import file_lock, read_json, write_atomically, write_json
 
 MAGIC, FORMAT = b"PGLANCE\n", 1
 HEADER = struct.Struct("<8sIIqQQQQQQ")
@@ -222,7 +222,7 @@ def write_index(shard: Path, shard_bytes: int, samples: Sequence[IndexedSample])
     """Write both indices of a shard."""
     path = json_path(shard)
     write_json(path, {"format": JSON_FORMATS[-1], "bytes": shard_bytes, "samples": samples}, compact=True)
-    _write(index_path(shard), encode_index(shard_bytes, samples, path.stat().st_mtime_ns))
+    write_atomically(index_path(shard), encode_index(shard_bytes, samples, path.stat().st_mtime_ns))
 
 
 def open_index(shard: Path, cache: Path) -> ShardIndex:
@@ -243,7 +243,7 @@ def open_index(shard: Path, cache: Path) -> ShardIndex:
                 index = _open_current(path, shard)  # another process may have made it meanwhile
                 if not index:
                     content = content or _convert(shard)
-                    _write(path, content)
+                    write_atomically(path, content)
                 lock.unlink(missing_ok=True)  # whoever waits for it finds the index
             return index or ShardIndex(FileBytes(path))
         except OSError as error:
@@ -296,8 +296,3 @@ def _convert(shard: Path) -> bytes:
         return encode_index(stored["bytes"], samples, time)
     except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"{path}: no index of this format ({error}); index the folder anew") from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    with atomic_file(path) as temporary:
-        temporary.write_bytes(content)

@@ -12,7 +12,7 @@ import yaml
 from optuna.trial import FixedTrial, create_trial
 
 from raylib.display import markdown_table, mean_and_interval, mean_and_std, percent
-from raylib.fileio import atomic_file, write_atomically
+from raylib.fileio import write_atomically
 from raylib.metrics import t_interval
 from raylib.search.config import SearchConfig, SearchContext
 from raylib.search.display import draw_figures
@@ -38,8 +38,7 @@ def write_trials(context: SearchContext, results: Sequence[TrialResult]) -> None
         values = [*(r.setting.get(n, "") for n in names), *(r.scores.get(n, "") for n in scores)]
         spent = [r.epoch, r.epochs, f"{r.seconds:.1f}", r.start_seconds or ""]
         out.writerow([r.id, r.state, *values, *spent, r.error or "", r.repeat_of or "", r.replicate])
-    with atomic_file(context.folder / "trials.csv") as temporary:
-        temporary.write_bytes(text.getvalue().encode())
+    write_atomically(context.folder / "trials.csv", text.getvalue())
 
 
 def write_report(
