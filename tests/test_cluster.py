@@ -213,7 +213,7 @@ def test_cluster_occupied_port_is_one_line_error(capsys):
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         port = holder.getsockname()[1]
-        assert main(["run", "--dashboard-port", str(port), "--", "true"]) == 2
+        assert main(["run", "--dashboard-port", str(port), "--", "true"]) == 1
     choose = "choose another: make run PORT=N, or --dashboard-port N"
     assert capsys.readouterr().err == f"error: port {port}: Address already in use; {choose}\n"
 

@@ -8,6 +8,7 @@ import torch
 
 from finetune.__main__ import main
 from finetune.tasks.classification import AnswerObjective
+from raylib.checkpoint import find_trained
 from raylib.errors import UserError
 from raylib.models.decoder import DecoderConfig, encode_answers
 from raylib.models.finetuned import FinetuneModel
@@ -212,7 +213,7 @@ def test_decoder_fine_tuning_run_end_to_end(tmp_path, export, scenes, capsys):
         main([*few, "name=few"]) == 2 and "its head is a decoder; set head=decoder" in capsys.readouterr().err
     )
     assert main([*few, "name=spelt_on", "head=decoder"]) == 0
-    model = FinetuneModel.from_pretrained(tmp_path / "spelt/best")
+    model = FinetuneModel.from_pretrained(find_trained(tmp_path / "spelt", "best"))
     assert model.is_generative and model.head.config.candidates == 20 and model.backbone.config.swin
 
 
