@@ -1,4 +1,4 @@
-"""What a checkpoint costs the training: `python -m benchmarks.checkpoint` (some minutes, a quiet machine).
+"""Cost of a checkpoint for the training: `python -m benchmarks.checkpoint` (some minutes, a quiet machine).
 
 The stall of a save is the extra wall time of the step at which it falls due and of the 20 steps after it,
 beside as many steps without a save. An objective of linear layers is trained by the engine of a run, on one

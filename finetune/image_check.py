@@ -19,7 +19,7 @@ from raylib.runtime import available_cpus
 if TYPE_CHECKING:
     from finetune.build import UsedSet
 
-NAMED = 3  # that a line names
+MAX_NAMES = 3  # in a line
 BLOCK = 1024  # images that are read between two looks at the progress
 LEFT_OUT, WRONG = "others take their place in training", "they count as wrong"
 
@@ -38,7 +38,7 @@ class ImageFaults:
         self.items += 1
         self.bad += bool(faults)
         for name in faults:
-            if len(self.names) < NAMED and name not in self.names:
+            if len(self.names) < MAX_NAMES and name not in self.names:
                 self.names.append(name)
 
     def judge(self, what: str, consequence: str, advice: str) -> str | None:
@@ -51,7 +51,7 @@ class ImageFaults:
             return None
         such = ", ".join(f"'{name}'" for name in self.names)
         line = f"{self.bad:,} of {self.items:,} items of {self.where} have {what}: {such}"
-        line += " and others" if self.bad > NAMED else ""
+        line += " and others" if self.bad > MAX_NAMES else ""
         if self.bad > self.limit * self.items:
             raise UserError(f"{line} (bad_limit={self.limit:g} of them may); {advice}")
         return f"note: {line}; {consequence}"

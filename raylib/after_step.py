@@ -120,8 +120,8 @@ class Saver:
 
     def _measure(self, seconds: float) -> None:
         """Keep how long a save took until it was on the disk, and say once if a stop leaves less."""
-        warned, self.save_seconds = self.save_seconds is not None, seconds
-        if not warned and self.runtime.rank == 0 and (note := short_grace(seconds)):
+        is_first, self.save_seconds = self.save_seconds is None, seconds
+        if is_first and self.runtime.rank == 0 and (note := short_grace(seconds)):
             print(note, flush=True)
 
     def add_scores(self, folder: Path, step: int, losses: dict, scores: dict) -> None:

@@ -276,13 +276,13 @@ def _adopt_best(run: Path, names: Sequence[str]) -> set[str]:
 def remove_folder(folder: Path) -> None:
     """Remove a checkpoint, or a leftover of one, if it is there: under a name that nobody looks for, since it
     takes a while."""
-    doomed = folder
+    trash = folder
     if folder.is_dir() and folder.suffix != ".removed":
-        doomed = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-    if doomed.is_dir():
-        shutil.rmtree(doomed)
+        trash = folder.with_name(f".{folder.name.removeprefix('.')}.removed")
+        shutil.rmtree(trash, ignore_errors=True)
+        folder.rename(trash)
+    if trash.is_dir():
+        shutil.rmtree(trash)
 
 
 def _not_finite_of(folder: Path) -> str | None:

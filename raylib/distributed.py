@@ -166,8 +166,8 @@ def plan_exchange(needed: Tensor, rank: int, counts: list[int]) -> RowExchange:
     workers = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # whose each row is
     # each worker's needs once, in the order of workers and positions, in which owners follow each other too:
     # sender and receiver agree on the order of rows without a word
-    asked = (workers * total + needed).unique()
-    reader, position = asked // total, asked % total
+    needs = (workers * total + needed).unique()
+    reader, position = needs // total, needs % total
     owner = workers[position]
     sends, comes = (owner == rank) & (reader != rank), (owner != rank) & (reader == rank)
     first = sum(counts[:rank])

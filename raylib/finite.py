@@ -6,7 +6,7 @@ Readers of files raise a plain `UserError` that names file and tensor; training 
 
 Steps whose loss or gradient is not finite: both engines skip them alike, and too many of them end the run.
 
-1. `StepGuard.check_loss`: a loss or term that is not finite makes the loss NaN, and so the
+1. `StepGuard.check_loss` (`raylib.engine`): a loss or term that is not finite makes the loss NaN, and so the
    gradients of all workers.
 2. The engine leaves weights and optimizer state as they are, to the bit, where the gradient's norm is not
    finite.
@@ -16,9 +16,8 @@ Steps whose loss or gradient is not finite: both engines skip them alike, and to
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from raylib.errors import NotFinite, UserError
 from raylib.precision import autocast
 
 if TYPE_CHECKING:
-    from raylib.engine import Engine
+    from raylib.engine import Engine, StepGuard
 
 
 def is_finite(value: Tensor | np.ndarray | float) -> bool:
@@ -88,119 +87,6 @@ def _not_finite(value: Any, name: str):
         yield name
 
 
-class StepCounts(NamedTuple):
-    """Steps skipped in all, and in a row; the last one that was not, and the one that ended the run, both
-    counted from 0; -1 where there is no such step."""
-
-    skipped: int
-    in_a_row: int
-    last_applied: int
-    end_step: int
-
-
-class IntervalSums:
-    """Sums of steps' values over an interval, in float64 on `device`, without those of skipped steps:
-    no step waits for them.
-
-    stored: the `state` of an earlier start of the run.
-    """
-
-    def __init__(self, device: torch.device, stored: Mapping[str, Any] | None = None):
-        stored = stored or {"names": (), "sums": (), "count": 0}
-        self.device, self.names = device, tuple(stored["names"])
-        self.sums = torch.tensor(stored["sums"], dtype=torch.float64, device=device)
-        self.count = torch.tensor(stored["count"], device=device)
-
-    def add(self, names: tuple[str, ...], values: Tensor, skip: Tensor) -> None:
-        """Add the `values` (names,) of a step, unless `skip` says not to. Other names begin anew."""
-        if names != self.names:
-            self.names = names
-            self._reset()
-        self.sums = self.sums + torch.where(skip, 0.0, values.double())
-        self.count = self.count + ~skip
-
-    def means(self, ends: bool) -> dict[str, float]:
-        """Wait for the device, and return the means; NaN where every step was skipped. If the interval
-        `ends` here, the next one begins."""
-        means = dict(zip(self.names, (self.sums / self.count).tolist(), strict=True))
-        if ends:
-            self._reset()
-        return means
-
-    def state(self) -> dict[str, Any]:
-        """Return what a resumed run goes on from, so that its means are those of the whole interval."""
-        return {"names": self.names, "sums": self.sums.tolist(), "count": int(self.count)}
-
-    def _reset(self) -> None:
-        self.sums = torch.zeros(len(self.names), dtype=torch.float64, device=self.device)
-        self.count = torch.zeros_like(self.count)
-
-
-class StepGuard:
-    """Counts skipped steps on `device`. After more than `limit` in a row every further step is skipped too:
-    the weights stay those at which the run ended, whenever that is read.
-
-    skipped, in_a_row, interval: what an earlier start of the run had counted.
-    """
-
-    def __init__(
-        self,
-        device: torch.device,
-        limit: int = 10,
-        skipped: int = 0,
-        in_a_row: int = 0,
-        interval: Mapping[str, Any] | None = None,
-    ):
-        self.device, self.limit = device, limit
-        self.interval = IntervalSums(device, interval)  # of the terms and the gradient's norm
-        # `StepCounts`, kept on the device: to read them each step would make the host wait for it
-        counts = (torch.tensor(n, device=device) for n in (skipped, in_a_row, -1, -1))
-        self.skipped, self.in_a_row, self.last_applied, self.end_step = counts
-        self.names: tuple[str, ...] = ()
-        # (names,): of the step under way
-        self.values, self.finite = torch.empty(0), torch.empty(0, dtype=torch.bool)
-        self.finite_at_end: Tensor | None = None  # of the last step, or of `end_step`
-
-    def check_loss(self, loss: Tensor, terms: Mapping[str, Tensor]) -> Tensor:
-        """Return `loss` to the bit, or NaN where it or one of its terms is not finite."""
-        self.names = ("loss", *terms)
-        values = [torch.as_tensor(value, device=loss.device) for value in (loss, *terms.values())]
-        self.values = torch.stack([value.detach().reshape(()).float() for value in values])
-        self.finite = self.values.isfinite()
-        # a factor of 1 changes neither loss nor gradient; one of NaN reaches every gradient: NaN x 0 is NaN
-        return loss * torch.where(self.finite.all(), 1.0, torch.nan).to(loss.dtype)
-
-    def count(self, step: int, norm: Tensor) -> Tensor:
-        """Count `step`, whose gradient has this norm. Returns 1.0 where its update must be skipped, else 0.0,
-        as a tensor on the device."""
-        # everything here is tensors and `where`, not Python's `if`: a branch would wait for the device
-        norm = norm.to(self.device, non_blocking=True).detach().reshape(1)
-        skip, running = ~norm[0].isfinite(), self.end_step < 0
-        self.skipped = self.skipped + skip
-        self.in_a_row = (self.in_a_row + 1) * skip
-        last = self.finite if self.finite_at_end is None else self.finite_at_end
-        self.finite_at_end = torch.where(running, self.finite, last)
-        self.end_step = torch.where(running & (self.in_a_row > self.limit), step, self.end_step)
-        # once a row is too long, nothing is applied any more: when the host reads of it, some steps later on
-        # a GPU, the weights are still those at which the run ended
-        skip = skip | (self.end_step >= 0)
-        self.last_applied = torch.where(skip, self.last_applied, step)
-        # the total loss is a worker's own share: it stays out
-        values = torch.cat([self.values[1:], norm.to(self.values)])
-        self.interval.add((*self.names[1:], "grad_norm"), values, skip)
-        return skip.float()
-
-    def read_counts(self) -> StepCounts:
-        """Wait for the device, and return its counts."""
-        counts = (self.skipped, self.in_a_row, self.last_applied, self.end_step)
-        return StepCounts(*torch.stack(counts).tolist())
-
-    def nonfinite_terms_at_end(self) -> list[str]:
-        """Name the loss and terms that were not finite in the step that ended the run."""
-        assert self.finite_at_end is not None, "no step has been counted"
-        return list(compress(self.names, (~self.finite_at_end).tolist()))
-
-
 class StepMonitor:
     """Reads `guard` before anything is kept.
 
@@ -210,7 +96,7 @@ class StepMonitor:
 
     def __init__(
         self,
-        guard: StepGuard,
+        guard: "StepGuard",
         engine: "Engine",
         replay: Callable[[int], dict],
         find_newest: Callable[[], Path | None],

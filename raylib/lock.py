@@ -248,8 +248,8 @@ def _registered(lock: RunLock) -> Iterator[None]:
 def stored_owner(folder: Path) -> Owner | None:
     """Return the owner of a run by the file that worker 0 of torchrun wrote; None: there is none."""
     folder = folder.absolute()
-    held = next((path for path in (folder, *folder.parents) if (path / LOCK).is_file()), None)
-    return Owner(held, _read_record(held / LOCK).get("token", "")) if held else None
+    owned = next((path for path in (folder, *folder.parents) if (path / LOCK).is_file()), None)
+    return Owner(owned, _read_record(owned / LOCK).get("token", "")) if owned else None
 
 
 def add_ray_job(folder: Path, job: Record) -> None:

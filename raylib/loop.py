@@ -20,13 +20,14 @@ from raylib.engine import (
     Engine,
     LayerRates,
     Objective,
+    StepGuard,
     TorchEngine,
     learning_rate,
 )
 from raylib.engine_zero import DeepSpeedEngine
-from raylib.errors import RunLost, UserError
-from raylib.finite import StepGuard, StepMonitor, finite_values
-from raylib.lock import find_lock
+from raylib.errors import UserError
+from raylib.finite import StepMonitor, finite_values
+from raylib.lock import stop_if_lost
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch
 from raylib.notice import StopVote, notice_name
 from raylib.randomness import hash64
@@ -157,15 +158,14 @@ def fit(
     # whatever a step draws or reads follows from its number: a resumed run asks for steps from `first` on,
     # and goes through the very batches that it would have had
     stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
-    lock, done = find_lock(runtime.run), first
+    done = first
     with StallWatch(runtime) as watch, saver.writer, runtime.notices_to(vote.receive):
         if start and is_evaluation_due:
             evaluator.catch_up(start, first, losses)
         elif start and meta.get("is_scheduled", True):
             saver.report(first, losses, evaluation)  # it may have died between checkpoint and report
         for step in range(first, last if not vote.agreed else first):
-            if lock and lock.problem:
-                raise RunLost(lock.problem)
+            stop_if_lost(runtime.run)
             watch.start(step)
             batch = next(stream)
             meter.count(batch)

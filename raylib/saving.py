@@ -324,11 +324,11 @@ class CheckpointWriter:
             work()
         except Exception as e:
             error = e
-        told: Exception | None = error
+        report: Exception | None = error  # what the others raise
         if isinstance(error, OSError):
-            told = error = MachineError(str(error_line(error) or error))
+            report = error = MachineError(str(error_line(error) or error))
         elif error and not isinstance(error, MachineError | UserError):  # a bug: its traceback is there
-            told = RuntimeError(f"worker {self.rank}: {error!r}")
-        errors = gather_objects(told, self.group)
+            report = RuntimeError(f"worker {self.rank}: {error!r}")
+        errors = gather_objects(report, self.group)
         if first := error or next(filter(None, errors), None):
             raise first

@@ -138,7 +138,7 @@ class RunTracking:
         """Log what the run came to: `figures` of its `split` (test, dev), and the files in its folder."""
         result_files = [path for name in RESULTS if (path := self.facts.folder / name).is_file()]
         for name, tracker in self.trackers.items():
-            with _told(name, "has not got the results"):
+            with _failures_noted(name, "has not got the results"):
                 tracker.log_results(split, figures, result_files)
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class RunTracking:
 
     def _close_trackers(self, status: Status) -> None:
         for name, tracker in self.trackers.items():
-            with _told(name, f"has not heard that the run is {status}"):
+            with _failures_noted(name, f"has not heard that the run is {status}"):
                 tracker.close(status)
 
 
@@ -191,7 +191,7 @@ def track_run(
 
 
 @contextmanager
-def _told(name: str, what: str) -> Iterator[None]:
+def _failures_noted(name: str, what: str) -> Iterator[None]:
     """Print that the tracker `name` failed at `what` in the block: a run that is done stays done."""
     try:
         yield

@@ -5,9 +5,8 @@ import os
 import pytest
 import torch
 
-from raylib.engine import OptimConfig, TorchEngine
+from raylib.engine import OptimConfig, StepGuard, TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
-from raylib.finite import StepGuard
 from tests.test_strategies import Squares, Stack, batch_of
 from tests.workers import run_workers
 

@@ -13,9 +13,8 @@ from torch import nn
 
 from raylib import checkpoint
 from raylib.data.loading import StepDataset
-from raylib.engine import OptimConfig
+from raylib.engine import OptimConfig, StepGuard
 from raylib.errors import NotFinite
-from raylib.finite import StepGuard
 from raylib.loop import FitConfig, fit
 from raylib.models.base import model_files, save_model
 from raylib.monitoring import read_metrics

@@ -279,10 +279,10 @@ def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -
         lines = list(itertools.chain.from_iterable(predictor(shown)))
         good = [line for line in lines if "error" not in line]
         if bad := [line["error"] for line in lines if "error" in line]:
-            told = f"{len(bad):,} of {len(lines):,} images could not be read; the first: {bad[0]}"
+            summary = f"{len(bad):,} of {len(lines):,} images could not be read; the first: {bad[0]}"
             if not good:
-                raise UserError(told)
-            print(f"{told}; they are left out", file=sys.stderr)
+                raise UserError(summary)
+            print(f"{summary}; they are left out", file=sys.stderr)
         names, vectors = [line["image"] for line in good], np.array([line["embedding"] for line in good])
     for batch in batched(texts, config.batch):
         scores = predictor.model.encode_text(batch) @ vectors.T.astype(np.float32)

@@ -36,8 +36,8 @@ class GeneratorOptions(NamedTuple):
     seed: int = 0
 
 
-class Asked(NamedTuple):
-    """A trial in the study: its number, the storage's number of it, its setting."""
+class StudyTrial(NamedTuple):
+    """A trial in Optuna's study: its number, the storage's number of it, its setting."""
 
     number: int
     storage_id: int
@@ -64,8 +64,8 @@ class OptunaGenerator(SearchAlgorithm):
         self.study, self.goals, self.space, self.log, self.options = study, list(goals), space, log, options
         self.waiting: list[str] = []  # begun by an earlier start, to be run on
         self.completed: set[str] = set()
-        self._asked: dict[str, Asked] = {}
-        self._half_asked: list[int] = []  # of the study, without a trial yet: the driver died in between
+        self._study_trials: dict[str, StudyTrial] = {}
+        self._unnamed: list[int] = []  # trials of the study without a name: the driver died in between
         self._reported: set[tuple[str, int]] = set()  # (trial, epoch)
         self._repeats: dict[str, str] = {}  # {trial: the first one with its setting, whose score it takes}
         self._keys: dict[str, str | None] = {}  # of each trial
@@ -89,7 +89,7 @@ class OptunaGenerator(SearchAlgorithm):
                 continue
             if name is None:
                 if trial.state == TrialState.RUNNING:
-                    self._half_asked.append(trial._trial_id)
+                    self._unnamed.append(trial._trial_id)
                 continue
             self._enter(name, trial)
             if name not in self.log.settings:
@@ -101,7 +101,7 @@ class OptunaGenerator(SearchAlgorithm):
         """Enter into the study what the log and the reports have and it lacks, and find out what is left to
         be run. `is_stopped`: whether the stopping rule has ended a trial at its last report."""
         for name, setting in self.log.settings.items():
-            if name not in self._asked:
+            if name not in self._study_trials:
                 self._add_to_study(name, setting)
             if REPEAT_OF in setting:
                 self._repeats[name] = setting[REPEAT_OF]
@@ -110,7 +110,7 @@ class OptunaGenerator(SearchAlgorithm):
                 self._settle(name, is_stopped)
 
     def _enter(self, name: str, trial: FrozenTrial) -> None:
-        self._asked[name] = Asked(trial.number, trial._trial_id, trial.params)
+        self._study_trials[name] = StudyTrial(trial.number, trial._trial_id, trial.params)
         self._reported |= {(name, epoch) for epoch in trial.intermediate_values}
         if trial.state.is_finished():
             self.completed.add(name)
@@ -158,11 +158,11 @@ class OptunaGenerator(SearchAlgorithm):
         """Return a new trial's setting, perhaps marked; None: the time is up."""
         if self.log.seconds() >= self.options.max_seconds:
             return None
-        half_asked = self._half_asked.pop(0) if self._half_asked else None
-        trial = self.study.ask() if half_asked is None else optuna.Trial(self.study, half_asked)
+        storage_id = self._unnamed.pop(0) if self._unnamed else None
+        trial = self.study.ask() if storage_id is None else optuna.Trial(self.study, storage_id)
         self.space(trial)
         setting: Setting = dict(trial.params)
-        self._asked[name] = Asked(trial.number, trial._trial_id, setting)
+        self._study_trials[name] = StudyTrial(trial.number, trial._trial_id, setting)
         if earlier := self._trained_before(name):
             if self.options.repeats == "replicate":
                 setting = {**setting, REPLICATE: len(earlier)}
@@ -187,13 +187,13 @@ class OptunaGenerator(SearchAlgorithm):
 
     def _trained_before(self, name: str) -> list[str]:
         """Return the trials before this one that were trained with an equal setting, or still are."""
-        for each, asked in self._asked.items():
+        for each, known in self._study_trials.items():
             if each not in self._keys:
-                self._keys[each] = self.options.key(asked.setting)
+                self._keys[each] = self.options.key(known.setting)
         key = self._keys[name]
         if key is None:
             return []
-        trained = (each for each in self._asked if each not in self._repeats and each != name)
+        trained = (each for each in self._study_trials if each not in self._repeats and each != name)
         return [each for each in trained if self._keys[each] == key]
 
     # ---- Tune's interface
@@ -247,7 +247,9 @@ class OptunaGenerator(SearchAlgorithm):
     def _report(self, name: str, value: float, epoch: int) -> None:
         if (name, epoch) not in self._reported:  # after a restart reports come again
             self._reported.add((name, epoch))
-            self.study._storage.set_trial_intermediate_value(self._asked[name].storage_id, epoch, value)
+            self.study._storage.set_trial_intermediate_value(
+                self._study_trials[name].storage_id, epoch, value
+            )
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         if trial_id in self.completed:
@@ -264,16 +266,16 @@ class OptunaGenerator(SearchAlgorithm):
         # a repeat may have ended before the first trial did
         for repeat, first in self._repeats.items():
             if first in self.completed and repeat not in self.completed:
-                first_trial = self.study.get_trials(deepcopy=False)[self._asked[first].number]
+                first_trial = self.study.get_trials(deepcopy=False)[self._study_trials[first].number]
                 for epoch, value in first_trial.intermediate_values.items():
                     self._report(repeat, value, epoch)
                 values = first_trial.values if first_trial.state == TrialState.COMPLETE else None
                 self._tell(repeat, first_trial.state, values, 0)
 
     def _tell(self, name: str, state: TrialState, values: Sequence[float] | None, epochs: float) -> None:
-        asked = self._asked[name]
-        self.study._storage.set_trial_user_attr(asked.storage_id, "epochs", epochs)
-        self.study.tell(asked.number, values, state=state)
+        study_trial = self._study_trials[name]
+        self.study._storage.set_trial_user_attr(study_trial.storage_id, "epochs", epochs)
+        self.study.tell(study_trial.number, values, state=state)
         self.completed.add(name)
 
 

@@ -137,7 +137,7 @@ def trial(setting: Setting, context: SearchContext) -> None:
     if REPEAT_OF in setting:
         tune.report({REPEAT_OF: setting[REPEAT_OF], "epoch": 0.0, "judged": False, "finished": False})
         return
-    with machine_errors_reported(context.folder):
+    with machine_errors_reported(context.folder), work_for(context.owner):
         config = setting_config(context, without_marks(setting), "trials", tune.get_context().get_trial_id())
         if REPLICATE in setting:
             seed = context.base.fit.seed + REPLICATE_SEEDS + setting[REPLICATE]
@@ -156,7 +156,7 @@ def trial(setting: Setting, context: SearchContext) -> None:
 def final(cell: dict[str, Any], context: SearchContext, settings: list[Setting | None]) -> None:
     """Run a cell of the grid of best settings and fresh seeds; Tune's trainable of the last stage. None is
     the recipe as it is."""
-    with machine_errors_reported(context.folder):
+    with machine_errors_reported(context.folder), work_for(context.owner):
         index, seed = cell["cell"]
         config = setting_config(context, settings[index], "finals", f"setting{index}_seed{seed}")
         config = change_settings(config, {"fit.seed": seed, "keep_optimizer": False})
@@ -194,12 +194,6 @@ def setting_config(context: SearchContext, setting: Setting | None, part: str, n
 def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
     """Run `config`, report every checkpoint and, last, the scores of the model that the run leaves. Whatever
     is not finite (a loss, weights, a score) ends the trial, as "trouble"."""
-    with work_for(context.owner):
-        _run_trial(context, config, keep)
-
-
-def _run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
-    """`run_trial`, for the owner of the search."""
     job, folder, began = context.job, run_folder(config), time.time()
     cache.set_cache(context.object_cache)
     num_epochs = job.epochs_per_run(config) * job.num_runs(config)

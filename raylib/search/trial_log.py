@@ -107,10 +107,6 @@ class TrialLog:
         """Return how long this search has been under way, over all of its starts."""
         return self._seconds + time.monotonic() - self._began
 
-    def unfinished(self) -> list[str]:
-        """Return the trials that have begun and not ended, in their order."""
-        return [trial for trial in self.settings if trial not in self.outcomes]
-
     def reports(self, trial: str) -> list[dict[str, Any]]:
         """Return the reports of a trial, in their order."""
         return read_reports(self.runs / trial)
