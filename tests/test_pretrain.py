@@ -220,21 +220,6 @@ def test_pretrain_torchrun_with_zero_resumes_bit_exactly(mini, tmp_path, process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shardings", [("zero2", "zero2", "zero2"), ("zero2", "none", "zero2")])
-def test_pretrain_goes_on_with_other_workers_and_engines(mini, tmp_path, shardings):
-    """2 -> 1 -> 3 workers; losses are those of an undisturbed run but for rounding: gradients are added up in
-    another order."""
-    settings = (*LOCAL, "name=run")
-    for processes, stop, sharding in zip((2, 1, 3), (2, 4, 6), shardings, strict=True):
-        config = mini(*settings, f"fit.stop_after={stop}", f"fit.sharding={sharding}")
-        torchrun(config, tmp_path, processes)
-        meta = checkpoint.read_meta(checkpoint.find_newest(tmp_path / "run"))
-        assert (meta["step"], meta["workers"]) == (stop, processes)
-    run(mini(*LOCAL, "name=whole"))
-    assert_close(lines(mini("name=whole")), lines(mini("name=run")))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("tiny")])
 def test_pretrain_variants_resume_bit_exactly_and_on_two_workers(mini, tmp_path, recipe):
     whole, parts, two = (mini(f"name={name}", *LOCAL, recipe=recipe) for name in ("whole", "parts", "two"))

@@ -13,6 +13,7 @@ from benchmarks.device import GPU
 from benchmarks.dry import dry_run
 from pretrain.evaluate import ZeroShotRetrieval
 from pretrain.recipes import RECIPES
+from raylib import checkpoint
 from raylib.config import override
 from raylib.data.loading import to_device
 from raylib.engine import TorchEngine
@@ -97,7 +98,7 @@ def test_engines_on_any_number_of_workers_equal_one_process(world):
 
 
 def is_of_text(name: str) -> bool:
-    """Whether a stream of plain text alone trains a parameter; ZeRO decays the others too."""
+    """True of a parameter that a stream of plain text alone trains; ZeRO decays the others too."""
     return name.split(".")[0] in ("embedding", "text", "fusion", "masked_head") and ".cross_" not in name
 
 
@@ -167,7 +168,10 @@ def read_samples(folder: Path) -> list[list[list[int]]]:
 
 
 @pytest.mark.slow
-def test_run_goes_on_with_one_and_three_workers_as_if_undisturbed(mini, tmp_path, monkeypatch):
+@pytest.mark.parametrize("sharding_alone", ["zero2", "none"])
+def test_run_goes_on_with_one_and_three_workers_as_if_undisturbed(
+    mini, tmp_path, monkeypatch, sharding_alone
+):
     """2 -> 1 -> 3 processes, ZeRO-2 and DDP: each sample once, the same in the same step; losses and
     evaluations but for rounding."""
     (tmp_path / "spy.py").write_text(SPY)
@@ -175,7 +179,7 @@ def test_run_goes_on_with_one_and_three_workers_as_if_undisturbed(mini, tmp_path
         *("runtime=local", "fit.steps=9", "fit.save_every=3", "fit.eval_every=3", "data.dev=false"),
         *(f"objective.terms.spy={tmp_path / 'spy.py'}", "data.text.batch=10", "data.text.lanes=5"),
     ]
-    samples, parts = {}, [(2, 3, "zero2"), (1, 6, "none"), (3, 9, "zero2")]
+    samples, parts = {}, [(2, 3, "zero2"), (1, 6, sharding_alone), (3, 9, "zero2")]
     for name, starts in {"whole": [(1, 9, "none")], "parts": parts}.items():
         samples[name] = []
         for processes, end, sharding in starts:
@@ -188,6 +192,8 @@ def test_run_goes_on_with_one_and_three_workers_as_if_undisturbed(mini, tmp_path
                 processes,
             )
             samples[name] += read_samples(folder)
+            meta = checkpoint.read_meta(checkpoint.find_newest(tmp_path / name))
+            assert (meta["step"], meta["workers"]) == (end, processes)
     assert len(samples["whole"]) == 9 and all(len({i for i, _, _ in step}) == 16 for step in samples["whole"])
     assert samples["parts"] == samples["whole"]
     whole, parts = ([*read_metrics(tmp_path / name)] for name in ("whole", "parts"))
