@@ -1,5 +1,6 @@
 """Results of a run for people: `result.json`, a Markdown table, a figure."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
             filter(None, (p.get("unknown_training_answer") for p in parts)), None
         ),
         "items_skipped": {
-            "train": unknown + sum(part.get("samples_replaced", 0) for part in parts),
-            **_dev_items_skipped(parts),
+            **_items_skipped(parts),
             **{c: v.get("unlabelled", 0) + v.get("bad_images", 0) for c, v in figures.items()},
         },
         "bad_images": {
@@ -96,27 +96,21 @@ def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str
             for code in sorted(languages)
         },
         "interval": {code: found[0] for code, found in intervals.items() if len(found) == 1},
-        "items_skipped": {
-            "train": sum(
-                part.get(name, 0)
-                for part in parts
-                for name in ("unknown_training_answers", "samples_replaced")
-            ),
-            **_dev_items_skipped(parts),
-        },
+        "items_skipped": _items_skipped(parts),
         **_runtime_facts(parts),
     }
 
 
-def _dev_items_skipped(parts: list[dict[str, Any]]) -> dict[str, int]:
-    """{"dev/LANGUAGE": items whose image could not be read, in the last evaluation} where there are any."""
-    found: dict[str, int] = {}
+def _items_skipped(parts: list[dict[str, Any]]) -> dict[str, int]:
+    """{"train": examples without a usable answer or image; where there are any, "dev/LANGUAGE": items whose
+    image could not be read, in the last evaluation}."""
+    counts = Counter(train=sum(part.get("unknown_training_answers", 0) for part in parts))
     for part in parts:
+        counts["train"] += part.get("samples_replaced", 0)
         for name, count in part.get("evaluation", {}).items():
             if name.startswith("bad_images/"):
-                code = name.removeprefix("bad_images/")
-                found[code] = found.get(code, 0) + int(count)
-    return found
+                counts[name.removeprefix("bad_images/")] += int(count)
+    return dict(counts)
 
 
 def _runtime_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,25 +180,21 @@ def launch(
 
 
 def _on_ray(main: Callable, config: Any, run: Path, reporter: Reporter | None) -> dict:
-    has_started = connect_to_ray()
-    import ray
+    with ray_cluster():
+        import ray
 
-    resources = ray.cluster_resources()
-    gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
-    available = int(resources.get("GPU" if gpu else "CPU", 0))
-    if available < config.workers:
-        raise UserError(
-            f"workers={config.workers}, but the cluster has {available} {'GPUs' if gpu else 'CPUs'}; set "
-            f"workers={available}"
-        )
-    is_trial = reporter is not None
-    worker = worker_resources(list_nodes(), config.workers, gpu, config.fit.loader_workers, is_trial)
-    add_ray_job(run, this_job())
-    try:
+        resources = ray.cluster_resources()
+        gpu = resources.get("GPU", 0) > 0 if config.gpu is None else config.gpu
+        available = int(resources.get("GPU" if gpu else "CPU", 0))
+        if available < config.workers:
+            raise UserError(
+                f"workers={config.workers}, but the cluster has {available} {'GPUs' if gpu else 'CPUs'}; set "
+                f"workers={available}"
+            )
+        is_trial = reporter is not None
+        worker = worker_resources(list_nodes(), config.workers, gpu, config.fit.loader_workers, is_trial)
+        add_ray_job(run, this_job())
         return train_on_ray(main, config, run, worker, reporter)
-    finally:
-        if has_started:
-            ray.shutdown()
 
 
 def list_nodes() -> list[dict[str, float]]:
@@ -251,13 +247,12 @@ def map_parts(worker: type, arguments: tuple, parts: Iterable[Any], workers: int
     rows = [{"part": json.dumps(part)} for part in parts]
     if not rows:
         return
-    has_started = connect_to_ray()
-    import ray
-    from ray.data import ActorPoolStrategy, DataContext
+    with ray_cluster():
+        import ray
+        from ray.data import ActorPoolStrategy, DataContext
 
-    DataContext.get_current().enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans, and that there are no bars
-    try:
+        DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # plans, and that there are no bars
         gpus = 1 if ray.cluster_resources().get("GPU") else 0
         results = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
             _PartCaller,
@@ -271,9 +266,6 @@ def map_parts(worker: type, arguments: tuple, parts: Iterable[Any], workers: int
             if "user_error" in result:
                 raise UserError(result["user_error"])
             yield result["value"]
-    finally:
-        if has_started:
-            ray.shutdown()
 
 
 class _PartCaller:
@@ -288,6 +280,19 @@ class _PartCaller:
         except UserError as e:
             result = {"user_error": str(e)}
         return {"result": [json.dumps(result)]}
+
+
+@contextmanager
+def ray_cluster(quiet: bool = False) -> Iterator[None]:
+    """Be in a cluster within the block (`connect_to_ray`); one that was started for it ends with it."""
+    has_started = connect_to_ray(quiet)
+    import ray
+
+    try:
+        yield
+    finally:
+        if has_started:
+            ray.shutdown()
 
 
 def connect_to_ray(quiet: bool = False) -> bool:
@@ -373,20 +378,16 @@ def job_has_ended(record: Mapping[str, Any]) -> bool | None:
     cluster of RAY_ADDRESS, or there is none."""
     if "RAY_ADDRESS" not in os.environ:
         return None
-    has_started = connect_to_ray()
-    import ray
-    from ray.util.state import list_jobs
-    from ray.util.state.exception import RayStateApiException
+    with ray_cluster():
+        from ray.util.state import list_jobs
+        from ray.util.state.exception import RayStateApiException
 
-    job = record["ray"]
-    try:
-        # numbers of jobs come again in another cluster, those of a process on its node hardly
-        found = [entry for entry in list_jobs(detail=True) if entry.job_id == job["job"]]
-    except RayStateApiException:  # no dashboard
-        return None
-    finally:
-        if has_started:
-            ray.shutdown()
+        job = record["ray"]
+        try:
+            # numbers of jobs come again in another cluster, those of a process on its node hardly
+            found = [entry for entry in list_jobs(detail=True) if entry.job_id == job["job"]]
+        except RayStateApiException:  # no dashboard
+            return None
     drivers = [entry for entry in found if entry.driver_info]
     same = [
         entry.status

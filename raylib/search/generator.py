@@ -93,7 +93,7 @@ class OptunaGenerator(SearchAlgorithm):
                 continue
             self._enter(name, trial)
             if name not in self.log.settings:
-                self.log.restore(name, self._marked(name, trial), JOURNAL)
+                self.log.restore(name, self._marked(trial), JOURNAL)
             if trial.state.is_finished() and name not in self.log.outcomes:
                 self.log.end(name, STATES[trial.state])
 
@@ -115,7 +115,7 @@ class OptunaGenerator(SearchAlgorithm):
         if trial.state.is_finished():
             self.completed.add(name)
 
-    def _marked(self, name: str, trial: FrozenTrial) -> Setting:
+    def _marked(self, trial: FrozenTrial) -> Setting:
         """Return the setting of a trial of the study, with its marks."""
         attributes = trial.user_attrs
         marks = {REPEAT_OF: attributes.get("score of trial"), REPLICATE: attributes.get("replicate")}

@@ -29,10 +29,10 @@ from raylib.errors import UserError
 from raylib.fileio import write_json
 from raylib.launch import (
     IDLE_CPUS,
-    connect_to_ray,
     gpu_share,
     job_has_ended,
     list_nodes,
+    ray_cluster,
     this_job,
     warn_of_copy,
 )
@@ -106,8 +106,7 @@ def _search_in(
         return folder
     warm_start = load_warm_start(config, space, fingerprint, type(base))
     base = prepare_base(config, name, space, job, base)
-    has_started = connect_to_ray(quiet=True)
-    try:
+    with ray_cluster(quiet=True):
         resources = plan_resources(config)
         add_ray_job(folder, this_job())
         # Scores of finished trials are compared with those of trials to come, so all must read the same data.
@@ -142,9 +141,6 @@ def _search_in(
             )
         finalists = run_finalists(context, results, resources)
         report.write_report(context, results, finalists)
-    finally:
-        if has_started:
-            ray.shutdown()
     print(report_file.read_text(encoding="utf-8"))
     best = spell_commands(f"python -m {job.command} --config {folder}/best.yaml")
     print(f"{folder}/report.md, trials.csv; the best: {best}")
