@@ -125,7 +125,7 @@ def order_of_gradients(batch, chunk=2**23, recomputation=("none", 1), device=CPU
         (CPU, 1, {}),
         (CPU, 1, {"itm_text": "clean", "ucl_text": "masked", "fuse_every": 3}),
         (CPU, 3, {"itm_text": "clean"}),
-        (GPU, 3, {}),
+        pytest.param(GPU, 3, {}, marks=SLOW),
     ],
 )
 def test_gradients_come_in_one_order_whatever_a_worker_has(monkeypatch, device, pieces, config):
