@@ -18,9 +18,10 @@ folder of its own, `runs/NAME/best`: they are read as they are; a run that goes 
 from then on.
 """
 
+import itertools
 import json
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,7 +76,7 @@ def read_registry(run: Path) -> Registry:
         values = read_json(snapshot)
         results = [*values["checkpoint_results"], values["latest_checkpoint_result"]]
         stored = [*stored, *(result["checkpoint_dir_name"] for result in results if result)]
-    return Registry(sorted(set(stored)))
+    return Registry(in_order(set(stored)))
 
 
 def _write_registry(run: Path, registry: Registry) -> None:
@@ -92,8 +93,13 @@ def _write_registry(run: Path, registry: Registry) -> None:
 
 
 def step_name(step: int) -> str:
-    """Return the name of a step's checkpoint: as text, names have the order of their steps."""
+    """Return the name of a step's checkpoint; see `in_order`."""
     return f"step_{step:06d}"
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Return names of checkpoints by their steps; from a million on these have a digit more."""
+    return sorted(names, key=lambda name: (len(name), name))
 
 
 def verify(folder: Path, names: Collection[str] | None = None) -> dict:
@@ -197,7 +203,7 @@ def register(run: Path, name: str, keep: int) -> None:
         raise NotFinite(
             f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot be compared"
         )
-    names = sorted({*read_registry(run).checkpoints, name})
+    names = in_order({*read_registry(run).checkpoints, name})
     best = _best_of(run, names)
     kept = [each for each in names if each in names[-keep:] or (best and each == best.checkpoint)]
     # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
@@ -240,13 +246,13 @@ def settle(run: Path) -> None:
         # a registry that was lost: a folder has its name only since it was whole
         names = {path.name for path in folder.glob("step_*") if (path / "meta.json").is_file()}
         if names:
-            print(f"{folder}/{REGISTRY} was gone; registered again: {', '.join(sorted(names))}", flush=True)
+            print(f"{folder}/{REGISTRY} was gone; registered again: {', '.join(in_order(names))}", flush=True)
     for path in (*folder.glob("step_*"), *folder.glob(".step_*"), run / f".{OLD_BEST}.new"):
         if path.name not in names:
             remove_folder(path)
     remove_temporaries(run)
-    names |= _adopt_best(run, sorted(names))
-    _write_registry(run, Registry(sorted(names), _best_of(run, sorted(names))))
+    ordered = in_order(names | _adopt_best(run, in_order(names)))
+    _write_registry(run, Registry(ordered, _best_of(run, ordered)))
 
 
 def _adopt_best(run: Path, names: Sequence[str]) -> set[str]:
@@ -256,7 +262,8 @@ def _adopt_best(run: Path, names: Sequence[str]) -> set[str]:
     if not best.is_dir() or not names:
         return set()
     meta = read_meta(best)
-    if (name := step_name(meta["step"])) > names[-1]:
+    name = step_name(meta["step"])
+    if name not in names and in_order([*names, name])[-1] == name:
         return set()
     if bad := _not_finite_of(best):
         print(f"{best}: {bad} is not finite (NaN or infinite); it is not kept", flush=True)
@@ -264,7 +271,7 @@ def _adopt_best(run: Path, names: Sequence[str]) -> set[str]:
         return set()
     # entered before it is moved: a crash between the two leaves a name whose folder is still `best`, which
     # `find_best` and the next start look for
-    _write_registry(run, Registry(sorted({*names, name}), Best(name, meta["score"])))
+    _write_registry(run, Registry(in_order({*names, name}), Best(name, meta["score"])))
     if (run / FOLDER / name).is_dir():
         remove_folder(best)  # the same files, under two names
     else:
@@ -311,11 +318,13 @@ def rewind(run: Path, name: str) -> Path:
         raise UserError(f"{run}: no checkpoint '{name}'; there are: {known or 'none'}")
     verify(run / FOLDER / target)
     require_optimizer(run / FOLDER / target)
-    older = [each for each in names if each <= target]
-    if newer := [each for each in names if each > target]:
+    end = names.index(target) + 1
+    older, newer = names[:end], names[end:]
+    if newer:
         # whatever is newer must not be found again, and steps that come again need its names. The registry
         # says first what is moved where: after a crash in between, the next start moves the rest
-        place = f"{FOLDER}.before-{len(list(run.glob(f'{FOLDER}.before-*'))) + 1}"
+        places = (f"{FOLDER}.before-{number}" for number in itertools.count(1))
+        place = next(each for each in places if not (run / each).exists())
         (run / place).mkdir()
         aside = dict.fromkeys(newer, place)
         _write_registry(run, Registry(older, _best_of(run, older), aside))

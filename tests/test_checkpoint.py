@@ -94,6 +94,18 @@ def test_register_keeps_newest_and_best(tmp_path):
     }
 
 
+def test_checkpoints_have_the_order_of_steps_beyond_a_million(tmp_path):
+    """Whose names come first as text: the newest would go, and each resume lose all since then."""
+    make_run(tmp_path, {999_999: 0.1, 1_000_000: 0.1, 1_000_001: 0.1}, keep=2)
+    late = ["step_1000000", "step_1000001"]
+    assert checkpoint.read_registry(tmp_path).checkpoints == ["step_999999", *late]  # the best stays
+    assert checkpoint.find_newest(tmp_path).name == late[1]
+    checkpoint.settle(tmp_path)
+    assert checkpoint.find_newest(tmp_path).name == late[1]
+    assert checkpoint.rewind(tmp_path, late[0]).name == late[0]
+    assert checkpoint.read_registry(tmp_path).checkpoints == ["step_999999", late[0]]
+
+
 def test_register_refuses_score_that_is_not_finite(tmp_path):
     make_run(tmp_path, {1: 0.1})
     write_checkpoint(tmp_path, 2, float("nan"))
@@ -127,6 +139,16 @@ def test_rewind_killed_anywhere_deletes_nothing(tmp_path, name):
         assert checkpoint.read_registry(run) == (steps(1, 2), ("step_000002", 0.9), {})
         folders = sorted(path.name for path in run.glob("**/step_*"))
         assert folders == steps(1, 2, 3, 4) and len(list(run.glob("checkpoints.before-*/step_*"))) == 2
+
+
+def test_rewind_finds_a_place_after_the_user_removed_an_older_one(tmp_path):
+    make_run(tmp_path, {1: 0.3, 2: 0.2, 3: 0.1}, keep=9)
+    checkpoint.rewind(tmp_path, "step_000002")
+    checkpoint.rewind(tmp_path, "step_000001")
+    shutil.rmtree(tmp_path / "checkpoints.before-1")
+    make_run(tmp_path, {2: 0.4})
+    checkpoint.rewind(tmp_path, "step_000001")
+    assert len(list(tmp_path.glob("checkpoints.before-*/step_000002"))) == 2
 
 
 def test_rewind_behind_the_best_chooses_another(tmp_path):
