@@ -156,7 +156,7 @@ class StopVote:
     evaluation is no place to wait for its end, nor one that all workers can leave together: a thread votes
     meanwhile, and has the state saved (`evaluate`).
 
-    agreed: the notice that all stop for; 0: none so far.
+    agreed: the notice that all stop for; 0: none so far. error: what saving amid an evaluation has come to.
     """
 
     VOTE_SECONDS, LEAVE_SECONDS = 0.2, 3.0  # between votes; for an evaluation to be left
@@ -166,6 +166,7 @@ class StopVote:
         self.lock = threading.RLock()  # a signal's handler runs in the thread that may hold it
         self.evaluating: int | None = None  # the thread that evaluates
         self.is_raised = False  # `EvaluationStopped`, there, by another thread
+        self.error: Exception | None = None
         self.group: Any = None
         self.work: Any = None
         self.flag: Any = None
@@ -199,12 +200,13 @@ class StopVote:
         return self.agreed
 
     def require_heeded(self) -> None:
-        """End the command by a notice that came when no step was left to stop after.
+        """End the command by a signal that came when no step was left to stop after. A preemption ends
+        nothing then: what follows the training goes on for as long as there are its nodes.
 
         Raises:
             Interrupted: there is one.
         """
-        if self.notice and not self.agreed:
+        if self.notice > PREEMPTION and not self.agreed:
             raise Interrupted(self.notice)
 
     def _start(self) -> None:
@@ -230,6 +232,8 @@ class StopVote:
         save: with several workers called in a thread while the evaluation may still run: it must not use the
             default process group.
         leave: ends this process, where the evaluation waits for workers that have left theirs.
+        Raises:
+            MachineError, UserError: what `save` has met.
         """
         done = threading.Event()
         voters = threading.Thread(target=self._vote_until, args=(done, save, leave), daemon=True)
@@ -257,11 +261,15 @@ class StopVote:
                 return None
             if self.group is not None:  # other workers have left, and this one has lost them
                 voters.join(self.LEAVE_SECONDS)
+            if self.error:
+                raise self.error from None
             if not self.agreed:
                 raise
             return None
         if self.group is not None:
             voters.join()
+        if self.error:
+            raise self.error
         return None if self.agreed else value
 
     def _vote_until(
@@ -276,10 +284,13 @@ class StopVote:
             dist.all_reduce(flags, dist.ReduceOp.MAX, self.group)
             notice, is_any_evaluating = flags.tolist()
             if notice:
-                save()
-                self.agreed = notice
+                try:
+                    save()
+                    self.agreed = notice
+                except Exception as e:  # raised where the evaluation ends
+                    self.error = e
                 self._end_evaluation()
-                if not done.wait(self.LEAVE_SECONDS):
+                if not done.wait(self.LEAVE_SECONDS) and not self.error:
                     leave()
                 return
             if not is_any_evaluating:

@@ -68,6 +68,8 @@ def train_on_ray(
             failure = _explain(e)
             failure = failure._replace(is_preemption=failure.is_preemption or attempt.is_preempted)
         except RayError as e:
+            if attempt.signal:
+                raise _stopped(attempt.signal, run) from None
             failure = _Failure(f"Ray Train's controller was lost ({_first_line(e)})", attempt.is_preempted)
         else:
             if result.get("notice") != PREEMPTION:
@@ -171,6 +173,8 @@ class _Attempt:
             raise
         if isinstance(self.outcome, BaseException):
             raise self.outcome
+        if self.signal > passed_on and not self.outcome.get("notice"):  # it came when the workers had ended
+            raise Interrupted(self.signal)
         return self.outcome
 
     def _receive(self, number: int) -> None:

@@ -2,16 +2,22 @@
 attempt may mend."""
 
 import errno
+import math
+import signal
 import socket
+import threading
+from types import SimpleNamespace
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from raylib import ray_run
 from raylib.errors import MachineError, UserError
 from raylib.launch import connect_to_ray, gpu_share, warn_of_copy, worker_resources
-from raylib.ray_run import _explain
+from raylib.notice import Interrupted, signals_handled
+from raylib.ray_run import _Attempt, _explain, train_on_ray
 
 HEAD, CPU4 = {"CPU": 0.0}, {"CPU": 4.0}
 BOX, NODE = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 64.0, "GPU": 4.0}
@@ -147,3 +153,39 @@ def test_failure_that_another_attempt_may_mend_names_its_cause(failures, cause, 
 def test_failure_that_would_only_come_again_ends_the_run(error, kind):
     with pytest.raises(kind):
         _explain(WorkerGroupError("a traceback", {0: CLOSED, 1: error}))
+
+
+class Ending(_Attempt):
+    """An attempt without a cluster, whose workers end just when a signal comes."""
+
+    def __init__(self, run, outcome):
+        self.run_folder, self.signal, self.is_preempted = run, 0, False
+        self.last_look, self.outcome = math.inf, None
+        self.end_with = outcome
+
+    def _fit(self):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        self.outcome = self.end_with
+
+    def _post(self, number):
+        raise RayError("the board is lost")  # it saw the signal while the workers still lived
+
+    def _abort(self):
+        pass
+
+
+@pytest.mark.parametrize("outcome", [{"finished": True}, RayError("the controller is lost")])
+def test_signal_that_comes_when_the_workers_end_is_not_lost(outcome, tmp_path, monkeypatch):
+    """The next training of a run, or its next attempt, would begin, and no further signal be heard."""
+    attempts = []
+
+    def begin(*_):
+        assert not attempts, "another attempt"
+        attempts.append(Ending(tmp_path, outcome))
+        return attempts[-1]
+
+    monkeypatch.setattr(ray_run, "_Attempt", begin)
+    config = SimpleNamespace(max_failures=3, max_preemptions=3)
+    with signals_handled(), pytest.raises(Interrupted) as caught:
+        train_on_ray(None, config, tmp_path, {}, None)
+    assert caught.value.number == signal.SIGTERM

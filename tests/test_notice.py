@@ -19,7 +19,9 @@ from pretrain.__main__ import main
 from raylib import checkpoint, loop
 from raylib.config import dump_config
 from raylib.monitoring import read_metrics
-from raylib.notice import known_grace
+from raylib.errors import MachineError
+from raylib.notice import PREEMPTION, Interrupted, StopVote, known_grace
+from tests.workers import run_workers
 
 ALONE = ("runtime=local", "workers=1")
 
@@ -158,6 +160,42 @@ def test_notice_killed_while_it_catches_up_with_an_evaluation_logs_it_once(mini,
         patched.setattr(checkpoint, "add_scores", killed)
         start(config)
     assert start(config) == 0 and outcome(config) == expected
+
+
+def stop_on_full_disk(rank, world):
+    """Worker 1 gets a notice amid an evaluation whose state finds no room."""
+
+    def evaluation():
+        if rank == 1:
+            vote.receive(signal.SIGTERM)
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+    def save():
+        raise MachineError("no space left on the disk")
+
+    vote, end = StopVote(world), time.monotonic() + 60
+    try:
+        vote.evaluate(evaluation, save, lambda: os._exit(9))
+    except MachineError as e:
+        return str(e), time.monotonic() < end
+
+
+def test_notice_during_an_evaluation_that_cannot_be_saved_ends_with_its_error(capfd):
+    """On all workers, at once: the thread that saves must not take it with it."""
+    assert run_workers(stop_on_full_disk, 2) == [("no space left on the disk", True)] * 2
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_notice_of_a_preemption_after_the_last_step_ends_nothing():
+    """A worker's `Interrupted` would end the run as a bug does; a signal's is told by the driver."""
+    vote = StopVote(1)
+    assert vote.at_end() == 0
+    vote.receive(PREEMPTION)
+    vote.require_heeded()
+    vote.receive(signal.SIGTERM)
+    with pytest.raises(Interrupted):
+        vote.require_heeded()
 
 
 def test_notice_second_ctrl_c_ends_at_once(mini, monkeypatch, capfd):
