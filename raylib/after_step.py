@@ -164,13 +164,14 @@ class Evaluator:
 
     def after_step(self, done: int, losses: dict, due: Sequence[bool], stops: bool, is_last: bool) -> bool:
         """Evaluate and save after `done` steps, as `due`; returns whether training goes on. A notice that
-        `stops` it, or comes while it evaluates, leaves a checkpoint without the scores of this step.
+        `stops` it, or comes while it evaluates, leaves a checkpoint without the scores of this step; the last
+        step leaves one in any case.
 
         Raises:
             NotFinite: weights, embeddings, logits or a score are not finite (named).
         """
         evaluates, saves = due
-        if not (evaluates or saves or stops):
+        if not (evaluates or saves or stops or is_last):
             return True
         # weights are looked at before they are evaluated or kept, never after
         self.monitor.require_usable_weights(done)
@@ -183,7 +184,7 @@ class Evaluator:
                 return False
             self.scores = scores
             self.progress.log_evaluation(done, scores)
-        if saves or stops:
+        if saves or stops or is_last:
             is_due = evaluates and stops
             self.saver.save(done, losses, self.scores, self.monitor, saves, is_due, is_last or stops)
         return not stops

@@ -170,7 +170,8 @@ class FitConfig(Config):
         return f"{line}, compiled" if self.compile else line
 
     def due_after(self, done: int, last: int) -> tuple[bool, bool, bool]:
-        """Return whether to log, to evaluate, to save after `done` steps; the loop ends at `last`."""
+        """Return whether to log, to evaluate, to save after `done` steps. The loop ends at `last`, and saves
+        there in any case, as for a notice."""
 
         def is_due(every: int) -> bool:
             return done == self.steps or (every > 0 and done % every == 0)
@@ -179,7 +180,7 @@ class FitConfig(Config):
         return (
             done % self.log_every == 0 or is_last,
             is_due(self.eval_every),
-            is_due(self.save_every) or is_last,
+            is_due(self.save_every),
         )
 
 

@@ -2,7 +2,6 @@
 attempt may mend."""
 
 import errno
-import math
 import signal
 import socket
 import threading
@@ -156,19 +155,21 @@ def test_failure_that_would_only_come_again_ends_the_run(error, kind):
 
 
 class Ending(_Attempt):
-    """An attempt without a cluster, whose workers end just when a signal comes."""
+    """An attempt without a cluster, whose workers end between two looks at the signals, as one comes."""
 
     def __init__(self, run, outcome):
         self.run_folder, self.signal, self.is_preempted = run, 0, False
-        self.last_look, self.outcome = math.inf, None
-        self.end_with = outcome
+        self.outcome, self.end_with, self.ends = None, outcome, threading.Event()
 
     def _fit(self):
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+        self.ends.wait()
         self.outcome = self.end_with
 
-    def _post(self, number):
-        raise RayError("the board is lost")  # it saw the signal while the workers still lived
+    def _look_for_preemption(self):
+        self.ends.set()
+        (thread,) = (each for each in threading.enumerate() if each.name == "ray train")
+        thread.join()
+        signal.raise_signal(signal.SIGTERM)
 
     def _abort(self):
         pass

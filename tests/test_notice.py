@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 
 import pretrain.train
 from pretrain.__main__ import main
+from pretrain.train import run as run_pretraining
 from raylib import checkpoint, loop
 from raylib.config import dump_config
-from raylib.monitoring import read_metrics
 from raylib.errors import MachineError
+from raylib.monitoring import read_metrics
 from raylib.notice import PREEMPTION, Interrupted, StopVote, known_grace
 from tests.workers import run_workers
 
@@ -159,6 +160,18 @@ def test_notice_killed_while_it_catches_up_with_an_evaluation_logs_it_once(mini,
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr(checkpoint, "add_scores", killed)
         start(config)
+    assert start(config) == 0 and outcome(config) == expected
+
+
+def test_stop_after_an_unscheduled_step_leaves_no_trace(mini, undisturbed):
+    """Its checkpoint has no score: that of step 2 is of other weights."""
+    settings, expected = undisturbed
+    config = mini("name=parts", *settings)
+    run_pretraining(config.model_copy(update={"fit": config.fit.model_copy(update={"stop_after": 3})}))
+    newest = checkpoint.find_newest(Path(config.runs) / "parts")
+    assert (
+        checkpoint.read_meta(newest)["score"] is None and checkpoint.find_best(newest.parent.parent) is None
+    )
     assert start(config) == 0 and outcome(config) == expected
 
 
