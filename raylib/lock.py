@@ -1,6 +1,7 @@
 """The lock of a run: one owner at a time, and workers that stop when it is gone.
 
-    RUN/lock.json      {"token", "host", "boot", "pid_namespace", "pid", "start", "since", "command", "ray"}
+    RUN/lock.json      {"token", "host", "boot", "pid_namespace", "pid", "start", "locks", "since", "command",
+                        "ray"}
 
 The process that starts a run (a Ray driver, worker 0 of torchrun, a search's driver) owns its folder and all
 below, as long as the file has its token; at its end the file goes. A second start finds out whether the owner
@@ -34,6 +35,7 @@ from raylib.processes import (
     is_same_file,
     may_live,
     process_lives,
+    reach_of_locks,
     sees_locks,
     this_command,
     this_process,
@@ -322,7 +324,7 @@ def _require_gone(folder: Path, record: Record, is_free: bool | None, job_has_en
 def _take(folder: Path, descriptor: int, before: Record) -> RunLock:
     path, token = folder / LOCK, secrets.token_hex(8)
     since = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    facts = {"since": since, "command": this_command(), "ray": None}
+    facts = {"locks": reach_of_locks(path), "since": since, "command": this_command(), "ray": None}
     try:
         with name_errors(path):
             _write_record(descriptor, {"token": token, **this_process(), **facts})

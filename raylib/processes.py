@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-# of one kernel: no process of another machine can have a file of theirs
+# of one kernel
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs")
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "ceph")  # whose locks all machines see
 COMMAND_LENGTH = 60  # characters of a command that a line about its process has
@@ -81,14 +81,23 @@ def try_lock(descriptor: int, kind: int = fcntl.LOCK_EX) -> bool | None:
 
 
 def sees_locks(path: Path, process: Mapping[str, Any]) -> bool:
-    """Return whether a lock of the file `path` by a process would be seen here."""
+    """Return whether a lock of the file `path` by a process, which has `reach_of_locks` as "locks", would be
+    seen here."""
     if process.get("boot") and process["boot"] == this_process()["boot"]:
         return True  # one kernel, another container
+    reach = reach_of_locks(path)
+    # the server of a network file system locks a disk of its own: neither it nor its clients see the other's
+    return reach != "" and process.get("locks") == reach
+
+
+def reach_of_locks(path: Path) -> str:
+    """Return who sees locks of a file: all machines that have mounted it ("shared"), this one alone
+    ("local"), or nobody knows ("")."""
     kind, options = _file_system(path)
     if kind in SHARED_FILE_SYSTEMS:
         local = [o for o in options.split(",") if o == "nolock" or o.startswith("local_lock=")]
-        return all(option == "local_lock=none" for option in local)
-    return kind in LOCAL_FILE_SYSTEMS
+        return "shared" if all(option == "local_lock=none" for option in local) else ""
+    return "local" if kind in LOCAL_FILE_SYSTEMS else ""
 
 
 def may_live(process: Mapping[str, Any], path: Path) -> bool:

@@ -26,6 +26,7 @@ from raylib.lock import (
     hold_run,
     owner_of,
     require_owned,
+    stored_owner,
     watch_file,
     work_for,
 )
@@ -146,23 +147,27 @@ def test_lock_of_a_live_process_is_kept_where_the_file_is_not_locked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file_system", "is_taken"),
+    ("file_system", "of_owner", "is_taken"),
     [
-        (("nfs4", "rw,local_lock=none"), True),
-        (("nfs4", "rw,local_lock=all"), False),
-        (("fuse.s3fs", "rw"), False),
-        (("ext4", "rw"), True),
+        (("nfs4", "rw,local_lock=none"), "shared", True),
+        (("nfs4", "rw,local_lock=none"), "local", False),  # it is the server, whose locks clients do not see
+        (("nfs4", "rw,local_lock=all"), "shared", False),
+        (("fuse.s3fs", "rw"), "", False),
+        (("ext4", "rw"), "local", True),  # a disk that was moved
+        (("ext4", "rw"), "shared", False),  # this is the server
     ],
 )
 def test_lock_of_another_machine_is_judged_by_what_its_file_system_carries(
-    file_system, is_taken, tmp_path, monkeypatch, capsys
+    file_system, of_owner, is_taken, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(processes, "_file_system", lambda path: file_system)
-    write_record(tmp_path, host="other", boot="another")
+    write_record(tmp_path, host="other", boot="another", locks=of_owner)
     if is_taken:
         with hold_run(tmp_path):
             assert "taken over from process" in capsys.readouterr().out
     else:
+        with work_for(stored_owner(tmp_path)):  # in doubt, the owner of this worker lives
+            require_owned(tmp_path)
         with pytest.raises(UserError, match=f"; if it is gone, remove {tmp_path}/{LOCK}"), hold_run(tmp_path):
             pass
 
