@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from finetune.config import FinetuneConfig
 from finetune.strategies import StrategiesConfig
+from raylib import checkpoint
 from raylib.config import change_settings, load_config, read_stored_settings, without_settings
 from raylib.errors import UserError
 from raylib.fileio import read_json
@@ -179,12 +180,19 @@ def _locate(path: str, run: Path | None, runs: str | None) -> Path:
     candidates = [started_in(run) / path if run else Path(path), Path(path)]
     if run and runs and Path(path).is_relative_to(runs):
         candidates.insert(0, run.resolve().parent / Path(path).relative_to(runs))
-    return next((location.resolve() for location in candidates if location.exists()), Path(path))
+    return next((location.resolve() for location in candidates if _is_there(location)), Path(path))
+
+
+def _is_there(location: Path) -> bool:
+    """Return whether there is such a file or folder, or it is RUN/best of a run that has one."""
+    return location.exists() or (
+        location.name == "best" and checkpoint.find_best(location.parent) is not None
+    )
 
 
 def _run_at(location: Path) -> tuple[Path, dict[str, Any]] | None:
     """(folder, stored settings) of the run that `location` is, or lies in; None if there is none."""
-    folders = (location, *location.parents) if location.exists() else ()
+    folders = (location, *location.parents) if _is_there(location) else ()
     return next(((folder, values) for folder in folders if (values := _read(folder))), None)
 
 
