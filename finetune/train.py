@@ -35,7 +35,7 @@ from finetune.worker import FinetuneJob, test_result, trained_config
 from raylib import checkpoint
 from raylib.config import load_config, user_files
 from raylib.errors import NotFinite, UserError
-from raylib.fileio import copy_atomically, read_json, write_json
+from raylib.fileio import copy_atomically, read_json_object, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import (
     config_hash,
@@ -307,7 +307,7 @@ def _run_part(
     folder, is_main = run_folder(config), is_main_process(config)
     done = folder / "part.json"
     if done.is_file() and config.resume == "newest":
-        return read_json(done)
+        return read_json_object(done)
     if is_main:
         if language:
             _open_run(config)
@@ -372,7 +372,7 @@ class _Stages:
         folder, is_main = run_folder(part), is_main_process(part)
         done = folder / "part.json"
         if done.is_file():
-            result = read_json(done)
+            result = read_json_object(done)
         else:
             if is_main:
                 _open_run(part)
@@ -435,7 +435,7 @@ def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
         done = run / "part.json"
         before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
         if done.is_file():
-            before = read_json(done)
+            before = read_json_object(done)
         results.append({**before, **test_result(pipeline, run)})
     hashes = {"config_sha256": config_hash(as_stored), "data_sha256": combined_hash(data)}
     result = {**stored, **report.summarise(as_stored, results), **hashes}
@@ -447,7 +447,7 @@ def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
 def _stored_result(folder: Path) -> dict[str, Any]:
     """The run's result.json; empty if it has none."""
     path = folder / "result.json"
-    return read_json(path) if path.is_file() else {}
+    return read_json_object(path) if path.is_file() else {}
 
 
 def _so_far(model, run: Path) -> dict[str, Any]:

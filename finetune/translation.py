@@ -15,8 +15,9 @@ from raylib.display import progress
 from raylib.errors import UserError, hub_hint, require
 from raylib.fileio import (
     append_jsonl,
+    file_lock,
     open_text,
-    read_json,
+    read_json_object,
     read_jsonl,
     repair_jsonl,
     sha256_file,
@@ -128,7 +129,7 @@ class Output:
         """
         if self.note.is_file():
             now = {**self.identity, "source": sha256_file(self.source)}
-            if changed := differing_paths(read_json(self.note), now):
+            if changed := differing_paths(read_json_object(self.note), now):
                 raise UserError(
                     f"{self.target} was made with another {', '.join(changed)}; remove it to translate anew"
                 )
@@ -174,6 +175,21 @@ def _translate_file(translator: "Translator", output: Output, log: Callable[[str
             text.encode()
         except UnicodeEncodeError as e:
             raise UserError(f"{output.source}: a text that is no Unicode ({e}): {text!a:.60}") from None
+    lock = output.target.with_name(f".{output.target.name}.lock")
+    with file_lock(lock, wait=False) as is_free:
+        if not is_free:
+            raise UserError(f"{output.target}: another process is writing it; wait for its end")
+        _translate_texts(translator, output, records, texts, log)
+        lock.unlink()
+
+
+def _translate_texts(
+    translator: "Translator",
+    output: Output,
+    records: Sequence[Any],
+    texts: Sequence[str],
+    log: Callable[[str], None],
+) -> None:
     known = output.read_partial(log)
     # An equal text has an equal translation. Batches are cut from all texts, not from those that remain: each
     # is then padded as it would have been without the interruption.

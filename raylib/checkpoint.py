@@ -27,10 +27,11 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from raylib.errors import NotFinite, UserError
+from raylib.errors import NotFinite, NotJson, UserError
 from raylib.fileio import (
     atomic_file,
     read_json,
+    read_json_object,
     remove_temporaries,
     sha256_file,
     sync_file,
@@ -43,6 +44,7 @@ from raylib.lock import require_owned
 # what engines of earlier versions wrote, pickled
 OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py", "zero_to_torch.py")
 FOLDER, REGISTRY = "checkpoints", "registry.json"
+ADVICE = "restore the file, or start from an older checkpoint with resume=step_NNNNNN"
 SCORES = "scores.json"  # of a checkpoint that was saved without
 # of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
 OLD_BEST, OLD_START, OLD_SNAPSHOT = "best", "start.json", "checkpoint_manager_snapshot.json"
@@ -65,8 +67,21 @@ class Registry(NamedTuple):
 
 
 def read_registry(run: Path) -> Registry:
-    """Return what the run has registered, also where an earlier version did it."""
-    path, snapshot = run / FOLDER / REGISTRY, run / FOLDER / OLD_SNAPSHOT
+    """Return what the run has registered, also where an earlier version did it.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        return _read_registry(run / FOLDER / REGISTRY, run / FOLDER / OLD_SNAPSHOT)
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(
+            f"{run / FOLDER / REGISTRY}: no register ({e}); restore it, or remove it: the "
+            "next start registers the checkpoints that are there"
+        ) from None
+
+
+def _read_registry(path: Path, snapshot: Path) -> Registry:
     stored = read_json(path) if path.is_file() else []
     if isinstance(stored, dict):
         best = Best(**stored["best"]) if stored["best"] else None
@@ -109,23 +124,22 @@ def verify(folder: Path, names: Collection[str] | None = None) -> dict:
     Raises:
         UserError: a file is missing, truncated or changed; it is named.
     """
-    advice = "restore the file, or start from an older checkpoint with resume=step_NNNNNN"
     meta = read_meta(folder)
     for rank in range(meta["workers"]):
         listing = folder / f"files-{rank:05d}.json"
         if not listing.is_file():
-            raise UserError(f"{listing}: missing, so this checkpoint is not whole; {advice}")
-        for name, expected in read_json(listing).items():
+            raise UserError(f"{listing}: missing, so this checkpoint is not whole; {ADVICE}")
+        for name, expected in _read_listing(listing).items():
             if names is not None and name not in names:
                 continue
             path = folder / name
             if not path.is_file():
-                raise UserError(f"{path}: missing from the checkpoint; {advice}")
+                raise UserError(f"{path}: missing from the checkpoint; {ADVICE}")
             size = path.stat().st_size
             if size != expected["bytes"]:
-                raise UserError(f"{path}: {size} bytes instead of {expected['bytes']}; {advice}")
+                raise UserError(f"{path}: {size} bytes instead of {expected['bytes']}; {ADVICE}")
             if sha256_file(path) != expected["sha256"]:
-                raise UserError(f"{path}: content changed since it was saved (sha256 differs); {advice}")
+                raise UserError(f"{path}: content changed since it was saved (sha256 differs); {ADVICE}")
     return meta
 
 
@@ -133,14 +147,30 @@ def read_meta(folder: Path) -> dict:
     """Read `meta.json` of a checkpoint folder, and the scores that it got later.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is damaged.
     """
     try:
-        meta = read_json(folder / "meta.json")
-    except FileNotFoundError:
-        raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint") from None
-    scores = folder / SCORES
-    return {**meta, **read_json(scores)} if meta.get("evaluation_due") and scores.is_file() else meta
+        meta = read_json_object(folder / "meta.json", ("step", "workers", "score"))
+        scores = folder / SCORES
+        return (
+            {**meta, **read_json_object(scores)} if meta.get("evaluation_due") and scores.is_file() else meta
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint; {ADVICE}") from None
+    except NotJson as e:
+        raise UserError(f"{e.path}: not to be read ({e}); {ADVICE}") from None
+
+
+def _read_listing(path: Path) -> dict[str, Any]:
+    """Read a worker's list of its files.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return read_json_object(path)
+    except NotJson as e:
+        raise UserError(f"{path}: not to be read ({e}); {ADVICE}") from None
 
 
 def add_scores(folder: Path, scores: dict[str, float], is_judged: bool) -> None:
@@ -203,7 +233,7 @@ def register(run: Path, name: str, keep: int) -> None:
         raise NotFinite(
             f"{source}/meta.json: score {score} is not finite (NaN or infinite), and cannot be compared"
         )
-    names = in_order({*read_registry(run).checkpoints, name})
+    names = in_order({*read_registry(run).checkpoints, *_find_unlisted(run, name), name})
     best = _best_of(run, names)
     kept = [each for each in names if each in names[-keep:] or (best and each == best.checkpoint)]
     # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
@@ -213,6 +243,18 @@ def register(run: Path, name: str, keep: int) -> None:
             remove_folder(run / FOLDER / each)
 
 
+def _find_unlisted(run: Path, new: str = "") -> set[str]:
+    """Return the checkpoints, but for the `new` one, of a run whose registry was lost."""
+    folder = run / FOLDER
+    if any((folder / each).is_file() for each in (REGISTRY, OLD_SNAPSHOT, OLD_START)):
+        return set()
+    # a folder has its name only since it was whole
+    names = {path.name for path in folder.glob("step_*") if (path / "meta.json").is_file()} - {new}
+    if names:
+        print(f"{folder}/{REGISTRY} was gone; registered again: {', '.join(in_order(names))}", flush=True)
+    return names
+
+
 def _best_of(run: Path, names: Sequence[str]) -> Best | None:
     """The checkpoint with the highest score of `names`; of equal ones the first, or the last if its meta data
     say "ties": "last". One that is not finite, as earlier versions kept it, is passed over."""
@@ -220,9 +262,10 @@ def _best_of(run: Path, names: Sequence[str]) -> Best | None:
     best: Best | None = None
     for name in names:
         folder = run / FOLDER / name
-        if not (folder / "meta.json").is_file():
-            continue  # the user removed it; if it is the newest, the next start says so (`verify`)
-        meta = read_meta(folder)
+        try:
+            meta = read_meta(folder)
+        except UserError:
+            continue  # removed by the user, or damaged: `settle` has said so
         score = meta["score"]
         if score is None or _not_finite_of(folder):
             continue
@@ -241,17 +284,17 @@ def settle(run: Path) -> None:
     registry = read_registry(run)
     for name, place in registry.aside.items():
         _set_aside(folder / name, run / place)
-    names = set(registry.checkpoints)
-    if not any((folder / each).is_file() for each in (REGISTRY, OLD_SNAPSHOT, OLD_START)):
-        # a registry that was lost: a folder has its name only since it was whole
-        names = {path.name for path in folder.glob("step_*") if (path / "meta.json").is_file()}
-        if names:
-            print(f"{folder}/{REGISTRY} was gone; registered again: {', '.join(in_order(names))}", flush=True)
+    names = set(registry.checkpoints) | _find_unlisted(run)
     for path in (*folder.glob("step_*"), *folder.glob(".step_*"), run / f".{OLD_BEST}.new"):
         if path.name not in names:
             remove_folder(path)
     remove_temporaries(run)
     ordered = in_order(names | _adopt_best(run, in_order(names)))
+    for name in ordered[:-1]:  # the newest is looked at as a whole (`verify`)
+        try:
+            read_meta(folder / name)
+        except UserError as e:
+            print(f"note: it cannot be the best one: {e}", flush=True)
     _write_registry(run, Registry(ordered, _best_of(run, ordered)))
 
 
@@ -359,7 +402,7 @@ def has_old_optimizer(folder: Path) -> bool:
 def _listed_files(folder: Path) -> Collection[str]:
     listing = folder / "files-00000.json"
     # by the list and not by the files: `drop_optimizers` shortens it first
-    return read_json(listing) if listing.is_file() else [path.name for path in folder.iterdir()]
+    return _read_listing(listing) if listing.is_file() else [path.name for path in folder.iterdir()]
 
 
 def require_optimizer(folder: Path) -> None:
@@ -393,7 +436,7 @@ def drop_optimizers(run: Path) -> None:
     for folder in (*steps, *run.rglob(OLD_BEST)):
         # the lists first: a crash between leaves files that no list has, never a list of what is not there
         for listing in sorted(folder.glob("files-*.json")):
-            files = {k: v for k, v in read_json(listing).items() if not is_for_training(k)}
+            files = {k: v for k, v in _read_listing(listing).items() if not is_for_training(k)}
             write_json(listing, files)
         for path in list(folder.iterdir()):
             if is_for_training(path.name):

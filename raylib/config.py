@@ -224,13 +224,12 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
 def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
     """Read a config from a JSON file, such as `dump_config` makes, or from a YAML one."""
     path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
     kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
     try:
+        text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config file") from None
     except (ValueError, yaml.YAMLError) as e:
         raise UserError(f"{path}: not a {kind} config file ({' '.join(str(e).split())})") from None
     if not isinstance(values, dict):

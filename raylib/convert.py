@@ -22,7 +22,7 @@ import torch
 from raylib import checkpoint
 from raylib.engine_state import MOMENTS, VALUE, EngineState, Piece, make_state, state_files
 from raylib.errors import UserError
-from raylib.fileio import read_json, write_json
+from raylib.fileio import read_json_object, write_json
 from raylib.lock import hold_run
 from raylib.saving import write_files
 
@@ -78,7 +78,7 @@ def convert_checkpoint(folder: Path) -> None:
     # the list of worker 0 last: by it the checkpoint is one of an earlier version or not
     for rank in reversed(range(workers)):
         listing = folder / f"files-{rank:05d}.json"
-        files = {k: v for k, v in read_json(listing).items() if not checkpoint.is_for_training(k)}
+        files = {k: v for k, v in read_json_object(listing).items() if not checkpoint.is_for_training(k)}
         write_json(listing, files | (written[rank] if rank < len(written) else {}))
     _remove_old(folder)
 

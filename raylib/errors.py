@@ -38,6 +38,20 @@ class RunLost(MachineError):
     The same again, if it is tried again."""
 
 
+class NotJson(ValueError):
+    """A file that should hold JSON and does not; its text says why.
+
+    path: of the file, which was damaged, or is another.
+    """
+
+    def __init__(self, path: Path, reason: object):
+        super().__init__(path, reason)
+        self.path = path
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 class NotFinite(UserError):
     """A loss that is no number any more: the same again, if the run is started again."""
 
@@ -130,6 +144,8 @@ def error_line(
         return MachineError(str(error)) if is_machine else error
     if isinstance(error, MachineError):
         return error
+    if isinstance(error, NotJson):
+        return UserError(f"{error.path}: not to be read as JSON ({error}); restore the file")
     if (number := _error_number(first)) is not None:
         return _system_error(first, number, path, needed)
     if network := _network_error(first):

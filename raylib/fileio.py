@@ -19,15 +19,15 @@ import time
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, TextIO, cast
 
 import ijson
 
-from raylib.errors import UserError, name_errors
-from raylib.processes import process_start
+from raylib.errors import NotJson, UserError, name_errors
+from raylib.processes import process_start, try_lock
 
 CHUNK = 1 << 16  # characters of JSON read at a time
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
@@ -96,13 +96,24 @@ def sync_folder(path: Path) -> None:
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """An empty folder in the block, renamed to `path` after it, where nothing, or an empty folder, may be.
-    Meant for one process at a time (`file_lock`)."""
+
+    Raises:
+        UserError: another process is just writing it.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a crash may have left one
     with name_errors(path, temporary=partial):
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(path)
+        partial.mkdir(parents=True, exist_ok=True)  # a crash may have left one
+        descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            is_free = try_lock(descriptor)
+            if is_free is False or not os.path.samestat(os.fstat(descriptor), partial.stat()):
+                raise UserError(f"{path}: another process is writing it; wait for its end, or give another")
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            partial.replace(path)
+        finally:
+            os.close(descriptor)
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -128,8 +139,29 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a UTF-8 JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """Read a UTF-8 JSON file.
+
+    Raises:
+        NotJson: it is damaged, or another kind of file.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:  # also where bytes are no UTF-8
+        raise NotJson(path, e) from None
+
+
+def read_json_object(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
+    """Read a UTF-8 JSON file that holds an object with `keys`.
+
+    Raises:
+        NotJson: it does not.
+    """
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise NotJson(path, f"{type(values).__name__} in place of an object")
+    if missing := sorted({*keys} - values.keys()):
+        raise NotJson(path, f"no {', '.join(missing)} in it")
+    return values
 
 
 def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:

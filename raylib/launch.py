@@ -17,7 +17,7 @@ from raylib import checkpoint
 from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
 from raylib.distributed import barrier
 from raylib.errors import MachineError, UserError
-from raylib.fileio import copy_atomically, read_json, write_atomically
+from raylib.fileio import copy_atomically, read_json_object, write_atomically
 from raylib.lock import add_ray_job, hold_run, stored_owner, watch_file, work_for
 from raylib.notice import STOP_SECONDS, Interrupted, known_grace, stop_line
 from raylib.provenance import DataFile, record_identity
@@ -111,7 +111,7 @@ def open_run(
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
     if stored.is_file():
-        before = read_stored_settings(type(config), read_json(stored)).values
+        before = read_stored_settings(type(config), read_json_object(stored)).values
         changed = [
             p for p in differing_paths(before, config.model_dump(mode="json")) if p not in MUTABLE_SETTINGS
         ]

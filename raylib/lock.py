@@ -239,6 +239,8 @@ def _registered(lock: RunLock) -> Iterator[None]:
         yield
     except BaseException as e:
         # whatever went wrong did so because the run is lost: a file that is gone, the interrupt of the watch
+        with suppress(OSError):
+            lock.look()
         if lock.problem and not isinstance(e, RunLost):
             raise RunLost(lock.problem) from e
         raise
@@ -316,7 +318,9 @@ def _require_gone(folder: Path, record: Record, is_free: bool | None, job_has_en
     if lives is None and record["ray"] and (has_ended := job_has_ended(record)) is not None:
         lives = not has_ended
     if lives is not False:
-        advice = "" if lives else f"; if it is gone, remove {folder / LOCK}"
+        # a copy of a run under way has a copy of its lock, which nobody holds
+        state = f"{folder} is a copy of its run" if lives else "it is gone"
+        advice = "" if lives and not is_free else f"; if {state}, remove {folder / LOCK}"
         raise _in_use(f"{folder}: in use", record, advice)
     print(f"{folder}: taken over from {_describe(record)}, which is gone", flush=True)
 

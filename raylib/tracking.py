@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from raylib.errors import MachineError, UserError
-from raylib.fileio import read_json, write_json
+from raylib.fileio import read_json_object, write_json
 from raylib.finite import finite_values
 from raylib.provenance import code_version, commit, has_local_changes
 from raylib.trackers import TRACKERS, Backend, ExperimentTracker, Figures, Point, RunFacts, Status
@@ -73,7 +73,7 @@ class RunTracking:
     def __init__(self, facts: RunFacts, backends: Sequence[Backend]):
         self.facts, self.path = facts, facts.folder / TRACKING
         self.status: Status = "finished"
-        self.stored: dict[str, dict[str, Any]] = read_json(self.path) if self.path.is_file() else {}
+        self.stored: dict[str, dict[str, Any]] = read_json_object(self.path) if self.path.is_file() else {}
         self.lines, self.pending = NewLines(facts.folder / "metrics.jsonl"), list[Point]()
         self.trackers: dict[Backend, ExperimentTracker] = {}
         self.failing: set[Backend] = set()

@@ -259,3 +259,45 @@ def test_settle_registers_again_what_a_lost_registry_had(tmp_path, capsys):
     checkpoint.settle(tmp_path)
     assert "registry.json was gone; registered again: step_000001, step_000002" in capsys.readouterr().out
     assert checkpoint.read_registry(tmp_path) == (steps(1, 2), ("step_000001", 0.5), {})
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage{", b"\xff\xfe", b"{}", b"3", b'{"checkpoints": 3}'])
+@pytest.mark.parametrize("name", ["registry.json", "step_000002/meta.json", "step_000002/files-00000.json"])
+def test_damaged_json_is_named_and_an_older_checkpoint_goes_on(tmp_path, capsys, name, content):
+    make_run(tmp_path, {1: 0.1, 2: 0.5})
+    (tmp_path / "checkpoints" / name).write_bytes(content)
+
+    def start():
+        checkpoint.settle(tmp_path)
+        checkpoint.verify(checkpoint.find_newest(tmp_path))
+
+    if name.endswith("files-00000.json") and content.startswith(b"{"):
+        return  # a list, of other files
+    with pytest.raises(UserError, match=f"{tmp_path}/checkpoints/{name}: .*restore"):
+        start()
+    if name == "registry.json":  # as the line says
+        (tmp_path / "checkpoints" / name).unlink()
+        start()
+        assert "registered again: step_000001, step_000002" in capsys.readouterr().out
+    else:
+        checkpoint.settle(tmp_path)
+        assert checkpoint.rewind(tmp_path, "step_000001").name == "step_000001"
+        set_aside = tmp_path / "checkpoints.before-1" / name
+        assert set_aside.read_bytes() == content
+
+
+def test_damaged_older_checkpoint_is_told_and_cannot_be_the_best(tmp_path, capsys):
+    make_run(tmp_path, {1: 0.9, 2: 0.5})
+    (tmp_path / "checkpoints/step_000001/meta.json").write_text("{")
+    checkpoint.settle(tmp_path)
+    assert checkpoint.find_best(tmp_path).name == "step_000002"
+    assert "cannot be the best one: " in capsys.readouterr().out and names(tmp_path) == steps(1, 2)
+
+
+def test_register_after_the_registry_was_removed_loses_no_checkpoint(tmp_path, capsys):
+    make_run(tmp_path, {1: 0.9, 2: 0.5})
+    (tmp_path / "checkpoints/registry.json").unlink()
+    write_checkpoint(tmp_path, 3, 0.1)
+    checkpoint.register(tmp_path, "step_000003", 2)
+    assert checkpoint.read_registry(tmp_path) == (steps(1, 2, 3), ("step_000001", 0.9), {})
+    assert "registry.json was gone; registered again: step_000001, step_000002" in capsys.readouterr().out

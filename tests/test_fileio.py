@@ -5,13 +5,14 @@ import json
 import pytest
 
 from raylib import fileio
-from raylib.errors import MachineError, UserError
+from raylib.errors import MachineError, NotJson, UserError, error_line
 from raylib.fileio import (
     append_jsonl,
     atomic_file,
     atomic_folder,
     copy_atomically,
     file_lock,
+    read_json_object,
     read_jsonl,
     repair_jsonl,
     sha256_file,
@@ -41,6 +42,28 @@ def test_atomic_folder_begins_empty_and_takes_the_place_of_an_empty_one(tmp_path
         assert list(partial.iterdir()) == []
         (partial / "b").write_text("whole")
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "b"]
+
+
+def test_atomic_folder_is_written_by_one_process_at_a_time(tmp_path):
+    with atomic_folder(tmp_path / "out") as partial:
+        (partial / "a").write_text("first")
+        with (
+            pytest.raises(UserError, match="/out: another process is writing it"),
+            atomic_folder(tmp_path / "out"),
+        ):
+            pass
+    assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b'{"a": 1}'])
+def test_json_that_is_none_is_a_line_with_its_path(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(NotJson) as found:
+        read_json_object(tmp_path / "a.json", ("a", "b"))
+    line = error_line(found.value)
+    assert isinstance(line, UserError) and str(line).startswith(
+        f"{tmp_path}/a.json: not to be read as JSON ("
+    )
 
 
 def test_jsonl_without_the_line_that_a_crash_cut_off(tmp_path):

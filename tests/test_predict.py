@@ -8,6 +8,7 @@ import pytest
 
 import raylib.api as polyglance
 from raylib.api import predict
+from raylib.errors import UserError
 
 TEXTS = ["ein Hund", "一只狗", "a house", "gato"]
 
@@ -315,3 +316,16 @@ def test_predict_on_ray_writes_parts_and_goes_on(folder, capsys, monkeypatch):
     assert "parts: 10 lines" in printed.out
     assert [line for file in files for line in read(file)] == lines
     assert [file.stat().st_mtime_ns for file in (files[0], files[2])] == [times[0], times[2]]
+
+
+def test_predict_refuses_a_file_that_another_process_writes(tmp_path):
+    out, inputs = tmp_path / "out.jsonl", [{"text": "a"}, {"text": "b"}]
+
+    def lines_from(done):
+        yield inputs[:1]
+        with pytest.raises(UserError, match="out.jsonl: another process is writing it"):
+            predict.write_local(out, lambda done: iter([inputs[done:]]), inputs, 1)
+        yield inputs[1:]
+
+    assert predict.write_local(out, lines_from, inputs, 1) == (2, 0)
+    assert read(out) == inputs

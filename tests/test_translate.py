@@ -185,6 +185,21 @@ def test_translate_partial_file_of_another_model_or_settings_is_refused(
         run(translator, tmp_path, **change)
 
 
+def test_translate_refuses_a_file_that_another_process_writes(translator, tmp_path, xtd, made, monkeypatch):
+    from finetune.translation import Translator
+
+    translate_batch = Translator.__call__
+
+    def beside(self, texts, *codes):
+        with pytest.raises(UserError, match="de.txt: another process is writing it"):
+            run(translator, tmp_path)
+        return translate_batch(self, texts, *codes)
+
+    monkeypatch.setattr(Translator, "__call__", beside)
+    run(translator, tmp_path)
+    assert made.is_file() and not list(made.parent.glob(".*.lock"))
+
+
 def test_translate_partial_file_of_an_earlier_version_is_refused(translator, tmp_path, xtd, made):
     made.parent.mkdir()
     made.with_name("de.txt.partial").write_text("from before\n")

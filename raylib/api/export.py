@@ -18,7 +18,7 @@ from raylib.api.model import Model
 from raylib.api.source import Key, bundle
 from raylib.api.tokenizer_json import NotConvertible, write_tokenizer
 from raylib.errors import UserError
-from raylib.fileio import atomic_folder, read_json, write_json
+from raylib.fileio import atomic_folder, read_json_object, write_json
 from raylib.models import find_model, stored_code
 from raylib.models.base import (
     CODE_KEY,
@@ -101,7 +101,7 @@ def find_gap(model: Model) -> str | None:
 
 def find_facts(model: Model, source: Path) -> RunFacts:
     """Read the records of the run that the model in `source` is of."""
-    meta = read_json(source / "meta.json") if (source / "meta.json").is_file() else {}
+    meta = read_json_object(source / "meta.json") if (source / "meta.json").is_file() else {}
     parameters = sum(p.numel() for p in model.network.parameters())
     run = find_run(model.path, source)
     if run is None:
@@ -109,7 +109,7 @@ def find_facts(model: Model, source: Path) -> RunFacts:
     part = (run / "part.json").is_file() and not (run / "result.json").is_file()
     path = (run.parent if part else run) / "result.json"
     # a result is that of the checkpoint that was evaluated, and of no other
-    result = read_json(path) if path.is_file() and find_evaluated(run) == source else {}
+    result = read_json_object(path) if path.is_file() and find_evaluated(run) == source else {}
     if result.get("finished") is False or "dev" in result:
         result = {}
     if part and result:

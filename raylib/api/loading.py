@@ -11,7 +11,7 @@ from finetune.strategies.base import Context
 from raylib.api.model import Model
 from raylib.config import load_config, validate
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.launch import no_log
 from raylib.models.base import RUN_KEY, Backbone, RetrievalBackbone, read_description
 from raylib.models.finetuned import (
@@ -57,7 +57,7 @@ def load_model(
         settings = read_description(run)
         config = load_config(FinetuneConfig, run / "config.json") if "task" in settings else None
     else:  # an export has of them what says how it reads
-        settings = {} if is_foreign(path) else read_json(path / "config.json").get(RUN_KEY, {})
+        settings = {} if is_foreign(path) else read_json_object(path / "config.json").get(RUN_KEY, {})
         config = validate(FinetuneConfig, settings, str(path / "config.json")) if "task" in settings else None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"

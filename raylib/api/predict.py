@@ -34,7 +34,8 @@ from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image, resize_image
 from raylib.display import progress
 from raylib.errors import UserError, name_errors
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
+from raylib.processes import try_lock
 
 if TYPE_CHECKING:  # PyTorch, which help needs not
     from raylib.api.model import Model
@@ -307,7 +308,7 @@ def require_same_model(embeddings: Path, config: PredictConfig) -> None:
         UserError: they are of another; cosines with them would mean nothing.
     """
     note = Path(f"{str(embeddings).rstrip('/')}.run.json")
-    if note.is_file() and read_json(note)["weights"] != hash_model(config)["weights"]:
+    if note.is_file() and read_json_object(note, ("weights",))["weights"] != hash_model(config)["weights"]:
         raise UserError(
             f"{embeddings}: embeddings of another model than {config.model}; encode the images anew"
         )
@@ -363,8 +364,13 @@ def write_local(
         done, errors, file = 0, 0, sys.stdout.buffer
     else:
         file = open(out, "a+b")  # noqa: SIM115 - closed below
-        done, errors = _keep_whole_batches(file, inputs, batch)
     try:
+        if out is not None:
+            if try_lock(file.fileno()) is False:
+                raise UserError(
+                    f"{out}: another process is writing it; wait for its end, or give another --out"
+                )
+            done, errors = _keep_whole_batches(file, inputs, batch)
         for lines in progress(lines_from(done), "predict", len(inputs) - done, "inputs", len):
             file.write(_encode_lines(lines))
             file.flush()

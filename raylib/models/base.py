@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from raylib.config import Config, user_source, validate
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models import peft
 from raylib.models.vision import PixelStats, normalize_pixels
@@ -421,7 +421,7 @@ def save_model(folder: Path, files: Files) -> None:
 def read_description(folder: Path) -> dict[str, Any]:
     """A model folder's config.json, or a run's; settings by the names that they have now."""
     try:
-        values = read_json(folder / "config.json")
+        values = read_json_object(folder / "config.json")
     except (OSError, ValueError) as e:
         raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
     # an export has its description beside what `transformers` reads

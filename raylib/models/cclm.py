@@ -25,7 +25,7 @@ from torch import Tensor
 
 from raylib.config import validate
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models.hf_weights import (
     WeightMapper,
@@ -386,7 +386,7 @@ class CclmSwin(Cclm):
 def _read_sizes(folder: Path, *names: str) -> list:
     """Values of a folder's config.json."""
     try:
-        config = read_json(folder / "config.json")
+        config = read_json_object(folder / "config.json")
         return [config[name] for name in names]
     except (OSError, ValueError, KeyError) as e:
         raise UserError(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raylib import checkpoint
 from raylib.config import user_files, validate
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
 from raylib.models.base import (
     RUN_KEY,
@@ -268,7 +268,9 @@ def find_run(path: Path, folder: Path) -> Path | None:
 def find_fit(path: Path, folder: Path) -> FitConfig | None:
     """Return the precision in which the model in `folder`, found at `path`, was trained; None: not known."""
     run = find_run(path, folder)
-    return stored_fit(read_description(run) if run else read_json(folder / "config.json").get(RUN_KEY, {}))
+    if run:
+        return stored_fit(read_description(run))
+    return stored_fit(read_json_object(folder / "config.json").get(RUN_KEY, {}))
 
 
 def tokenizer_at(path: Path | str) -> Path:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError, hub_hint
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models.attention import Attention, Block
 from raylib.models.swin import SwinEncoder, interpolate_bias
@@ -349,7 +349,7 @@ def read_config(folder: Path) -> dict:
         raise UserError(
             f"{folder}: no config.json; give a checkpoint folder in Hugging Face format{hub_hint(folder)}"
         )
-    return read_json(folder / "config.json")
+    return read_json_object(folder / "config.json")
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models.attention import Block
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
@@ -89,7 +89,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     folder = path if path.is_dir() else path.parent
     description = {}
     if (folder / "config.json").is_file():
-        description = read_json(folder / "config.json")
+        description = read_json_object(folder / "config.json")
     if path.is_dir() and description and any(next(path.glob(name), None) for name in HUGGING_FACE):
         return read_folder(path)[0], description
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in ENDINGS)

@@ -8,7 +8,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from raylib.config import Config, FolderNameOrNone, differing_paths, read_stored_settings
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import read_json_object
 from raylib.search.space import Space
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
 
@@ -297,7 +297,7 @@ def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | No
     if not (folder / "search.json").is_file():
         return None
     try:
-        stored = read_json(folder / "search.json")
+        stored = read_json_object(folder / "search.json", ("space", "search", "recipe"))
     except ValueError as e:
         raise UserError(
             f"{folder}/search.json: not to be read ({e}); restore it, or remove it to go on with the "
