@@ -250,7 +250,10 @@ def ray_job_stopped(drill: Drill) -> None:
             )
         else:
             assert code == 0, f"exit code {code}; {last_lines(drill.folder / 'log.txt')}"
-    left = [p for p in psutil.process_iter() if str(drill.folder) in " ".join(p.cmdline())]
+    # `info` of a process that has just ended is None
+    left = [
+        p for p in psutil.process_iter(["cmdline"]) if str(drill.folder) in " ".join(p.info["cmdline"] or ())
+    ]
     assert not left, f"processes left: {left}"
     require_same(drill, drill.folder)
 
