@@ -21,6 +21,7 @@ from finetune.strategies.pruning import prune_mask
 from raylib.api.export import export_model
 from raylib.cache import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
+from raylib.finite import read_tensors
 from raylib.models import peft
 from raylib.models.dual_encoder import Clip, MClip
 from raylib.models.finetuned import FinetuneModel, load_backbone
@@ -369,3 +370,14 @@ def test_non_finite_cached_distances_name_the_file(tmp_path):
         str(file),
         "tensor distance is not",
     )
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("content", [b"", b"garbage " * 9, "cut off"])
+def test_damaged_weights_are_one_line_that_names_the_file(tmp_path, name, content):
+    path = tmp_path / name
+    save = save_file if name == "model.safetensors" else torch.save
+    save({"weight": torch.ones(100)}, path)
+    path.write_bytes(path.read_bytes()[:200] if content == "cut off" else content)
+    with pytest.raises(UserError, match=rf"{name}: not to be read as tensors \(.*\); take an undamaged"):
+        read_tensors(path)

@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylib.config import Config, user_source, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
-from raylib.finite import require_finite_file
+from raylib.finite import read_tensors, require_finite_file
 from raylib.models import peft
 from raylib.models.vision import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
@@ -450,8 +449,6 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of `folder`/model.safetensors.
 
     Raises:
-        UserError: one is not finite; it is named.
+        UserError: it is no such file; one is not finite and named.
     """
-    weights = load_file(folder / "model.safetensors")
-    require_finite_file(folder / "model.safetensors", weights)
-    return weights
+    return read_tensors(folder / "model.safetensors")

@@ -6,7 +6,6 @@ for); its cross-attention starts as a copy of the self-attention of its layer. T
 from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised where a checkpoint has neither.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterable
@@ -14,12 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json_object
-from raylib.finite import require_finite_file
+from raylib.finite import read_tensors, require_finite_file
 from raylib.models.attention import Attention, Block
 from raylib.models.swin import SwinEncoder, interpolate_bias
 from raylib.models.vision import VisionBlock, VisionEncoder, interpolate
@@ -356,12 +354,13 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """The tensors of a folder in Hugging Face format, and its config.json.
 
     Raises:
-        UserError: no config.json, no weights, or a tensor that is not finite (file and tensor are named).
+        UserError: no config.json, no weights, a file that is none, or a tensor that is not finite (file and
+            tensor are named).
     """
     config = read_config(folder)
     # a large checkpoint lies in several files, and an index says in which
     index = next(folder.glob("*.index.json"), None)
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else None
+    names = sorted(set(read_json_object(index)["weight_map"].values())) if index else None
     weights: dict[str, Tensor] = {}
     for name in names or ["model.safetensors"]:
         file = folder / name
@@ -369,8 +368,5 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
             file = folder / "pytorch_model.bin"
         if not file.is_file():
             raise UserError(f"{folder}: no {name}; give a checkpoint folder in Hugging Face format")
-        safe = file.suffix == ".safetensors"
-        part = load_file(file) if safe else torch.load(file, map_location="cpu", weights_only=True)
-        require_finite_file(file, part)
-        weights |= part
+        weights |= read_tensors(file)
     return weights, config

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
-from raylib.finite import require_finite_file
+from raylib.finite import read_tensors, require_finite_file
 from raylib.models.attention import Block
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
 from raylib.models.single_stream_names import (
@@ -108,7 +107,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
 
 def _read_file(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
-        return load_file(file)
+        return read_tensors(file)
     # never unpickled: a file from elsewhere could run anything
     try:
         weights = torch.load(file, map_location="cpu", weights_only=True)
