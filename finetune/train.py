@@ -49,7 +49,7 @@ from raylib.launch import (
     run_folder,
     tracked,
 )
-from raylib.lock import LOCK, hold_run, require_owned
+from raylib.lock import LOCK, hold_run, require_owned, unwatch_files
 from raylib.models import find_backbone
 from raylib.models.base import load_weights
 from raylib.provenance import DataFile, combined_hash, compare_data, data_hash
@@ -140,6 +140,7 @@ def _removed_on_mistake(folder: Path) -> Iterator[None]:
     except UserError as e:
         # of numbers that are not finite the log says more
         if not isinstance(e, NotFinite) and not any(folder.rglob("meta.json")):
+            unwatch_files(folder)
             for path in folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)

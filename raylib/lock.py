@@ -188,6 +188,13 @@ def watch_file(path: Path) -> None:
         lock.files[path] = path.stat().st_size
 
 
+def unwatch_files(folder: Path) -> None:
+    """Let this process remove what `watch_file` was told of below `folder`."""
+    if lock := find_lock(folder):
+        for path in [path for path in lock.files if path.is_relative_to(folder)]:
+            del lock.files[path]
+
+
 @contextmanager
 def hold_run(folder: Path, job_has_ended: JobHasEnded = lambda record: None) -> Iterator[bool]:
     """Own `folder` in the block: a run, or a search with all of its trials; inside the block of the same or
