@@ -331,10 +331,10 @@ def old_best(folder: Path, score: float, bad: bool) -> None:
     best = folder / checkpoint.OLD_BEST
     best.mkdir(parents=True)
     save_file({"a": torch.tensor([math.nan if bad else 1.0])}, best / "model.safetensors")
-    (best / "meta.json").write_text(json.dumps({"step": 1, "score": score}))
+    (best / "meta.json").write_text(json.dumps({"step": 1, "workers": 1, "score": score}))
     newest = folder / checkpoint.FOLDER / "step_000002"
     newest.mkdir(parents=True)
-    (newest / "meta.json").write_text(json.dumps({"step": 2, "score": None}))
+    (newest / "meta.json").write_text(json.dumps({"step": 2, "workers": 1, "score": None}))
     (folder / checkpoint.FOLDER / checkpoint.REGISTRY).write_text('["step_000002"]')
 
 

@@ -297,7 +297,7 @@ def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | No
     if not (folder / "search.json").is_file():
         return None
     try:
-        stored = read_json_object(folder / "search.json", ("space", "search", "recipe"))
+        stored = read_json_object(folder / "search.json", ("search", "recipe"))
     except ValueError as e:
         raise UserError(
             f"{folder}/search.json: not to be read ({e}); restore it, or remove it to go on with the "
