@@ -103,7 +103,7 @@ def keep(run, scores, ties):
         folder = run / checkpoint.FOLDER / checkpoint.step_name(step)
         folder.mkdir(parents=True)
         (folder / "meta.json").write_text(
-            json.dumps({"step": step, "score": score, "skipped_steps": 0, **ties})
+            json.dumps({"step": step, "workers": 1, "score": score, "skipped_steps": 0, **ties})
         )
         checkpoint.register(run, folder.name, 1)
     return checkpoint.read_meta(checkpoint.find_best(run))["step"]
