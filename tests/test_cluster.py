@@ -363,6 +363,16 @@ def test_cluster_rayjob_manifest_matches_project(capsys):
     assert f"ray=={cluster['rayVersion']}" in (ROOT / "requirements.txt").read_text(encoding="utf-8").split()
 
 
+def write_tools(folder, tools):
+    """Stand-ins, {name: lines of Bash}, in an environment that slurm.sh activates."""
+    (folder / ".venv/bin").mkdir(parents=True)
+    (folder / ".venv/bin/activate").write_text(f"PATH={folder}/.venv/bin:$PATH\n")
+    for name, body in tools.items():
+        tool = folder / ".venv/bin" / name
+        tool.write_text(f"#!/bin/bash\n{body}\n")
+        tool.chmod(0o755)
+
+
 @pytest.mark.parametrize(("started", "code"), [(True, 5), (False, 1)])
 def test_cluster_slurm_script_starts_nodes_and_cleans_up(started, code, tmp_path):
     """Run with stand-ins for Slurm and Ray: what the nodes would be told, and that nothing stays."""
@@ -376,12 +386,7 @@ def test_cluster_slurm_script_starts_nodes_and_cleans_up(started, code, tmp_path
         "python": 'if [ "$1" = -c ]; then exec python3 "$@"; fi; '
         'echo "$RAY_ADDRESS" "$@" >python.txt; exit 5',
     }
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
-    for name, body in tools.items():
-        tool = tmp_path / ".venv/bin" / name
-        tool.write_text(f"#!/bin/bash\n{body}\n")
-        tool.chmod(0o755)
+    write_tools(tmp_path, tools)
     if not started:
         (tmp_path / "fail").touch()
     job = {
@@ -418,12 +423,7 @@ def test_cluster_slurm_script_passes_a_notice_to_the_driver_and_waits_for_its_sa
         "python": 'if [ "$1" = -c ]; then exec python3 "$@"; fi; '
         'trap "sleep 1; echo saved; exit 143" TERM; touch begun; while :; do sleep 0.05; done',
     }
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/activate").write_text(f"PATH={tmp_path}/.venv/bin:$PATH\n")
-    for name, body in tools.items():
-        tool = tmp_path / ".venv/bin" / name
-        tool.write_text(f"#!/bin/bash\n{body}\n")
-        tool.chmod(0o755)
+    write_tools(tmp_path, tools)
     job = {"SUBMIT_DIR": tmp_path, "JOB_ID": 1, "JOB_NUM_NODES": 1, "JOB_NODELIST": "node-a"}
     env = {k: v for k, v in os.environ.items() if k != "POLYGLANCE_RUNS"} | {"SLURM_CPUS_ON_NODE": "4"}
     env |= {f"SLURM_{name}": str(value) for name, value in job.items()}

@@ -24,7 +24,7 @@ from raylib.engine import Engine, TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.packed import Ragged, Sentences
 from tests.conftest import MINI, QUICK
-from tests.drills.tracer import redirect_output
+from tests.drills.tracer import end_after, redirect_output
 
 Work = Callable[[], int]
 # of result.json: what is another number each time
@@ -125,19 +125,13 @@ class Group:
     def _fork(self, work: Work) -> int:
         if pid := os.fork():
             return pid
-        code = 1
-        try:
+
+        def begin() -> int:
             os.setpgid(0, 0)
             redirect_output(self.log)
-            code = work()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
+            return work()
+
+        end_after(begin)
 
     def signal(self, number: int) -> None:
         """Send every worker that runs a signal."""

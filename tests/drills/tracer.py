@@ -20,7 +20,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -355,13 +355,23 @@ def _ptrace(request: int, pid: int, address: int, data: int) -> None:
 
 def _be_worker(work: Callable[[], int], ready: int, log: Path, group: int) -> None:
     """Do `work` as a traced process of a process group (0: a new one), and end."""
-    code = 1
-    try:
+
+    def begin() -> int:
         os.setpgid(0, group)
         os.read(ready, 1)  # until this process is traced
         os.close(ready)
         _filter_calls()
         redirect_output(log)
+        return work()
+
+    end_after(begin)
+
+
+def end_after(work: Callable[[], int]) -> NoReturn:
+    """Do `work` in a forked process, and end with the exit code that it returns, or that its exception
+    means; nothing of what called `fork` goes on here."""
+    code = 1
+    try:
         code = work()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
