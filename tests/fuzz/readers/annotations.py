@@ -38,7 +38,9 @@ def load_xvnli(path: Path) -> Any:
             texts, images = (record["sentence2"],), (record["Flikr30kID"],)
             assert all(isinstance(text, str) for text in (*texts, *images, record["pairID"]))
             assert record["gold_label"] in ("neutral", "entailment", "contradiction")
-            examples.append([record["pairID"], texts, images, {record["gold_label"]: 1.0}, "", (), "", (), ()])
+            examples.append(
+                [record["pairID"], texts, images, {record["gold_label"]: 1.0}, "", (), "", (), ()]
+            )
     return examples
 
 
