@@ -17,14 +17,11 @@ Steps whose loss or gradient is not finite: both engines skip them alike, and to
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from raylib.distributed import raise_on_all_workers, world_size
@@ -77,24 +74,6 @@ def require_finite_file(path: Path | str, tensors: Mapping[str, Tensor | np.ndar
             raise UserError(
                 f"{path}: tensor {name} is not finite (NaN or infinite); take an older or undamaged copy"
             )
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, .safetensors or PyTorch's own. Nothing that is pickled in it is run.
-
-    Raises:
-        UserError: it is cut off, or holds other things; a tensor is not finite (it is named).
-    """
-    try:
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(
-            f"{path}: not to be read as tensors ({reason}); take an undamaged copy, of the weights alone"
-        ) from None
-    require_finite_file(path, tensors)
-    return tensors
 
 
 def _not_finite(value: Any, name: str):

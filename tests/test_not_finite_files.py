@@ -21,7 +21,6 @@ from finetune.strategies.pruning import prune_mask
 from raylib.api.export import export_model
 from raylib.cache import EncoderStates, write_encoder_states
 from raylib.errors import NotFinite, UserError
-from raylib.finite import read_tensors
 from raylib.models import peft
 from raylib.models.dual_encoder import Clip, MClip
 from raylib.models.finetuned import FinetuneModel, load_backbone
@@ -29,6 +28,7 @@ from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample import DATA
+from raylib.weights import read_tensors
 from tests import published, test_cclm_load, test_load, test_mclip, test_oscar, test_stores
 from tests.factories import SMALL, make_model
 from tests.test_single_stream import FORMATS

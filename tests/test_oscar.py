@@ -423,9 +423,9 @@ def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
             Oscar.import_weights(path)
     monkeypatch.chdir(tmp_path)
     write(folder, {"bert.x": Code()})
-    with pytest.raises(UserError, match="good: weights not read .*; only tensors and plain values are$") as e:
+    with pytest.raises(UserError, match="good/pytorch_model.bin: not to be read as tensors"):
         Oscar.import_weights(folder)
-    assert not (tmp_path / "ran").exists() and "\n" not in str(e.value)
+    assert not (tmp_path / "ran").exists()
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match="no model.safetensors"):
         Oscar.import_weights(folder)

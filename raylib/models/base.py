@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from raylib.config import Config, user_source, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
-from raylib.finite import read_tensors, require_finite_file
+from raylib.finite import require_finite_file
 from raylib.models import peft
 from raylib.models.vision import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
 from raylib.saving import Files, write_files
+from raylib.weights import read_tensors
 
 DESCRIPTION_KEY = "polyglance"  # in an export's config.json: what a model of ours says of itself
 RUN_KEY = "polyglance_run"  # in an export's: how its run read texts and images

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json_object
-from raylib.finite import read_tensors, require_finite_file
+from raylib.finite import require_finite_file
 from raylib.models.attention import Attention, Block
 from raylib.models.swin import SwinEncoder, interpolate_bias
 from raylib.models.vision import VisionBlock, VisionEncoder, interpolate
+from raylib.weights import read_tensors
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import UnifiedModel

@@ -20,7 +20,6 @@ Shape legend: n rows; W tokens of texts, G of tags, R regions, T of all these; f
 width.
 """
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -32,7 +31,6 @@ from pydantic import PositiveInt, model_validator
 from torch import Tensor, nn
 
 from raylib.config import Config, validate
-from raylib.errors import UserError
 from raylib.models.hf_weights import (
     UNUSED_TEXT,
     WeightMapper,
@@ -266,12 +264,7 @@ def _no_rows(rows: Ragged, nothing: Tensor) -> Ragged:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
     """The folder's tensors, by today's names, and its config.json."""
-    try:
-        weights, description = read_folder(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(
-            f"{path}: weights not read ({str(e).splitlines()[0]}); only tensors and plain values are"
-        ) from None
+    weights, description = read_folder(path)
     for pattern, name in RENAMED_TENSORS.items():
         weights = {re.sub(pattern, name, key): value for key, value in weights.items()}
     return weights, description

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
-from raylib.finite import read_tensors, require_finite_file
+from raylib.finite import require_finite_file
 from raylib.models.attention import Block
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
 from raylib.models.single_stream_names import (
@@ -34,6 +34,7 @@ from raylib.models.single_stream_names import (
     text_names,
     volta_names,
 )
+from raylib.weights import read_tensors
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
