@@ -66,9 +66,11 @@ def read_metrics(run: Path) -> list[dict]:
 class ProgressLog:
     """Logs what the training `run` of `steps` steps reaches, from step `first` on, in epochs where `batches`
     has some. All workers take part, the one with a `metrics_log` speaks. It names a worker whose own part of
-    a step takes `SLOW` times as long as the others', the median over `SLOW_STEPS` and more."""
+    a step takes longer than the others', by their median: `SLOW` times as long, `SLOW_SECONDS` and
+    `SLOW_SHARE` of a step more, in `SLOW_WINDOWS` windows of `SLOW_STEPS` and more in a row."""
 
-    SLOW, SLOW_STEPS = 1.5, 10
+    # a machine that others use too makes one window slow, or a step of milliseconds; neither is worth a word
+    SLOW, SLOW_SECONDS, SLOW_SHARE, SLOW_STEPS, SLOW_WINDOWS = 1.5, 0.01, 0.05, 10, 2
 
     def __init__(
         self,
@@ -83,8 +85,9 @@ class ProgressLog:
         self.run, self.steps, self.first, self.batches = run, steps, first, batches
         self.meter, self.runtime, self.metrics_log = meter, runtime, metrics_log
         self.before = self.last = meter.copy()
-        self.forward = np.zeros(runtime.world_size)  # seconds of each worker, since `forward_step`
-        self.forward_step, self.slow_worker = first, -1  # none
+        # of the window since `window_step`: seconds of each worker's own part, of all steps
+        self.forward, self.worked, self.window_step = np.zeros(runtime.world_size), 0.0, first
+        self.slow_worker, self.slow_windows = -1, 0  # none; windows in a row in which it was slow
 
     def log(self, step: int, lr: float, losses: dict[str, float], skipped: int) -> float:
         """Log step `step`: the means of the losses, how many steps have been skipped so far, and what the
@@ -117,19 +120,22 @@ class ProgressLog:
         named = {f"loss/{k}": v for k, v in finite_values(losses).items()}
         self._record(step, {"lr": lr, **named, "skipped": skipped, **figures})
         self._print(step, _describe(losses, lr, skipped, figures), epoch)
-        self._name_slow_worker(step, forwards)
+        self._name_slow_worker(step, forwards, worked)
         return waiting
 
-    def _name_slow_worker(self, step: int, forwards: list[float]) -> None:
+    def _name_slow_worker(self, step: int, forwards: list[float], worked: float) -> None:
         """Say once that a worker is slow: with two, beside the other one."""
         self.forward += forwards
-        steps = step - self.forward_step
+        self.worked += worked
+        steps = step - self.window_step
         if self.runtime.world_size == 1 or steps < self.SLOW_STEPS:
             return
         slowest = int(self.forward.argmax())
         own, usual = self.forward[slowest], median(np.delete(self.forward, slowest).tolist())
-        slow_worker = slowest if own > self.SLOW * usual else -1
-        if slow_worker not in (-1, self.slow_worker):
+        least = max(self.SLOW_SECONDS * steps, self.SLOW_SHARE * self.worked)
+        slow_worker = slowest if own > self.SLOW * usual and own - usual > least else -1
+        self.slow_windows = self.slow_windows + 1 if slow_worker == self.slow_worker else 1
+        if slow_worker != -1 and self.slow_windows == self.SLOW_WINDOWS:
             self._print(
                 step,
                 [
@@ -137,8 +143,8 @@ class ProgressLog:
                     f"other workers {usual / steps:.2g} s, and they wait for it"
                 ],
             )
-        self.slow_worker, self.forward_step = slow_worker, step
-        self.forward[:] = 0.0
+        self.slow_worker, self.window_step = slow_worker, step
+        self.forward[:], self.worked = 0.0, 0.0
 
     def log_evaluation(self, step: int, scores: dict[str, float]) -> None:
         """Log the scores after `step` steps; names with a slash are grouped."""

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from raylib import loop
+from raylib import distributed, loop
 from raylib.data.loading import StepDataset
-from raylib.distributed import all_reduce, rank
+from raylib.distributed import all_reduce
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.loop import Meter
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
@@ -206,41 +206,89 @@ def test_flops_are_counted_under_ddp_and_zero_and_change_nothing(tmp_path):
         assert all(0 < line["share_of_peak"] < 1 for line in read_metrics(counted))
 
 
-class WaitingObjective(torch.nn.Module):
-    """A forward pass of 2 ms, of worker `slow` 20 ms, and an exchange."""
+class Clock:
+    """A clock that only `sleep` moves: a machine under load changes nothing of what it measures."""
 
-    def __init__(self, slow):
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class WorkingObjective(torch.nn.Module):
+    """A forward pass of so many seconds in each step of a worker, and an exchange in which it waits until
+    the step's seconds are over."""
+
+    def __init__(self, clock, step, seconds):
         super().__init__()
-        self.slow = slow
+        self.clock, self.step, self.seconds = clock, step, iter(seconds)
 
     def forward(self, x):
-        time.sleep(0.02 if rank() == self.slow else 0.002)
+        seconds = next(self.seconds)
+        self.clock.sleep(seconds)
+        with distributed._exchange():
+            self.clock.sleep(self.step - seconds)
         return all_reduce(x)
 
 
-def log_steps(worker, world, folder, slow):
-    """What worker 0 prints of 25 steps."""
-    objective, meter = WaitingObjective(slow), Meter({"step": 1.0})
-    meter.time_forward(objective)
+def log_steps(worker, world, folder, cases):
+    """What worker 0 prints of the steps of each case, in which worker i works `case[1][i]` seconds by itself."""
+    clock = Clock()
+    loop.time = distributed.time = clock
     runtime = types.SimpleNamespace(
         run=Path(folder), device=torch.device("cpu"), world_size=world, publish=lambda _: None
     )
-    log = MetricsLog(Path(folder), 0) if worker == 0 else None
-    progress = ProgressLog("x", 25, 0, StepDataset(), meter, runtime, log)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        for step in range(25):
-            objective(torch.ones(1))
-            meter.lap("step")
-            progress.log(step + 1, 0.1, {}, 0)
-    return printed.getvalue()
+    printed = []
+    for duration, seconds, _ in cases:
+        objective, meter = WorkingObjective(clock, duration, seconds[worker]), Meter({})
+        meter.time_forward(objective)
+        log = MetricsLog(Path(folder), 0) if worker == 0 else None
+        steps = len(seconds[0])
+        progress = ProgressLog("x", steps, 0, StepDataset(), meter, runtime, log)
+        with contextlib.redirect_stdout(io.StringIO()) as text:
+            for step in range(steps):
+                objective(torch.ones(1))
+                meter.lap("step")
+                progress.log(step + 1, 0.1, {}, 0)
+        printed.append(text.getvalue())
+    return printed
 
 
-@pytest.mark.parametrize("slow", [0, 1, None])
-def test_slow_worker_is_named_once(tmp_path, slow):
-    first, second = run_workers(log_steps, 2, str(tmp_path), slow)
-    named = [line for line in first.splitlines() if "is slow" in line]
-    assert second == "" and len(named) == (slow is not None), named
-    assert not named or f"worker {slow} is slow: its own part of a step takes 0.02" in named[0]
+FAST, HICCUP, BUSY = [0.002] * 10, [0.03] * 10, [0.05] * 10  # seconds of each step of a window
+# (seconds of a step, those of each worker's own part, what is said after which step)
+SLOW_WORKERS = [
+    (
+        0.1,
+        (HICCUP * 4, FAST * 4),
+        {20: "worker 0 is slow: its own part of a step takes 0.03 s, that of other"},
+    ),
+    (0.1, (FAST * 4, FAST + HICCUP * 3), {30: "worker 1 is slow: its own part of a step takes 0.03 s, that"}),
+    # twice, with a time between in which it was not; one after the other
+    (0.1, (HICCUP * 2 + FAST + HICCUP * 2, FAST * 5), {20: "worker 0", 50: "worker 0"}),
+    (0.1, (HICCUP * 2 + FAST * 2, FAST * 2 + HICCUP * 2), {20: "worker 0", 40: "worker 1"}),
+    # a window of a loaded machine; one of this worker and one of that
+    (0.1, (FAST + HICCUP + FAST * 2, FAST * 4), {}),
+    (0.1, ((FAST + HICCUP) * 2, (HICCUP + FAST) * 2), {}),
+    # milliseconds; a small part of a step; not half as long again; nothing
+    (0.1, ([0.0033] * 40, [0.0021] * 40), {}),
+    (0.1, ([0.011] * 40, FAST * 4), {}),
+    (1.0, (HICCUP * 4, FAST * 4), {}),
+    (0.1, (BUSY * 4, [0.034] * 40), {}),
+    (0.1, (FAST * 4, FAST * 4), {}),
+]
+
+
+def test_slow_worker_is_named_once(tmp_path):
+    first, second = run_workers(log_steps, 2, str(tmp_path), SLOW_WORKERS)
+    for printed, nothing, (_, seconds, said) in zip(first, second, SLOW_WORKERS, strict=True):
+        lines = [line for line in printed.splitlines() if "is slow" in line]
+        assert nothing == "" and len(lines) == len(said), (seconds, lines)
+        for line, (step, words) in zip(lines, said.items(), strict=True):
+            assert line.startswith(f"x step {step}/{len(seconds[0])} | {words}"), line
 
 
 def test_share_of_peak_is_of_all_workers_devices(tmp_path):
