@@ -236,15 +236,15 @@ class WorkingObjective(torch.nn.Module):
 
 
 def log_steps(worker, world, folder, cases):
-    """What worker 0 prints of the steps of each case, in which worker i works `case[1][i]` seconds by itself."""
+    """What worker 0 prints of each case, in whose steps worker i works `case[1][i]` seconds by itself."""
     clock = Clock()
     loop.time = distributed.time = clock
     runtime = types.SimpleNamespace(
         run=Path(folder), device=torch.device("cpu"), world_size=world, publish=lambda _: None
     )
     printed = []
-    for duration, seconds, _ in cases:
-        objective, meter = WorkingObjective(clock, duration, seconds[worker]), Meter({})
+    for step_seconds, seconds, _ in cases:
+        objective, meter = WorkingObjective(clock, step_seconds, seconds[worker]), Meter({})
         meter.time_forward(objective)
         log = MetricsLog(Path(folder), 0) if worker == 0 else None
         steps = len(seconds[0])
