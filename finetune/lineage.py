@@ -167,7 +167,7 @@ def _read(folder: Path) -> dict[str, Any] | None:
     """The settings in a folder's config.json; None if it is no run's."""
     try:
         values = read_json(folder / "config.json")
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return None
     if not isinstance(values, dict) or not isinstance(values.get("fit"), dict):
         return None

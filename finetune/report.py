@@ -9,7 +9,7 @@ from finetune.config import FinetuneConfig
 from finetune.lineage import described, method_of
 from raylib.display import markdown_table, open_pyplot, percent, save_figure
 from raylib.errors import UserError
-from raylib.fileio import read_json, write_json
+from raylib.fileio import read_json_object, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
 from raylib.monitoring import read_metrics
@@ -257,13 +257,10 @@ def read_result(run: Path) -> dict[str, Any]:
     Raises:
         UserError: not a finished run of fine-tuning, or a number in it is not finite.
     """
-    try:
-        result = read_json(run / "result.json")
-    except (OSError, ValueError) as e:
-        reason = (isinstance(e, OSError) and e.strerror) or e
-        raise UserError(f"{run}/result.json: not read ({reason}); give finished runs") from None
-    if not isinstance(result, dict):
-        raise UserError(f"{run}/result.json: no result of a run; give finished runs")
+    path = run / "result.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give finished runs")
+    result = read_json_object(path, what="the result of a run", advice="give finished runs", finite=False)
     if "dev" in result:
         raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
     require_finite_values(f"{run}/result.json", result)

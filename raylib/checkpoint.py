@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 from safetensors import safe_open
 
-from raylib.errors import NotFinite, NotJson, UserError
+from raylib.errors import NotFinite, UserError
 from raylib.fileio import (
     atomic_file,
     read_json,
@@ -149,28 +149,19 @@ def read_meta(folder: Path) -> dict:
     Raises:
         UserError: there is none, or it is damaged.
     """
-    try:
-        meta = read_json_object(folder / "meta.json", ("step", "workers", "score"))
-        scores = folder / SCORES
-        return (
-            {**meta, **read_json_object(scores)} if meta.get("evaluation_due") and scores.is_file() else meta
-        )
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}/meta.json: missing, so this is no whole checkpoint; {ADVICE}") from None
-    except NotJson as e:
-        raise UserError(f"{e.path}: not to be read ({e}); {ADVICE}") from None
+    path, scores = folder / "meta.json", folder / SCORES
+    if not path.exists():
+        raise UserError(f"{path}: missing, so this is no whole checkpoint; {ADVICE}")
+    # earlier versions wrote scores that are not finite
+    meta = read_json_object(path, ("step", "workers", "score"), advice=ADVICE, finite=False)
+    if meta.get("evaluation_due") and scores.exists():
+        meta |= read_json_object(scores, advice=ADVICE, finite=False)
+    return meta
 
 
 def _read_listing(path: Path) -> dict[str, Any]:
-    """Read a worker's list of its files.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    try:
-        return read_json_object(path)
-    except NotJson as e:
-        raise UserError(f"{path}: not to be read ({e}); {ADVICE}") from None
+    """Read a worker's list of its files."""
+    return read_json_object(path, advice=ADVICE)
 
 
 def add_scores(folder: Path, scores: dict[str, float], is_judged: bool) -> None:

@@ -14,9 +14,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
+from raylib.file_kinds import recognize
+
 HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
 )  # xlm-roberta-base, openai/clip-vit-base-patch32
+LONGEST_REASON = 200  # characters of what a library says
 FILE_NAME = re.compile(r"\.(py|json|jsonl|txt|model|safetensors|bin|pt|pth|th|tar)$")
 
 
@@ -36,20 +39,6 @@ class MachineError(Exception):
 class RunLost(MachineError):
     """A run that is not this process's any more: another start has it, its owner is gone, or its folder is.
     The same again, if it is tried again."""
-
-
-class NotJson(ValueError):
-    """A file that should hold JSON and does not; its text says why.
-
-    path: of the file, which was damaged, or is another.
-    """
-
-    def __init__(self, path: Path, reason: object):
-        super().__init__(path, reason)
-        self.path = path
-
-    def __str__(self) -> str:
-        return str(self.args[1])
 
 
 class NotFinite(UserError):
@@ -144,8 +133,6 @@ def error_line(
         return MachineError(str(error)) if is_machine else error
     if isinstance(error, MachineError):
         return error
-    if isinstance(error, NotJson):
-        return UserError(f"{error.path}: not to be read as JSON ({error}); restore the file")
     if (number := _error_number(first)) is not None:
         return _system_error(first, number, path, needed)
     if network := _network_error(first):
@@ -165,6 +152,55 @@ def _causes(error: BaseException) -> list[BaseException]:
         found.append(cause)
         cause = cause.__cause__ or cause.__context__
     return found
+
+
+@contextmanager
+def reading(path: Path | str, what: str, advice: str = "take an undamaged copy") -> Iterator[None]:
+    """Turn whatever a library raises at a file that is empty, damaged, half-downloaded or another than
+    expected into one `UserError`. The block is narrow: the library's parsing, and the checks of shape and
+    type right after it; a bug in our own computations keeps its traceback.
+
+    Args:
+        what: the file was expected to be, such as "weights (safetensors)" or "JSON: a list of captions".
+    Raises:
+        UserError: "PATH: not to be read as WHAT (REASON); ADVICE"; of both, the file's first bytes may tell
+            better ones.
+        MachineError: a failure of the machine.
+    """
+    try:
+        yield
+    except BaseException as e:
+        # a library in Rust panics with an exception of its own, which is no `Exception`
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        line = error_line(e, path)
+        if line is e:
+            raise
+        raise line or unreadable(path, what, advice, e) from e
+
+
+def unreadable(path: Path | str, what: str, advice: str, error: BaseException) -> UserError:
+    """Return the line of a file that is not to be read as `what`, at which a library raised `error`."""
+    seen, remedy = recognize(Path(path), what)
+    return UserError(
+        f"{path}: not to be read as {what} ({seen or describe_error(error)}); {remedy or advice}"
+    )
+
+
+def describe_error(error: BaseException) -> str:
+    """Return what an exception says in its first line, shortened, in characters that can be printed."""
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):  # Python's, PyTorch's
+        return "it asks for more memory than there is"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, UnicodeDecodeError):
+        byte = f"byte {error.object[error.start]:#04x} at {error.start:,}"
+        return f"not {error.encoding.upper()} text: {byte}"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in lines[0])
+    if isinstance(error, KeyError):
+        text = f"no {text} in it"
+    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
 
 
 @contextmanager

@@ -26,10 +26,12 @@ from typing import Any, TextIO, cast
 
 import ijson
 
-from raylib.errors import NotJson, UserError, name_errors
+from raylib.errors import UserError, name_errors, reading
 from raylib.processes import process_start, try_lock
+from raylib.strict_json import parse_json
 
 CHUNK = 1 << 16  # characters of JSON read at a time
+MAX_JSON = 1 << 30  # bytes of a file that is read whole
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 DAY = 24 * 60 * 60  # seconds
 
@@ -138,29 +140,39 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
     write_atomically(path, text + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a UTF-8 JSON file.
+def read_json(path: Path, what: str = "JSON", advice: str = "restore the file", finite: bool = True) -> Any:
+    """Read a JSON file (`raylib.strict_json`) that lies in memory whole.
+
+    Args:
+        what, advice: of the line (`raylib.errors.reading`).
+        finite: NaN and Infinity are refused; False for what earlier versions of this code wrote.
+    Raises:
+        UserError: it is damaged, or another kind of file.
+    """
+    with reading(path, what, advice), open(path, "rb") as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON:
+            raise ValueError(f"{size:,} bytes, of which {MAX_JSON:,} may be")
+        return parse_json(file.read(), finite)
+
+
+def read_json_object(
+    path: Path,
+    keys: Iterable[str] = (),
+    what: str = "JSON",
+    advice: str = "restore the file",
+    finite: bool = True,
+) -> dict[str, Any]:
+    """Read a JSON file that holds an object with `keys`; the rest as `read_json`.
 
     Raises:
-        NotJson: it is damaged, or another kind of file.
+        UserError: it does not.
     """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:  # also where bytes are no UTF-8
-        raise NotJson(path, e) from None
-
-
-def read_json_object(path: Path, keys: Iterable[str] = ()) -> dict[str, Any]:
-    """Read a UTF-8 JSON file that holds an object with `keys`.
-
-    Raises:
-        NotJson: it does not.
-    """
-    values = read_json(path)
-    if not isinstance(values, dict):
-        raise NotJson(path, f"{type(values).__name__} in place of an object")
-    if missing := sorted({*keys} - values.keys()):
-        raise NotJson(path, f"no {', '.join(missing)} in it")
+    values = read_json(path, what, advice, finite)
+    with reading(path, what, advice):
+        if not isinstance(values, dict):
+            raise ValueError(f"{type(values).__name__} in place of an object")
+        if missing := sorted({*keys} - values.keys()):
+            raise ValueError(f"no {', '.join(missing)} in it")
     return values
 
 
@@ -213,7 +225,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     records = []
     # no str.splitlines: it would split at U+2028 and others, which JSON need not escape
-    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    lines = path.read_bytes().split(b"\n") if path.exists() else []
     for number, line in enumerate(lines, 1):
         record = _parse_record(line)
         if record is not None:
@@ -233,7 +245,7 @@ def repair_jsonl(path: Path, key: str) -> list[str]:
     Raises:
         UserError: a line that no crash leaves; names it.
     """
-    data = path.read_bytes() if path.is_file() else b""
+    data = path.read_bytes() if path.exists() else b""
     lines, kept, notes = data.split(b"\n"), [], []
     for number, line in enumerate(lines, 1):
         found, rest = _split_records(line.strip(b"\0"), key)
@@ -268,7 +280,7 @@ def _split_records(line: bytes, key: str) -> tuple[list[bytes], bytes]:
 
 def _parse_record(line: bytes) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        record = parse_json(line, finite=False)  # as earlier versions wrote it
     except ValueError:
         return None
     return record if isinstance(record, dict) else None
@@ -283,6 +295,8 @@ def _may_be_cut_off(line: bytes) -> bool:
         # where the text ends, or in a word (`-Infinity`) or a number that does not end there
         is_early = e.pos < len(text) - len("-Infinity") and not e.msg.startswith("Unterminated string")
         return not text.strip() or (text.startswith("{") and not is_early and e.msg != "Extra data")
+    except (ValueError, RecursionError):  # a number of thousands of digits; nested too deeply
+        pass
     return False
 
 

@@ -5,13 +5,14 @@ import json
 import pytest
 
 from raylib import fileio
-from raylib.errors import MachineError, NotJson, UserError, error_line
+from raylib.errors import MachineError, UserError, error_line
 from raylib.fileio import (
     append_jsonl,
     atomic_file,
     atomic_folder,
     copy_atomically,
     file_lock,
+    read_json,
     read_json_object,
     read_jsonl,
     repair_jsonl,
@@ -55,15 +56,63 @@ def test_atomic_folder_is_written_by_one_process_at_a_time(tmp_path):
     assert [p.name for p in tmp_path.rglob("*")] == ["out", "a"]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff", b"[1]", b'{"a": 1}'])
-def test_json_that_is_none_is_a_line_with_its_path(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"{", "Expecting property name"),
+        (b"\xff", "not UTF-8 text: byte 0xff at 0"),
+        (b"[1]", "list in place of an object"),
+        (b'{"a": 1}', "no b in it"),
+        (b'{"a": 1, "b": 2', "Expecting ',' delimiter"),
+        (b"\0" * 5000, "zeros: an unfinished download, or copy"),
+        (b'{"a": "\0"}', "Invalid control character"),
+        (b"[" * 100_000, "nested deeper than 100"),
+        (b"[" * 101 + b"]" * 101, "nested deeper than 100"),
+        (b'{"a": NaN, "b": 1}', "NaN is no JSON"),
+        (b'{"a": -Infinity, "b": 1}', "-Infinity is no JSON"),
+        (b'{"a": 1e999, "b": 1}', "1e999 is too large a number"),
+        (b'{"b": 1, "a": ' + b"9" * 5000 + b"}", "an integer of 5,000 digits"),
+        (b'{"a": 1, "b": 2, "a": 3}', "'a' twice in one object, with different values"),
+        (b'{"a": {"c": [1]}, "b": 2, "a": {"c": [true]}}', "'a' twice in one object"),
+        (b'{"a": "\\ud800", "b": 2}', "half of a surrogate pair, '\\ud800'"),
+        (b'{"a": "\xed\xa0\x80", "b": 2}', "not UTF-8 text: byte 0xed at 7"),
+        ('{"a": "\ud800", "b": 2}'.encode("utf-16-le", "surrogatepass"), "not UTF-16-LE text"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "a git-lfs pointer"),
+    ],
+)
+def test_json_that_is_none_is_a_line_with_its_path(tmp_path, content, reason):
     (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(NotJson) as found:
+    with pytest.raises(UserError) as found:
         read_json_object(tmp_path / "a.json", ("a", "b"))
     line = error_line(found.value)
-    assert isinstance(line, UserError) and str(line).startswith(
-        f"{tmp_path}/a.json: not to be read as JSON ("
+    assert line is found.value and str(line).startswith(
+        f"{tmp_path}/a.json: not to be read as JSON ({reason}"
     )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32-le"])
+def test_json_is_read_in_every_encoding_of_unicode(tmp_path, encoding):
+    values = {"a": ["ä", "\U0001f600", None, 1.5, -(2**63)], "b": {"": True}}
+    for text in (json.dumps(values), json.dumps(values, ensure_ascii=False, indent=1)):
+        (tmp_path / "a.json").write_bytes(text.encode(encoding))
+        assert read_json(tmp_path / "a.json") == values
+
+
+def test_json_of_earlier_versions_may_have_numbers_that_are_not_finite(tmp_path):
+    (tmp_path / "a.json").write_text("[NaN, 1e999, 2]")
+    assert str(read_json(tmp_path / "a.json", finite=False)) == "[nan, inf, 2]"
+    (tmp_path / "a.json").write_text("[" * 100 + "1" + "]" * 100)
+    assert str(read_json(tmp_path / "a.json")) == "[" * 100 + "1" + "]" * 100
+    (tmp_path / "a.json").write_text('{"a": 1, "a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}, "it may be read in one way alone"
+
+
+def test_json_in_place_of_which_a_folder_lies_is_a_line(tmp_path):
+    for read in (read_json, read_jsonl, lambda path: repair_jsonl(path, "n")):
+        with pytest.raises((UserError, OSError)) as found:
+            read(tmp_path)
+        assert str(error_line(found.value)) == f"{tmp_path}: a folder, where a file is needed; give a file"
 
 
 def test_jsonl_without_the_line_that_a_crash_cut_off(tmp_path):

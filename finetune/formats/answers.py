@@ -146,10 +146,7 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
 
 def _translations(path: Path, names: tuple[str, ...]) -> list[str]:
     """Read the translations of `names`."""
-    try:
-        values = read_json(path)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not to be read as JSON ({e})") from None
+    values = read_json(path, advice="translate the answers anew")
     if (
         not isinstance(values, list)
         or len(values) != len(names)

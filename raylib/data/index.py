@@ -289,7 +289,7 @@ def _convert(shard: Path) -> bytes:
         scan = TarScan(shard, hashes=False)
         return encode_index(scan.bytes, list_samples(scan), time)
     try:
-        stored = read_json(path)
+        stored = read_json(path, advice="index the folder anew")
         if stored.get("format", 1) not in JSON_FORMATS:
             raise ValueError(f"format {stored['format']}")
         samples = [IndexedSample(*sample) for sample in stored["samples"]]

@@ -296,13 +296,8 @@ def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | No
     none."""
     if not (folder / "search.json").is_file():
         return None
-    try:
-        stored = read_json_object(folder / "search.json", ("search", "recipe"))
-    except ValueError as e:
-        raise UserError(
-            f"{folder}/search.json: not to be read ({e}); restore it, or remove it to go on with the "
-            "settings that are given now"
-        ) from None
+    advice = "restore it, or remove it to go on with the settings that are given now"
+    stored = read_json_object(folder / "search.json", ("search", "recipe"), advice=advice)
     for part, kind in (("search", SearchConfig), ("recipe", recipe)):
         stored[part] = read_stored_settings(kind, stored[part]).values
     return stored

@@ -16,7 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from raylib.cache import set_cache
 from raylib.errors import UserError
-from raylib.fileio import read_json, repair_jsonl, write_json
+from raylib.fileio import read_json, read_json_object, repair_jsonl, write_json
 from raylib.finite import require_finite_values
 from raylib.lock import make_folder, work_for
 from raylib.search.config import Resources, SearchContext
@@ -177,12 +177,8 @@ def _choose_finalists(
     """Return (names, settings): those of earlier starts, whose runs are called by their places in the list,
     then those of this one that are not among them."""
     path, goals = folder / "settings.json", context.config.goals
-    try:
-        settings: list[Setting | None] = read_json(path)[1] if path.is_file() else []
-    except ValueError as e:
-        raise UserError(
-            f"{path}: not to be read ({e}); restore it, or remove {folder} to train the finalists anew"
-        ) from None
+    advice = f"restore it, or remove {folder} to train the finalists anew"
+    settings: list[Setting | None] = read_json(path, advice=advice)[1] if path.exists() else []
     pooled = [mean_result(replicates) for replicates in pool_replicates(context, results)]
     front = pareto_front(pooled, goals)  # of one goal: the best
     ranked = sorted(pooled, key=lambda result: (result not in front, -_mean(result.scores, goals)))
@@ -209,10 +205,10 @@ def _evaluate_tests(
     paths = {seed: run / "test.json" for seed, run in runs.items()}
     for path in paths.values():
         try:
-            if path.is_file():
-                read_json(path)
-        except ValueError as e:
-            print(f"{path}: not to be read ({e}); its run is evaluated again", flush=True)
+            if path.exists():
+                read_json_object(path, finite=False)
+        except UserError as e:
+            print(f"{e}; its run is evaluated again", flush=True)
             path.unlink()
     tasks = {
         seed: _evaluate_remotely.options(**resources).remote(context, str(runs[seed]))
@@ -224,7 +220,7 @@ def _evaluate_tests(
             write_json(paths[seed], ray.get(task))
         except RayTaskError as e:  # the same error with a traceback in its message
             raise e.cause from None
-    tests = {seed: read_json(path) for seed, path in paths.items()}
+    tests = {seed: read_json_object(path, finite=False) for seed, path in paths.items()}
     for seed, scores in tests.items():  # earlier versions wrote NaN
         require_finite_values(str(paths[seed]), scores)
     return tests

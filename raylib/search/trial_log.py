@@ -180,5 +180,5 @@ def _read_setting(file: Path) -> Setting | None:
     """Return a setting; None: it is not there, or not whole."""
     try:
         return read_json(file)
-    except (OSError, ValueError):
+    except (OSError, UserError):
         return None
