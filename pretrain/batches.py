@@ -154,7 +154,7 @@ class _PackedStream(_Stream):
 
     def read(self, step: int) -> dict[str, Any]:
         start = step * self.draws_per_lane
-        rows = [self.source.row(*self.lanes.draw(d.lane, start + d.draw)) for d in self.draws]
+        rows = self.source.rows(self.lanes.draw(d.lane, start + d.draw) for d in self.draws)
         names = ("text",) if self.source.sides == 1 else ("source", "target")
         sides = zip(names, zip(*rows, strict=True), strict=True)
         masked = {name: self.mask_sentences(side, step, name) for name, side in sides}

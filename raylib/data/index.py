@@ -16,12 +16,13 @@ process that opens a shard without one makes it, and it is made anew where what 
 """
 
 import errno
+import itertools
 import mmap
 import os
 import struct
 import weakref
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,9 +32,10 @@ from raylib.data.tars import TarScan
 from raylib.errors import UserError
 from raylib.fileio import file_lock, read_json, write_atomically, write_json
 
-MAGIC, FORMAT = b"PGLANCE\n", 1
+MAGIC, FORMAT = b"PGLANCE\n", 2
 HEADER = struct.Struct("<8sIIqQQQQQQ")
-SAMPLE, MEMBER = struct.Struct("<3I"), struct.Struct("<4q")
+SAMPLES, MEMBER = struct.Struct("<6I"), struct.Struct("<4q")  # a sample and the next one; a member
+SAMPLE_BYTES, CHUNK = 12, 1 << 20
 CHECKED = 16  # bytes of the header before those that its CRC-32 is of
 JSON_FORMATS = (1, 2)  # the first has no hashes of images
 # a folder that others write: a data set that many read
@@ -72,7 +74,8 @@ class FileBytes:
 
     def require_whole(self) -> None:
         """Raise UserError where the file has become shorter."""
-        if os.fstat(self.file).st_size < self.stamp[0]:
+        # a third of the time of `fstat`; nothing reads at the position that this moves
+        if os.lseek(self.file, 0, os.SEEK_END) < self.stamp[0]:
             raise self._cut_off(self.stamp[0])
 
     def _cut_off(self, before: int) -> UserError:
@@ -92,6 +95,19 @@ class FileBytes:
             whole = bytearray(size)
             self.read_into(memoryview(whole), offset)
             return bytes(whole)
+        return data
+
+    def read_each(self, places: Iterable[tuple[int, int]]) -> list[bytes]:
+        """Read at several places, (bytes, offset) each."""
+        places = list(places)
+        try:
+            data = [os.pread(self.file, size, offset) for size, offset in places]
+        except OSError as e:
+            e.filename = str(self.path)
+            raise
+        for part, (size, offset) in zip(data, places, strict=True):
+            if len(part) < size:
+                raise self._cut_off(max(len(self), offset + size))
         return data
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
@@ -114,7 +130,7 @@ class IndexedSample(NamedTuple):
 
 
 class ShardIndex:
-    """An index of `data`, the content of an index file.
+    """An index: of `content`, an index file's.
 
     Attributes:
         shard_bytes, rows: of the shard. source_time: see the header.
@@ -123,48 +139,78 @@ class ShardIndex:
         ValueError: not whole, or of another format.
     """
 
-    def __init__(self, content: FileBytes | bytes):
-        # mapped: a sample is looked up in the time of one system call, which asks whether the file is whole
+    def __init__(self, content: "FileBytes | bytes", path: Path):
+        self.path = path
         self._file = None if isinstance(content, bytes) else content
-        data = content if isinstance(content, bytes) else content.map()
-        if len(data) < HEADER.size:
+        head = content[: HEADER.size]
+        if len(head) < HEADER.size:
             raise ValueError("truncated in the header")
-        _, form, crc, *fields = HEADER.unpack(data[: HEADER.size])
+        _, form, crc, *fields = HEADER.unpack(head)
         self.source_time, self.shard_bytes, samples, members, self.rows, extensions, keys = fields
-        ends = np.cumsum([HEADER.size, 32 * members, 12 * (samples + 1), extensions, keys]).tolist()
-        if form != FORMAT or zlib.crc32(data[CHECKED : HEADER.size]) != crc or ends[-1] != len(data):
-            raise ValueError(f"format {form}, {len(data)} bytes")
-        self.extensions = data[ends[2] : ends[3]].decode().split("\0")
-        self._data, self._count, self._starts = data, samples, ends
-        # of the content only the ends: to read all of it would cost as much as what this format spares
-        if any(self._sample(0)) or self._sample(samples) != (members, keys, self.rows):
-            raise ValueError("its tables do not fit its header")
+        sizes = (HEADER.size, MEMBER.size * members, SAMPLE_BYTES * (samples + 1), extensions, keys)
+        self._starts = list(itertools.accumulate(sizes))
+        if form != FORMAT or self._starts[-1] != len(content):
+            raise ValueError(f"format {form}, {len(content)} bytes")
+        if _checksum(content) != crc:
+            raise ValueError("its checksum is another")
+        self.extensions = content[self._starts[2] : self._starts[3]].decode().split("\0")
+        self._count, self._members, self._keys = samples, members, keys
+        # mapped: a sample is looked up in the time of one system call, which asks whether the file is whole
+        self._data = content if isinstance(content, bytes) else content.map()
 
     def __len__(self) -> int:
         return self._count
 
     def first_rows(self) -> np.ndarray:
-        """(n + 1,) int64: the first row of each sample, and how many there are."""
+        """(n + 1,) int64: the first row of each sample, and how many there are.
+
+        Raises:
+            UserError: they do not rise, or more than the index says.
+        """
+        self._require_whole()
         table = self._data[self._starts[1] : self._starts[2]]
-        return np.frombuffer(table, "<u4").reshape(-1, 3)[:, 2].astype(np.int64)
+        rows = np.frombuffer(table, "<u4").reshape(-1, 3)[:, 2].astype(np.int64)
+        if rows[0] or rows[-1] != self.rows or (rows[1:] < rows[:-1]).any():
+            raise self._damaged("rows that do not rise")
+        return rows
 
     def read(self, number: int) -> IndexedSample:
-        """Return a sample; each member has a hash, or -1."""
-        if self._file is not None:
-            self._file.require_whole()
-        (first, key, row), (last, end, next_row) = self._samples(number, number + 2)
-        start = self._starts[0]
-        table = self._data[start + MEMBER.size * first : start + MEMBER.size * last]
-        members = {self.extensions[code]: place for code, *place in MEMBER.iter_unpack(table)}
-        name = self._data[self._starts[3] + key : self._starts[3] + end].decode()
+        """Return a sample; each member has a hash, or -1.
+
+        Raises:
+            UserError: it lies outside the tables, or a member of it outside the shard.
+        """
+        self._require_whole()
+        members_at, samples_at, _, keys_at, _ = self._starts
+        # the checksum tells of damage, not of intent: whatever is read here may be any number
+        first, key, row, last, end, next_row = SAMPLES.unpack_from(
+            self._data, samples_at + SAMPLE_BYTES * number
+        )
+        if not (first <= last <= self._members and key <= end <= self._keys and row <= next_row <= self.rows):
+            raise self._damaged(f"sample {number} outside its tables")
+        table = self._data[members_at + MEMBER.size * first : members_at + MEMBER.size * last]
+        members, names = {}, self.extensions
+        for code, offset, size, known in MEMBER.iter_unpack(table):
+            if not (0 <= code < len(names) and 0 <= offset and 0 <= size <= self.shard_bytes - offset):
+                raise self._damaged(f"a member of sample {number} outside the shard")
+            members[names[code]] = offset, size, known
+        name = self._data[keys_at + key : keys_at + end].decode(errors="backslashreplace")
         return IndexedSample(name, members, next_row - row)
 
-    def _samples(self, first: int, last: int) -> list[tuple[int, ...]]:
-        start = self._starts[1]
-        return list(SAMPLE.iter_unpack(self._data[start + SAMPLE.size * first : start + SAMPLE.size * last]))
+    def _require_whole(self) -> None:
+        if self._file is not None:
+            self._file.require_whole()
 
-    def _sample(self, number: int) -> tuple[int, ...]:
-        return self._samples(number, number + 1)[0]
+    def _damaged(self, what: str) -> UserError:
+        return UserError(f"{self.path}: a damaged index ({what}); delete it, and index the folder anew")
+
+
+def _checksum(content: "FileBytes | bytes") -> int:
+    """Return the CRC-32 of an index file, but for the part of its header that holds it."""
+    crc = 0
+    for start in range(CHECKED, len(content), CHUNK):
+        crc = zlib.crc32(content[start : start + CHUNK], crc)
+    return crc
 
 
 def index_path(shard: Path) -> Path:
@@ -190,9 +236,12 @@ def encode_index(shard_bytes: int, samples: Sequence[IndexedSample], source_time
     extensions = "\0".join(names).encode()
     counts = (len(samples), len(places), int(table[-1, 2]), len(extensions), int(table[-1, 1]))
     header = HEADER.pack(MAGIC, FORMAT, 0, source_time, shard_bytes, *counts)
-    header = HEADER.pack(MAGIC, FORMAT, zlib.crc32(header[CHECKED:]), source_time, shard_bytes, *counts)
     members = np.array(places, "<i8").reshape(-1, 4)
-    return b"".join((header, members.tobytes(), table.astype("<u4").tobytes(), extensions, *keys))
+    content = b"".join((header, members.tobytes(), table.astype("<u4").tobytes(), extensions, *keys))
+    return (
+        HEADER.pack(MAGIC, FORMAT, _checksum(content), source_time, shard_bytes, *counts)
+        + content[HEADER.size :]
+    )
 
 
 def list_samples(scan: TarScan) -> list[IndexedSample]:
@@ -245,11 +294,11 @@ def open_index(shard: Path, cache: Path) -> ShardIndex:
                     content = content or _convert(shard)
                     write_atomically(path, content)
                 lock.unlink(missing_ok=True)  # whoever waits for it finds the index
-            return index or ShardIndex(FileBytes(path))
+            return index or ShardIndex(FileBytes(path), path)
         except OSError as error:
             if error.errno not in READ_ONLY:
                 raise
-    return ShardIndex(content or _convert(shard))  # of this process alone
+    return ShardIndex(content or _convert(shard), _source(shard))  # of this process alone
 
 
 def is_younger(shard: Path, index: ShardIndex) -> bool:
@@ -275,7 +324,7 @@ def _open_current(path: Path, shard: Path) -> ShardIndex | None:
     if data[: len(MAGIC)] != MAGIC:
         raise UserError(f"{path}: no index of a shard, whose name it has; move it, or delete it")
     try:
-        index = ShardIndex(data)
+        index = ShardIndex(data, path)
     except ValueError:  # it is a copy: nothing is lost with it
         return None
     return index if index.source_time == _source(shard).stat().st_mtime_ns else None

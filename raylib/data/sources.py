@@ -26,7 +26,10 @@ import json
 import os
 import resource
 import struct
+from bisect import bisect_right
+from codecs import BOM_UTF8
 from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +64,14 @@ class Sample(NamedTuple):
     Attributes:
         members: {extension: (offset, bytes, hash of an image or -1 if it is not known)} in its shard.
         language: of its shard; "mul" for none in particular.
+        images: extensions of its images, sorted.
     """
 
     key: str
-    members: dict[str, tuple[int, int, int]]
+    members: Mapping[str, Sequence[int]]
     shard: "Shard"
     language: str
+    images: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -81,7 +86,7 @@ class Sample(NamedTuple):
                 took its place.
         """
         offset, size, known = self.members[extension]
-        data = self.shard.pread(offset, size)
+        data = self.shard.content.read(size, offset)
         # a hash costs 4 % of decoding, so it is only asked for where times say that the shard may not be the
         # one indexed
         if self.shard.check and known >= 0 and string_key(data) != known:
@@ -92,18 +97,16 @@ class Sample(NamedTuple):
         return data
 
     @property
-    def images(self) -> tuple[str, ...]:
-        """Extensions of its images, sorted."""
-        return find_images(tuple(self.members), self.shard.images)
-
-    @property
     def identity(self) -> int:
         """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of
         several drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
+        hashes = [self.members[name][2] for name in self.images]
+        if min(hashes, default=0) < 0:
+            hashes = [string_key(self.read(name)) for name in self.images]
+        if len(hashes) == 1:
+            return hashes[0]
         # sorted: two samples of the same drawings are one, in whatever order their extensions stand
-        known = ((name, self.members[name][2]) for name in self.images)
-        hashes = sorted(string_key(self.read(name)) if value < 0 else value for name, value in known)
-        return hashes[0] if len(hashes) == 1 else string_key(struct.pack(f"<{len(hashes)}q", *hashes))
+        return string_key(struct.pack(f"<{len(hashes)}q", *sorted(hashes)))
 
     def record(self) -> dict:
         """Return what its KEY.json holds; {} if it has none, or another kind of value.
@@ -114,7 +117,7 @@ class Sample(NamedTuple):
         if "json" not in self.members:
             return {}
         try:
-            record = json.loads(self.read("json").decode("utf-8-sig"))
+            record = json.loads(self.read("json").removeprefix(BOM_UTF8).decode())
         except ValueError as error:
             raise BadCaption(f"a .json that is no UTF-8 JSON ({str(error).splitlines()[0]})") from error
         return record if isinstance(record, dict) else {}
@@ -131,7 +134,7 @@ class Sample(NamedTuple):
         for name in CAPTION_MEMBERS:
             if name in self.members:
                 try:
-                    lines = self.read(name).decode("utf-8-sig").split("\n")
+                    lines = self.read(name).removeprefix(BOM_UTF8).decode().split("\n")
                 except UnicodeDecodeError as error:
                     raise BadCaption(f"a .{name} that is not UTF-8 ({error.reason})") from error
                 return parse_captions({"captions": [line for line in lines if line.strip()]}, language)
@@ -169,19 +172,18 @@ class Shard:
         self.path, self.index, self.sha256, self.images, self.check = path, index, sha256, images, check
         self.content = FileBytes(path)
         if packed:
-            self.starts = index.first_rows()
+            self.starts = index.first_rows().tolist()
             self.blocks: dict[int, tuple[int, np.dtype, np.ndarray]] = {}
 
-    def pread(self, offset: int, size: int) -> bytes:
+    def require_same(self) -> None:
+        """Raise UserError where the shard was written to since it was opened, and is not what its manifest
+        says. Of a shorter one, reading says more."""
         if self.content.find_stamp() != self.content.stamp:
             self._require_same_content()
-        return self.content.read(size, offset)
 
     def _require_same_content(self) -> None:
-        """Raise UserError: the shard was written to since it was opened, and is not what its manifest
-        says."""
         now, before = self.content.find_stamp(), self.content.stamp
-        if now[0] == before[0]:  # of a shorter one, reading says more
+        if now[0] == before[0]:
             if sha256_file(self.path) != self.sha256:
                 raise UserError(
                     f"{self.path}: written to since it was opened, and its SHA-256 is not its manifest's any "
@@ -190,20 +192,31 @@ class Shard:
             self.content.stamp = now
 
     def sample(self, row: int, language: str) -> Sample:
+        """Return a sample, whose members are as they were indexed: one look at the shard a sample."""
+        self.require_same()
         key, members, _ = self.index.read(row)
-        places = {name: (place[0], place[1], place[2]) for name, place in members.items()}
-        return Sample(key, places, self, language)
+        return Sample(key, members, self, language, find_images(tuple(members), self.images))
 
-    def row(self, row: int, sides: int) -> list[np.ndarray]:
-        block = int(self.starts.searchsorted(row, "right")) - 1
-        offset, dtype, ends = self.blocks.get(block) or self._read_block(block, sides)
-        # `cuts` begins with 0, so that row 0 is cut like any other
-        first = (row - int(self.starts[block])) * sides
-        cuts = ends[first : first + sides + 1].tolist()
-        # the sides of a row lie end to end
-        start, end = (offset + cut * dtype.itemsize for cut in (cuts[0], cuts[-1]))
-        ids = np.frombuffer(self.pread(start, end - start), dtype)
-        return [ids[low - cuts[0] : high - cuts[0]] for low, high in itertools.pairwise(cuts)]
+    def rows(self, rows: Sequence[int], sides: int) -> list[list[np.ndarray]]:
+        """Return rows of packed ids, one array a side each: one look at the shard for all of them."""
+        self.require_same()
+        places_in: dict[int, list[int]] = {}  # block -> places in `rows`
+        for place, row in enumerate(rows):
+            places_in.setdefault(bisect_right(self.starts, row) - 1, []).append(place)
+        found: list[list[np.ndarray]] = [[]] * len(rows)
+        for block, places in places_in.items():
+            offset, dtype, ends = self.blocks.get(block) or self._read_block(block, sides)
+            # `ends` begins with 0, so that row 0 is cut like any other
+            firsts = (np.array([rows[place] for place in places]) - self.starts[block]) * sides
+            cuts = ends[firsts[:, None] + np.arange(sides + 1)].astype(np.int64)  # (rows, sides + 1)
+            sizes, offsets = (cuts[:, -1] - cuts[:, 0]) * dtype.itemsize, offset + cuts[:, 0] * dtype.itemsize
+            # the sides of a row lie end to end; joined, all rows are one array, whose slices cost little
+            data = self.content.read_each(zip(sizes.tolist(), offsets.tolist(), strict=True))
+            ids = np.frombuffer(b"".join(data), dtype)
+            moved = cuts + (np.cumsum(sizes) // dtype.itemsize - cuts[:, -1])[:, None]
+            for place, row_cuts in zip(places, moved.tolist(), strict=True):
+                found[place] = [ids[low:high] for low, high in itertools.pairwise(row_cuts)]
+        return found
 
     def _read_block(self, block: int, sides: int) -> tuple[int, np.dtype, np.ndarray]:
         """(offset of the ids of a block in the file, their type, where each side of each row ends)."""
@@ -211,7 +224,9 @@ class Shard:
         (ids, num_ids, dtype), (offset, num_ends, end_dtype) = (
             self._find_array(*members[name][:2]) for name in ("ids.npy", "ends.npy")
         )
-        ends = np.frombuffer(self.pread(offset, int(np.prod(num_ends)) * end_dtype.itemsize), end_dtype)
+        ends = np.frombuffer(
+            self.content.read(int(np.prod(num_ends)) * end_dtype.itemsize, offset), end_dtype
+        )
         # checked once a block: an end that does not rise would give one sentence another's ids
         cuts = np.concatenate([np.zeros(1, np.uint32), ends])
         if num_ends[1:] != (sides,) or num_ids != (cuts[-1],) or (cuts[1:] <= cuts[:-1]).any():
@@ -223,7 +238,7 @@ class Shard:
 
     def _find_array(self, offset: int, size: int) -> tuple[int, tuple[int, ...], np.dtype]:
         """(offset of its elements in the file, shape, dtype) of an .npy member."""
-        header = io.BytesIO(self.pread(offset, min(size, HEADER)))
+        header = io.BytesIO(self.content.read(min(size, HEADER), offset))
         shape, dtype = read_npy_header(header)
         return offset + header.tell(), shape, dtype
 
@@ -271,7 +286,8 @@ class Source:
             if not sum(shard.samples for shard in shards):
                 raise UserError(f"{base}: language {language!r} has no samples")
         self.starts = {
-            lang: np.cumsum([0] + [s.samples for s in group]) for lang, group in self.groups.items()
+            lang: list(itertools.accumulate((s.samples for s in group), initial=0))
+            for lang, group in self.groups.items()
         }
         self._opened: OrderedDict[str, Shard] = OrderedDict()
         # remote ones are checked as they are fetched, each when its first sample is read
@@ -303,7 +319,7 @@ class Source:
 
     def size(self, language: str) -> int:
         """Samples (rows) of a language."""
-        return int(self.starts[language][-1])
+        return self.starts[language][-1]
 
     def sizes(self) -> dict[str, list[int]]:
         """Samples of every shard, by language: what `Lanes` is made from."""
@@ -311,21 +327,36 @@ class Source:
 
     def sample(self, language: str, number: int) -> Sample:
         """Sample `number` of a language of an image_text source."""
-        shard, row = self._locate(language, number)
-        return shard.sample(row, language)
+        starts = self.starts[language]
+        place = bisect_right(starts, number) - 1
+        return self._shard(language, place).sample(number - starts[place], language)
 
     def row(self, language: str, number: int) -> list[np.ndarray]:
         """Row `number` of a packed source: one array of ids (uint16 or uint32) per side."""
-        shard, row = self._locate(language, number)
-        return shard.row(row, self.sides)
+        return self.rows([(language, number)])[0]
 
-    def _locate(self, language: str, number: int) -> tuple[Shard, int]:
-        starts = self.starts[language]
-        place = int(starts.searchsorted(number, "right")) - 1
+    def rows(self, numbers: Iterable[tuple[str, int]]) -> list[list[np.ndarray]]:
+        """Rows of a packed source, (language, number) each, as `row` has them."""
+        rows_of: dict[tuple[str, int], list[tuple[int, int]]] = {}  # shard -> (place here, row)
+        place = -1
+        for place, (language, number) in enumerate(numbers):
+            starts = self.starts[language]
+            shard = bisect_right(starts, number) - 1
+            rows_of.setdefault((language, shard), []).append((place, number - starts[shard]))
+        found: list[list[np.ndarray]] = [[]] * (place + 1)
+        for (language, shard), rows in rows_of.items():
+            places, numbers_there = zip(*rows, strict=True)
+            read = self._shard(language, shard).rows(numbers_there, self.sides)
+            for place, row in zip(places, read, strict=True):
+                found[place] = row
+        return found
+
+    def _shard(self, language: str, place: int) -> Shard:
+        """Return a shard of a language, open."""
         entry = self.groups[language][place]
         shard = self._opened.get(entry.name) or self._open(entry)
         self._opened.move_to_end(entry.name)
-        return shard, number - int(starts[place])
+        return shard
 
     def _open(self, entry: ShardEntry) -> Shard:
         path = fetch(self.base, entry.name, self.cache, entry.bytes, entry.sha256)
