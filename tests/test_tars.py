@@ -264,4 +264,4 @@ def test_scan_tar_hashes_file_and_images_in_one_pass(folder, tmp_path):
         assert members["jpg"][2] == string_key((folder / f"{key}.jpg").read_bytes())
         assert members["txt"][2] == -1
     headers = list_samples(TarScan(path, hashes=False))
-    assert headers == [(k, {e: p[:2] for e, p in m.items()}, r) for k, m, r in samples]
+    assert headers == [(k, {e: list(p[:2]) for e, p in m.items()}, r) for k, m, r in samples]
