@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz.oracles import load_jsonl
 from tests.fuzz.reader import Reader
 
 XVNLI = [

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.fuzz.oracles import load_json
 from tests.fuzz.reader import Reader
 
 
@@ -20,7 +21,7 @@ def read_object(path: Path) -> Any:
 
 
 def load_object(path: Path) -> Any:
-    values = json.loads(path.read_bytes().decode("utf-8-sig"))
+    values = load_json(path)
     assert isinstance(values, dict) and {"step", "workers"} <= values.keys()
     return values
 

@@ -16,7 +16,7 @@ def example_safetensors(folder: Path) -> Path:
 
 
 def read_weights(path: Path) -> Any:
-    from raylib.finite import read_tensors
+    from raylib.weights import read_tensors
 
     return read_tensors(path)
 
@@ -36,6 +36,6 @@ READERS = [
         example=example_safetensors,
         read=read_weights,
         oracle=load_safetensors,
-        covers=("raylib.finite:read_tensors",),
+        covers=("raylib.weights:read_tensors",),
     ),
 ]
