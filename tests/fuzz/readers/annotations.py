@@ -33,15 +33,11 @@ def read_xvnli(path: Path) -> Any:
 
 def load_xvnli(path: Path) -> Any:
     examples = []
-    for line in path.read_bytes().decode("utf-8-sig").split("\n"):
-        if line.strip():
-            record = json.loads(line)
-            texts, images = (record["sentence2"],), (record["Flikr30kID"],)
-            assert all(isinstance(text, str) for text in (*texts, *images, record["pairID"]))
-            assert record["gold_label"] in ("neutral", "entailment", "contradiction")
-            examples.append(
-                [record["pairID"], texts, images, {record["gold_label"]: 1.0}, "", (), "", (), ()]
-            )
+    for record in load_jsonl(path):
+        texts, images, label = (record["sentence2"],), (record["Flikr30kID"],), record["gold_label"]
+        assert all(isinstance(text, str) for text in (*texts, *images, record["pairID"]))
+        assert label in ("neutral", "entailment", "contradiction")
+        examples.append([record["pairID"], texts, images, {label: 1.0}, "", (), "", (), ()])
     return examples
 
 
