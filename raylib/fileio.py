@@ -1,5 +1,5 @@
-"""Files: written whole or not at all, hashed, locked; names and bytes that may be spelled in several ways. Texts
-from outside are `raylib.textfile`'s.
+"""Files: written whole or not at all, hashed, locked; JSON of our own; names and bytes that may be spelled in
+several ways.
 
 macOS writes "é" in a file's name as "e" and an accent (NFD), most other systems as one character (NFC); both
 look alike.

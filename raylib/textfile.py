@@ -1,10 +1,10 @@
-"""Text files from outside, as they are, out of .gz and .xz, and the one JSON file of a .zip; JSON in them is read
-as a stream. What is made to fill the memory is refused.
+"""Text files from outside, as they are, out of .gz and .xz, and the one JSON file of a .zip; JSON in them is
+read as a stream. What is made to fill the memory is refused.
 
-A few kilobytes may decompress to terabytes. Sizes that a file tells of itself are not believed: what comes out
-is counted, and set beside the bytes that lie on the disk. Published annotations and corpora are 3 to 30 times
-as large as their .gz, .zip or .xz; JSON that repeats one record comes to 100 to 200 times. DEFLATE reaches
-1,032 times, LZMA 7,000.
+A few kilobytes may decompress to terabytes. Sizes that a file tells of itself are not believed: what comes
+out is counted, and set beside the bytes that lie on the disk. Published annotations and corpora are 3 to 30
+times as large as their .gz, .zip or .xz; JSON that repeats one record comes to 100 to 200 times. DEFLATE
+reaches 1,032 times, LZMA 7,000.
 """
 
 import gzip
@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TextIO
 
 import ijson
 
-from raylib.errors import UserError, error_line, reading
+from raylib.errors import UserError, error_line, reading, unreadable
 
 RATIO, FLOOR = 250, 1 << 28  # times the file's size, and bytes that are no bomb at any ratio
 LINE = 1 << 26  # bytes of the longest line, characters of the longest string of a stream of JSON
@@ -81,15 +81,19 @@ def _unpack(path: Path, stored: BinaryIO) -> BinaryIO:
             and not any(part == "__MACOSX" or part.startswith(".") for part in PurePosixPath(name).parts)
         ]
         if len(members) != 1:
-            found = f"{len(members)} JSON files ({', '.join(members[:4])})" if members else "no JSON file"
+            found = (
+                f"{len(members)} JSON files ({', '.join(map(ascii, members[:4]))})"
+                if members
+                else "no JSON file"
+            )
             raise UserError(f"{path}: {found} in it; one is wanted: unzip it beside, or leave one in")
         return archive.open(members[0])  # a member that is open keeps the archive open
 
 
 @contextmanager
 def open_text(path: Path, has_lines: bool = False) -> Iterator[TextIO]:
-    """Open a UTF-8 text file, with or without a byte order mark; what ends in .gz or .xz is decompressed, of a
-    .zip its one JSON file is read as it lies (`raylib.decompress`).
+    """Open a UTF-8 text file, with or without a byte order mark; what ends in .gz or .xz is decompressed, of
+    a .zip its one JSON file is read as it lies.
 
     has_lines: a line without end is refused; JSON may be one line, however long.
 
@@ -101,7 +105,7 @@ def open_text(path: Path, has_lines: bool = False) -> Iterator[TextIO]:
         try:
             yield io.TextIOWrapper(content, encoding="utf-8-sig")
         except UnicodeDecodeError as e:
-            raise UserError(f"{path}: not UTF-8 text ({e}); take an undamaged copy, or convert it") from None
+            raise unreadable(path, "text", "take an undamaged copy, or convert it to UTF-8", e) from None
 
 
 def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:
@@ -137,8 +141,8 @@ def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator
 
 
 class _JsonText:
-    """A text file as a stream of UTF-8 bytes for the parser: what decoding it finds wrong stays the text file's
-    to tell. The parser's memory grows with the square of the depth, and with the longest string."""
+    """A text file as a stream of UTF-8 bytes for the parser: what decoding it finds wrong stays the text
+    file's to tell. The parser's memory grows with the square of the depth, and with the longest string."""
 
     def __init__(self, path: Path, file: TextIO, largest: int | None = None):
         self.path, self.file, self.largest, self.head = path, file, largest, ""
@@ -170,8 +174,8 @@ class _JsonText:
         self.unquoted = 0 if '"' in text else self.unquoted + len(text)
         if self.unquoted > LINE or (self.largest and self.size > self.largest):
             raise UserError(
-                f"{self.path}: JSON with a string or an item of more than {LINE >> 20} or {ITEM >> 20} MiB; wanted a "
-                "list, or an object, of many small ones"
+                f"{self.path}: JSON with a string or an item of more than {LINE >> 20} or {ITEM >> 20} MiB; "
+                "wanted a list, or an object, of many small ones"
             )
 
     def _check_depth(self, text: str) -> None:
@@ -183,8 +187,8 @@ class _JsonText:
             net = sum(steps)
             if self.depth + max(accumulate(steps), default=0) > DEPTH:
                 raise UserError(
-                    f"{self.path}: JSON of more than {DEPTH} arrays and objects in one another; wanted a list, or an "
-                    "object, of records"
+                    f"{self.path}: JSON of more than {DEPTH} arrays and objects in one another; wanted a "
+                    "list, or an object, of records"
                 )
         else:
             net = opening - text.count("]") - text.count("}")
@@ -231,8 +235,8 @@ class _Counted(io.RawIOBase):
                 raise error_line(e, self.path) or e from None
         if self.is_packed and self.total + count > self.most:
             raise UserError(
-                f"{self.path}: more than {RATIO} times its size comes out of it, {self.total / 1e6:,.0f} MB so far: "
-                "a decompression bomb; if it is none, decompress it beside"
+                f"{self.path}: more than {RATIO} times its size comes out of it, {self.total / 1e6:,.0f} MB "
+                "so far: a decompression bomb; if it is none, decompress it beside"
             )
         data = bytes(memoryview(buffer)[:count])
         if self.is_text and (zero := data.find(0)) >= 0:
@@ -242,8 +246,8 @@ class _Counted(io.RawIOBase):
             self.line = count - newline - 1 if newline >= 0 else self.line + count
             if self.line > LINE:
                 raise UserError(
-                    f"{self.path}: a line of more than {LINE >> 20} MiB before byte {self.total + count:,}; wanted "
-                    "a record a line"
+                    f"{self.path}: a line of more than {LINE >> 20} MiB before byte {self.total + count:,}; "
+                    "wanted a record a line"
                 )
         self.total += count
         return count
@@ -251,8 +255,5 @@ class _Counted(io.RawIOBase):
     def _refuse_zero(self, data: bytes, zero: int) -> None:
         if not self.total and data.startswith(UTF_16):
             raise UserError(f"{self.path}: UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE")
-        error = ValueError(f"byte {self.total + zero:,} is zero")
-        if self.is_packed:
-            raise UserError(f"{self.path}: no text in it ({error}); take an undamaged copy")
         with reading(self.path, "text"):
-            raise error
+            raise ValueError(f"byte {self.total + zero:,} is zero")

@@ -1,5 +1,4 @@
 import functools
-import io
 import json
 
 import pytest
