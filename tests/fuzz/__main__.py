@@ -27,10 +27,12 @@ from benchmarks.results import RESULTS, commit
 from raylib.fileio import append_jsonl
 from tests.fuzz import bombs
 from tests.fuzz.child import OUTCOMES, RIGHT
+from tests.fuzz.contract import uncovered
 from tests.fuzz.pool import Examples, Job, Result, _Worker, run
 from tests.fuzz.readers import READERS
 
 FILE = RESULTS / "fuzz.jsonl"
+ALL_COVERED = {function for reader in READERS.values() for function in reader.covers}
 FILES = 12_000  # of all readers together
 NOTE = "case.json"  # in the folder of a damaged file that was kept
 
@@ -54,12 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"append the counts to {FILE.relative_to(RESULTS.parent.parent)}",
     )
     parser.add_argument("--list", action="store_true", help="say which readers there are")
+    parser.add_argument("--uncovered", action="store_true", help="say which functions no record covers yet")
     given = parser.parse_args(arguments)
     notes = [json.loads((folder / NOTE).read_text()) for folder in given.again or []]
     names = [note["reader"] for note in notes] or choose(given.readers, parser)
     if given.list:
         for name in names:
             print(f"{name:<32}{' '.join(READERS[name].covers)}")
+        return 0
+    if given.uncovered:
+        for function, calls in uncovered(ALL_COVERED).items():
+            print(f"{function:<60}{calls[0]}")
         return 0
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     keep = given.keep or Path(tempfile.gettempdir()) / f"{folder.name}-faults"
