@@ -86,7 +86,7 @@ def _opens(call: ast.Call) -> bool:
         name = ast.unparse(call.func)
     except ValueError:
         return False
-    if not PRIMITIVES.search(name) or name == "tarfile.open" and not call.args and not call.keywords:
+    if not PRIMITIVES.search(name) or (name == "tarfile.open" and not call.args and not call.keywords):
         return False
     modes = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
     if name.endswith(("open", "ZipFile", "TarFile")):
