@@ -322,7 +322,8 @@ def connect_to_ray(quiet: bool = False) -> bool:
     tokens.addFilter(lambda record: "is enabled" not in record.getMessage())
     address = os.environ.get("RAY_ADDRESS") or "local"
     _check_address(address)
-    # a terminal that is closed tells all of its processes: Ray's own, which inherit this, stay until a run has saved
+    # a terminal that is closed tells all of its processes: Ray's own, which inherit this, stay until a run
+    # has saved
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         context: Any = ray.init(

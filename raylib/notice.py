@@ -103,8 +103,8 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 
 def _drop_closed_terminal() -> None:
-    """Write into nothing what would go to a terminal that is closed: each line of a run that has still to save
-    would be an error."""
+    """Write into nothing what would go to a terminal that is closed: each line of a run that has still to
+    save would be an error."""
     for output in (1, 2):
         try:
             os.write(output, b"")
@@ -116,8 +116,8 @@ def _drop_closed_terminal() -> None:
 
 @contextmanager
 def notices_to(receive: Callable[[int], None]) -> Iterator[None]:
-    """Hand the notice of the first signal to `receive`, called in the main thread between any two of its instructions,
-    while the block lasts; a second Ctrl-C still ends the command at once."""
+    """Hand the notice of the first signal to `receive`, called in the main thread between any two of its
+    instructions, while the block lasts; a second Ctrl-C still ends the command at once."""
     _receivers.append(receive)
     try:
         yield
