@@ -59,7 +59,14 @@ def opening_functions() -> dict[str, list[str]]:
         for path in sorted((ROOT / room).rglob("*.py")):
             parts = path.relative_to(ROOT).with_suffix("").parts
             module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-            _visit(ast.parse(path.read_text(encoding="utf-8")), module, "", found)
+            found |= find_in(path.read_text(encoding="utf-8"), module)
+    return found
+
+
+def find_in(text: str, module: str) -> dict[str, list[str]]:
+    """The same of one module's source."""
+    found: dict[str, list[str]] = {}
+    _visit(ast.parse(text), module, "", found)
     return found
 
 
@@ -82,16 +89,13 @@ def _is_function(node: ast.AST, scope: str) -> bool:
 
 def _opens(call: ast.Call) -> bool:
     """Tell whether a call opens or parses a file; opening it to write is none."""
-    try:
-        name = ast.unparse(call.func)
-    except ValueError:
+    name = ast.unparse(call.func)
+    is_open = name.endswith(("open", "ZipFile", "TarFile"))
+    if not PRIMITIVES.search(name):
         return False
-    if not PRIMITIVES.search(name) or (name == "tarfile.open" and not call.args and not call.keywords):
-        return False
-    modes = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
-    if name.endswith(("open", "ZipFile", "TarFile")):
-        return not any(isinstance(m, ast.Constant) and str(m.value)[:1] in "wax" for m in modes)
-    return True
+    values = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    words = [value.value for value in values if isinstance(value, ast.Constant)]
+    return not (is_open and any(re.fullmatch(r"[wax][bt+]*", str(word)) for word in words))
 
 
 def uncovered(covers: set[str]) -> dict[str, list[str]]:
