@@ -259,7 +259,7 @@ class Evil:
 def test_answers_pickle_with_code_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps([Evil()]))
-    with pytest.raises(UserError, match="only plain values are read"):
+    with pytest.raises(UserError, match="only plain values and arrays are read"):
         answers.read_answers(tmp_path / "evil.pkl")
     assert not (tmp_path / "evil").exists()
 

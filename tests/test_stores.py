@@ -377,7 +377,7 @@ def test_region_store_bad_records_are_named_and_no_code_runs(tmp_path, monkeypat
         "less": pickle.dumps({"features": 1}),
     }
     store = open_regions(write_lmdb(tmp_path / "lmdb", values))
-    with pytest.raises(UserError, match="evil: not read .*posix.system"):
+    with pytest.raises(UserError, match="evil: not to be read as .*posix.system"):
         store.read("evil")
     assert not (tmp_path / "evil").exists()
     with pytest.raises(UserError, match="odd: 1 feature values for 2 boxes"):
@@ -392,7 +392,7 @@ def test_region_store_bad_records_are_named_and_no_code_runs(tmp_path, monkeypat
     np.save(tmp_path / "npy" / "8.npy", FEATURES)
     np.save(tmp_path / "npy" / "8_info.npy", {"bbox": BOXES, "num_boxes": 2})
     store = open_regions(tmp_path / "npy")
-    with pytest.raises(UserError, match="7_info.npy: not read .*posix.system"):
+    with pytest.raises(UserError, match="7_info.npy: not to be read as .*posix.system"):
         store.read("7")
     assert not (tmp_path / "evil").exists()
     with pytest.raises(UserError, match="npy, 8: no img_h, img_w; it has boxes, features, num_boxes"):

@@ -6,8 +6,6 @@
 3. The answer set, and whether two agree.
 """
 
-import json
-import pickle
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from finetune.formats import (
     stream_list,
     stream_members,
 )
+from finetune.stores.pickles import load_plain
 from raylib.errors import UserError
 from raylib.fileio import read_json
 
@@ -271,13 +270,10 @@ def read_answers(path: Path) -> tuple[str, ...]:
         UserError: none of these; numbers that are not 0 ... n - 1; a pickle that holds more than plain
             values.
     """
-    try:
-        with open(path, "rb") as file:
-            values = _PlainUnpickler(file).load() if path.suffix == ".pkl" else json.load(file)
-    except (ValueError, pickle.UnpicklingError, EOFError) as e:
-        raise UserError(f"{path}: no answer list ({e})") from None
+    values = load_plain(path.read_bytes(), str(path)) if path.suffix == ".pkl" else read_json(path, "answers")
     if isinstance(values, dict):
-        if sorted(values.values()) != list(range(len(values))):
+        numbers = [number for number in values.values() if type(number) is int]
+        if len(numbers) < len(values) or sorted(numbers) != list(range(len(values))):
             raise UserError(f"{path}: the answers' numbers are not 0 ... {len(values) - 1}")
         values = sorted(values, key=lambda answer: values[answer])
     if (
@@ -287,13 +283,6 @@ def read_answers(path: Path) -> tuple[str, ...]:
     ):
         raise UserError(f"{path}: wanted a list of different answers, or an object of answers and numbers")
     return tuple(values)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits lists, dicts, strings and numbers: nothing that could run."""
-
-    def find_class(self, module: str, name: str):
-        raise pickle.UnpicklingError(f"it wants {module}.{name}, and only plain values are read")
 
 
 def check_labels(task_labels: Sequence[str], stored: Sequence[str], where: str) -> None:

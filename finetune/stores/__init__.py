@@ -1,14 +1,11 @@
 """Images and region features: read by id, in any order, from any process. Common to both: names of images
-as stores compare them, records of region features made into arrays, and an unpickler that admits plain values
-and arrays only.
+as stores compare them, and records of region features made into arrays.
 """
 
-import io
 import os
-import pickle
 import re
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -106,36 +103,3 @@ def decode_floats(value: str | bytes, where: str) -> np.ndarray:
         return np.frombuffer(decode_base64(value), np.float32)
     except ValueError as e:
         raise BadImage(f"{where}: no base64 of float32 ({e})") from None
-
-
-def unpickle(stream: io.BufferedIOBase, where: str) -> Any:
-    """Load the value pickled in `stream`.
-
-    Raises:
-        BadImage: no pickle, or one that wants more than plain values and arrays.
-    """
-    try:
-        return _PlainUnpickler(stream).load()
-    except Exception as e:  # what bytes that are no pickle raise is not specified
-        raise BadImage(f"{where}: not read ({e})") from None
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Admits plain values and NumPy arrays, nothing else that could run."""
-
-    ADMITTED = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")} | {
-        (f"numpy.{core}.{module}", name)
-        for core in ("core", "_core")
-        for module, name in (
-            ("multiarray", "_reconstruct"),
-            ("multiarray", "scalar"),
-            ("numeric", "_frombuffer"),
-        )
-    }
-
-    def find_class(self, module: str, name: str):
-        if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(
-                f"it wants {module}.{name}, and only plain values and arrays are read"
-            )
-        return super().find_class(module, name)

@@ -5,7 +5,6 @@ An id is looked for as it is, then without folder and image ending, in each norm
 disagree on whether ".jpg" belongs to it.
 """
 
-import io
 import os
 import re
 import zipfile
@@ -18,7 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from finetune.stores import Regions, decode_floats, folders_of, may_hold, stem, to_regions, unpickle
+from finetune.stores import Regions, decode_floats, folders_of, may_hold, stem, to_regions
+from finetune.stores.pickles import load_plain
 from raylib.cache import open_once
 from raylib.data.images import BadImage
 from raylib.errors import UserError
@@ -168,7 +168,7 @@ class _Lmdb(_KeyedStore):
     def lookup(self, key: str) -> dict:
         self._require_whole()
         with _environment(self.folder).begin() as transaction:
-            return unpickle(io.BytesIO(transaction.get(key.encode())), f"{self.path}, {key}")
+            return load_plain(transaction.get(key.encode()), f"{self.path}, {key}")
 
     def find_changed_file(self) -> str | None:
         now = (self.folder / "data.mdb").stat().st_size
@@ -338,7 +338,7 @@ class _Npy(_Folder):
             with open(info, "rb") as stream:
                 np.lib.format.read_magic(stream)
                 np.lib.format.read_array_header_1_0(stream)  # what follows is an array of one object, pickled
-                record = dict(unpickle(stream, str(info)).item())
+                record = dict(load_plain(stream.read(), str(info)))
         except (ValueError, TypeError, EOFError) as e:
             raise BadImage(f"{info}: not read ({e})") from None
         return {"features": features, **{X101.get(name, name): value for name, value in record.items()}}
