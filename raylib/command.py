@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from raylib import __version__
 from raylib.config import Config, dump_config, load_config, lookup, override, path_problem, suggest
+from raylib.display import hide_secrets
 from raylib.errors import UserError, error_line
 from raylib.help import recipe_list, settings_page, table, wrap
 from raylib.notice import Interrupted, last_notice, signals_handled
@@ -69,7 +70,7 @@ def _run(main: Main, arguments: Sequence[str], restart_hint: str) -> int:
         if line is None:  # a bug: it keeps its traceback
             raise
         _drop_unwritable_output()
-        print(spell_commands(f"error: {line}"), file=sys.stderr)
+        print(hide_secrets(spell_commands(f"error: {line}")), file=sys.stderr)
         return line.exit_code
 
 

@@ -3,6 +3,7 @@ and closed); progress where a person waits, a bar with rate and remaining time o
 then in a log."""
 
 import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -36,6 +37,17 @@ LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed} so far, {rem
 LINE_OF_UNKNOWN_TOTAL = "{desc}: {n_fmt}{unit}, {rate_fmt}, {elapsed} so far"
 _hidden = False
 DELAY = 1.0  # seconds before a terminal shows a bar: what is done by then needs none
+
+
+# user:password of an address; keys and signatures in its query, as of an S3 link that was signed
+SECRET = re.compile(
+    r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)|(?<=[?&])[\w-]*(?:token|key|password|secret|signature|sig)=[^&\s]+", re.I
+)
+
+
+def hide_secrets(text: str) -> str:
+    """Return `text` with *** in place of passwords and keys in addresses."""
+    return SECRET.sub("***", text)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], words: int = 1) -> str:

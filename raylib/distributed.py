@@ -7,11 +7,15 @@ Convention: each worker's loss is its own share times the number of workers, so 
 gradients (DDP, ZeRO) gives the gradient of the loss over the global batch.
 """
 
+import ipaddress
 import itertools
+import os
+import socket
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from raylib.errors import NotFinite, UserError
+from raylib.errors import MachineError, NotFinite, UserError
 from raylib.packed import Ragged, concatenate, upload
 
 # torch 2.13 has other names for these two, which 2.11 lacks
@@ -28,6 +32,76 @@ warnings.filterwarnings(
 )
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # for a worker to take part in an exchange
+LOOPBACK = "127.0.0.1"
+_stores: dict[int, dist.TCPStore] = {}  # by port: those that this process serves
+
+
+def join_workers(backend: str) -> None:
+    """Form the default process group of the workers that torchrun's variables of the environment describe:
+    RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, LOCAL_WORLD_SIZE. All workers call it.
+
+    Where this machine has them all, what listens for the others does so on its loopback interface alone.
+
+    Raises:
+        MachineError: worker 0 cannot have the port.
+    """
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    store = None
+    if _is_one_machine():
+        keep_to_loopback()
+        # torchrun's own process may serve the store
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            port = int(os.environ["MASTER_PORT"])
+            store = serve_store(port) if rank == 0 else dist.TCPStore(LOOPBACK, port, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
+def keep_to_loopback() -> None:
+    """Let gloo and NCCL listen on this machine's loopback interface, unless the environment names another:
+    by themselves they take the address of the host's name, and the first card of the network."""
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(variable, "lo")
+
+
+def serve_store(port: int = 0) -> dist.TCPStore:
+    """Return the store of this process in which workers of this machine find each other, at `port`, or at a
+    free one. PyTorch itself would listen on every address.
+
+    Raises:
+        MachineError: the port is taken.
+    """
+    if port not in _stores:
+        listener = socket.socket()
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((LOOPBACK, port))
+        except OSError as e:
+            listener.close()
+            raise MachineError(f"port {port}: {e.strerror}; choose another: MASTER_PORT=N") from None
+        listener.listen(socket.SOMAXCONN)
+        port = listener.getsockname()[1]
+        _stores[port] = dist.TCPStore(
+            LOOPBACK,
+            port,
+            is_master=True,
+            timeout=TIMEOUT,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
+    return _stores[port]
+
+
+def _is_one_machine() -> bool:
+    """Return whether all workers are on this machine: torchrun counts them so, or they meet at an address
+    that no other machine reaches."""
+    address = os.environ["MASTER_ADDR"]
+    try:
+        meets_here = ipaddress.ip_address(address).is_loopback
+    except ValueError:  # a name
+        meets_here = address == "localhost"
+    return meets_here or os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]
 
 
 def world_size() -> int:

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raylib.distributed import world_size
+from raylib.distributed import keep_to_loopback, world_size
 from raylib.engine import BUCKET_MB, Engine, build_optimizer, set_rate, step_count
 from raylib.engine_state import MOMENTS, EngineState, Piece, StoredState, make_state
 from raylib.errors import UserError
@@ -60,6 +60,7 @@ class DeepSpeedEngine(Engine):
         from deepspeed.runtime.torch_autocast import PARAM_COMM_DTYPE_ATTR_NAME
 
         if not dist.is_initialized():  # one process, without Ray and torchrun: it wants a group all the same
+            keep_to_loopback()
             dist.init_process_group(
                 "nccl" if self.device.type == "cuda" else "gloo",
                 store=dist.HashStore(),

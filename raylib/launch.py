@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from raylib import checkpoint
 from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
+from raylib.display import hide_secrets
 from raylib.distributed import barrier
 from raylib.errors import MachineError, UserError
 from raylib.fileio import copy_atomically, read_json_object, write_atomically
@@ -24,6 +26,7 @@ from raylib.provenance import DataFile, record_identity
 from raylib.ray_run import train_on_ray
 from raylib.runtime import LocalRuntime, Reporter, Runtime, set_deterministic
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
+from raylib.trackers import flatten
 from raylib.tracking import RunTracking, track_run
 
 RAY_ENV = {  # environment variables of every process
@@ -103,7 +106,7 @@ def open_run(
     Raises:
         UserError: two files of `code` have one name; the folder belongs to a run of other settings (they are
             named); its data changed (`raylib.provenance`); a checkpoint to resume from is missing or not
-            whole.
+            whole; a setting of a new run holds a password.
     """
     run, code = run_folder(config), list(dict.fromkeys(code))
     if len({file.name for file in code}) < len(code):
@@ -120,6 +123,11 @@ def open_run(
                 f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
                 f"{checkpoint.hint_if_unsaved(run)}"
             )
+    elif shown := _secret_settings(config):
+        raise UserError(
+            f"{', '.join(shown)}: an address with a password or a key in it, which config.json and trackers "
+            "would show; leave it to the environment (docs/security.md)"
+        )
     for note in record_identity(run, files, verify):
         print(note, flush=True)
     write_atomically(stored, dump_config(config) + "\n")
@@ -151,6 +159,12 @@ def tracked(config: Any) -> AbstractContextManager[RunTracking]:
         {name: value for name, value in tags.items() if value},
         config.fit.track if is_main_process(config) else (),
     )
+
+
+def _secret_settings(config: LaunchConfig) -> list[str]:
+    """Return the paths of settings with a password or a key in an address."""
+    texts = {path: str(value) for path, value in flatten(config.model_dump(mode="json")).items()}
+    return [path for path, text in texts.items() if hide_secrets(text) != text]
 
 
 def launch(
@@ -326,12 +340,18 @@ def connect_to_ray(quiet: bool = False) -> bool:
     # has saved
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
-        context: Any = ray.init(
-            address=address,
-            log_to_driver=not quiet,
-            logging_level=logging.WARNING,
-            runtime_env={"env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k)}},
-        )
+        is_local = address == "local"
+        if is_local:
+            _make_private_token()
+        with ray_on_loopback() if is_local else nullcontext():
+            context: Any = ray.init(
+                address=address,
+                log_to_driver=not quiet,
+                logging_level=logging.WARNING,
+                runtime_env={
+                    "env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k, is_local)}
+                },
+            )
     except Exception as e:  # of many kinds: no connection, another version, a token
         reason = " ".join(str(e).split())[:300] or type(e).__name__
         if address == "local":
@@ -347,6 +367,27 @@ def connect_to_ray(quiet: bool = False) -> bool:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
     return True
+
+
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """Let all servers of a Ray cluster that is started in the block listen on 127.0.0.1. Ray has this for
+    systems whose firewalls ask about each server, and no other way to it: `ray.init` takes the machine's
+    outer address even if it is told 127.0.0.1."""
+    from ray._private import ray_constants
+
+    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    stored = os.environ.get(variable)
+    # this process read the variable when it imported Ray; those that it starts do now
+    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        if stored is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = stored
 
 
 def _check_address(address: str) -> None:
@@ -402,9 +443,27 @@ def job_has_ended(record: Mapping[str, Any]) -> bool | None:
     return same[0] in ("SUCCEEDED", "FAILED", "STOPPED") if same else None
 
 
-def _is_for_workers(variable: str) -> bool:
-    """Return whether an environment variable of this process is one for every process."""
+def _make_private_token() -> None:
+    """Make the token that Ray keeps for this user's clusters, readable for this user alone: Ray's own is for
+    everybody on the machine."""
+    given = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token" or any(map(os.environ.get, given)):
+        return
+    path = Path.home() / ".ray" / "auth_token"
+    if path.is_file():
+        if path.stat().st_uid == os.getuid():
+            path.chmod(0o600)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32))
+
+
+def _is_for_workers(variable: str, is_local: bool) -> bool:
+    """Return whether an environment variable of this process is one for every process of a cluster. Those of
+    one that is started here have it anyway, and what is handed to Ray stands in its logs, which everybody on
+    the machine can read: trackers' keys."""
     # WANDB_SERVICE is the address of this process's own helper
     return variable in (*RAY_ENV, STOP_SECONDS) or (
-        variable.startswith(TRACKER_ENV) and variable != "WANDB_SERVICE"
+        not is_local and variable.startswith(TRACKER_ENV) and variable != "WANDB_SERVICE"
     )

@@ -15,6 +15,7 @@ asked for in vain.
 """
 
 import logging
+import os
 import re
 import threading
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib import cache, checkpoint
+from raylib.distributed import LOOPBACK, join_workers, serve_store
 from raylib.errors import MachineError, UserError, error_line
 from raylib.lock import owner_of, require_owned, stop_if_lost, work_for
 from raylib.notice import PREEMPTION, Interrupted, NoticeBoard, notices_to, stop_line
@@ -136,6 +138,7 @@ class _Attempt:
                 "object_cache": cache.get_cache(),
                 "opened_files": cache.opened_files(),
             },
+            torch_config=_torch_config(),
             scaling_config=train.ScalingConfig(
                 num_workers=config.workers, use_gpu="GPU" in worker, resources_per_worker=worker
             ),
@@ -233,6 +236,38 @@ def _controller_callback(board: Any) -> Any:
             board.set_controller.remote(ray.get_runtime_context().current_actor)
 
     return TellController()
+
+
+def _torch_config() -> Any:
+    """Return how Ray Train forms the process group: as by default, but that workers who share a node meet on
+    its loopback interface, where Ray's own would let PyTorch listen on every address."""
+    import ray
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _set_torch_distributed_env_vars, _TorchBackend
+
+    class Backend(_TorchBackend):
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            nodes = worker_group.execute(lambda: ray.get_runtime_context().get_node_id())
+            if len(set(nodes)) > 1:
+                super().on_start(worker_group, backend_config)
+                return
+            worker_group.execute(_set_torch_distributed_env_vars)
+            port = worker_group.execute_single(0, lambda: serve_store().port)
+            backend = "nccl" if worker_group.get_resources_per_worker().get("GPU") else "gloo"
+            joins = [worker_group.execute_single_async(i, _join, backend, port) for i in range(len(nodes))]
+            ray.get(joins)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[_TorchBackend]:
+            return Backend
+
+    return Config()
+
+
+def _join(backend: str, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": LOOPBACK, "MASTER_PORT": str(port)}
+    join_workers(backend)
 
 
 def _explain(error: Exception) -> _Failure:

@@ -11,13 +11,13 @@ import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 
+from raylib.distributed import join_workers
 from raylib.errors import UserError
 from raylib.notice import notices_to
 from raylib.settings import Sharding
@@ -54,7 +54,7 @@ class LocalRuntime:
         self.device = local_device()
         if self.world_size > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=timedelta(minutes=30))
+            join_workers(backend)
         neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         given = _ray_cpus() if reporter else None  # a trial's process
         self.cpus = given or available_cpus() / neighbours

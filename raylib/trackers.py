@@ -14,7 +14,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from raylib.display import open_pyplot
+from raylib.display import hide_secrets, open_pyplot
 from raylib.fileio import file_lock
 from raylib.settings import Backend
 
@@ -199,19 +199,16 @@ class Mlflow(ExperimentTracker):
 
         self.mlflow = mlflow
         local = f"sqlite:///{facts.top.parent / 'mlflow.db'}"
-        self.address = os.environ.get("MLFLOW_TRACKING_URI") or local
+        uri = os.environ.get("MLFLOW_TRACKING_URI") or local
+        self.address = hide_secrets(uri)
         # a client makes the tables of a new database; those of several trials at once would spoil it
-        with (
-            file_lock(facts.top.parent / ".mlflow.lock")
-            if self.address.startswith("sqlite")
-            else nullcontext()
-        ):
-            self.client = mlflow.MlflowClient(self.address)
+        with file_lock(facts.top.parent / ".mlflow.lock") if uri.startswith("sqlite") else nullcontext():
+            self.client = mlflow.MlflowClient(uri)
         if stored.get("address") == self.address:
             self.id = stored["id"]
             self.client.update_run(self.id, "RUNNING")
             return
-        folder = (facts.top.parent / "mlartifacts").as_uri() if self.address == local else None
+        folder = (facts.top.parent / "mlartifacts").as_uri() if uri == local else None
         parent = facts.parents.get("mlflow")
         tags = {
             "mlflow.source.name": facts.kind,

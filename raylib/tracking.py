@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from raylib.display import hide_secrets
 from raylib.errors import MachineError, UserError
 from raylib.fileio import read_json_object, write_json
 from raylib.finite import finite_values
@@ -74,6 +75,8 @@ class RunTracking:
         self.facts, self.path = facts, facts.folder / TRACKING
         self.status: Status = "finished"
         self.stored: dict[str, dict[str, Any]] = read_json_object(self.path) if self.path.is_file() else {}
+        for entry in self.stored.values():  # earlier versions stored addresses as they were given
+            entry["address"] = hide_secrets(entry["address"])
         self.lines, self.pending = NewLines(facts.folder / "metrics.jsonl"), list[Point]()
         self.trackers: dict[Backend, ExperimentTracker] = {}
         self.failing: set[Backend] = set()
@@ -200,4 +203,4 @@ def _failures_noted(name: str, what: str) -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return hide_secrets((str(error).strip() or type(error).__name__).splitlines()[0])

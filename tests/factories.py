@@ -3,11 +3,13 @@
 import contextlib
 import json
 import os
+import socket
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 
@@ -182,20 +184,45 @@ def search_cluster(num_cpus: int) -> Iterator[None]:
     """A local Ray cluster, started as a search starts its own."""
     import ray
 
-    from raylib.launch import RAY_ENV
+    from raylib.launch import RAY_ENV, ray_on_loopback
 
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
-    ray.init(
-        address="local",
-        num_cpus=num_cpus,
-        include_dashboard=True,
-        dashboard_port=0,
-        object_store_memory=10**8,
-        runtime_env={"env_vars": RAY_ENV},
-    )
+    with ray_on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            include_dashboard=True,
+            dashboard_port=0,
+            object_store_memory=10**8,
+            runtime_env={"env_vars": RAY_ENV},
+        )
     yield
     ray.shutdown()
+
+
+def free_port() -> int:
+    """Return a port that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def listening(pid: int, port: int | None = None) -> list[tuple[str, str]]:
+    """(address, name) of each socket at which a process or one that descends from it takes connections, or
+    datagrams; of one `port` alone."""
+    found = []
+    root = psutil.Process(pid)
+    for process in (root, *root.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended
+            name, sockets = process.name(), process.net_connections("inet")
+            found += [
+                (each.laddr.ip, name)
+                for each in sockets
+                if (each.status == psutil.CONN_LISTEN or (each.type == socket.SOCK_DGRAM and not each.raddr))
+                and port in (None, each.laddr.port)
+            ]
+    return found
 
 
 def forget_hashes(shard: Path) -> None:

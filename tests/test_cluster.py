@@ -30,15 +30,10 @@ from raylib import checkpoint
 from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.monitoring import read_metrics
+from tests.factories import free_port
 
 pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parent.parent
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(command: list[str], runs: Path) -> subprocess.Popen:

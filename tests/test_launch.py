@@ -12,9 +12,12 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from raylib import ray_run
+from raylib import launch, ray_run
+from raylib.command import entry_point
+from raylib.config import dump_config
+from raylib.display import hide_secrets
 from raylib.errors import MachineError, UserError
-from raylib.launch import connect_to_ray, gpu_share, warn_of_copy, worker_resources
+from raylib.launch import connect_to_ray, gpu_share, open_run, run_folder, warn_of_copy, worker_resources
 from raylib.notice import Interrupted, signals_handled
 from raylib.ray_run import _Attempt, _explain, train_on_ray
 
@@ -101,6 +104,68 @@ def test_connect_to_ray_tells_what_ray_says_in_one_line(address, monkeypatch):
     ) as caught:
         connect_to_ray()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "hidden"),
+    [
+        ("https://ada:s3cret@host:8080/a?b=c", "https://***@host:8080/a?b=c"),
+        ("see http://:s3cret@host and s3://bucket/a@b", "see http://***@host and s3://bucket/a@b"),
+        (
+            "https://b.host/x.tar?X-Amz-Signature=0f3a&X-Amz-Date=1&access_token=t",
+            "https://b.host/x.tar?***&X-Amz-Date=1&***",
+        ),
+        ("pipe:curl https://ada:s3cret@host/{name}", "pipe:curl https://***@host/{name}"),
+        ("file:///a/b:c@d http://host:80/ 10:30 a@b.c", "file:///a/b:c@d http://host:80/ 10:30 a@b.c"),
+    ],
+)
+def test_passwords_of_addresses_are_hidden(text, hidden):
+    assert hide_secrets(text) == hidden
+
+
+def test_error_line_shows_no_password(capsys):
+    @entry_point()
+    def main(arguments):
+        raise UserError("https://ada:s3cret@host/shards: could not fetch manifest.json")
+
+    assert main([]) == 2
+    assert capsys.readouterr().err == "error: https://***@host/shards: could not fetch manifest.json\n"
+
+
+def test_new_run_keeps_no_password_of_its_settings(mini):
+    config = mini("data.image_text.folder=https://ada:s3cret@host/shards")
+    with pytest.raises(UserError, match="^data.image_text.folder: an address with a password"):
+        open_run(config)
+    folder = run_folder(config)
+    assert not (folder / "config.json").exists()
+    # one of an earlier version goes on: its config.json has it already
+    (folder / "config.json").write_text(dump_config(config))
+    open_run(config)
+
+
+@pytest.mark.parametrize("before", [None, 0o644])
+def test_token_of_rays_clusters_is_this_users_alone(before, tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    token = tmp_path / ".ray" / "auth_token"
+    if before:
+        token.parent.mkdir()
+        token.write_text("kept")
+        token.chmod(before)
+    launch._make_private_token()
+    assert token.stat().st_mode & 0o777 == 0o600
+    text = token.read_text()
+    assert text == "kept" if before else len(text) == 64
+    launch._make_private_token()
+    assert token.read_text() == text
+
+
+def test_keys_of_trackers_are_handed_to_rays_other_clusters_alone():
+    """A cluster that is started here has the environment anyway."""
+    names = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "WANDB_SERVICE", "HF_TOKEN", *launch.RAY_ENV)
+    assert [name for name in names if launch._is_for_workers(name, False)] == [*names[:2], *launch.RAY_ENV]
+    assert [name for name in names if launch._is_for_workers(name, True)] == [*launch.RAY_ENV]
 
 
 def test_relative_runs_in_the_copy_of_a_job_are_warned_of(tmp_path, monkeypatch, capsys):

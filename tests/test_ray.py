@@ -24,7 +24,7 @@ from pretrain.train import run
 from raylib import checkpoint
 from raylib.config import dump_config
 from raylib.errors import UserError
-from raylib.launch import launch
+from raylib.launch import launch, ray_on_loopback
 from raylib.monitoring import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -35,7 +35,9 @@ def cluster():
     """One cluster for all tests here; its processes go when the driver's connection ends."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_port=0, object_store_memory=10**8)
+    options = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 10**8}
+    with ray_on_loopback():
+        ray.init(address="local", **options)
     yield
     ray.shutdown()
 

@@ -203,6 +203,17 @@ def events(folder: Path) -> EventAccumulator:
     return found.Reload()
 
 
+@pytest.mark.usefixtures("recorder")
+def test_tracking_stores_no_password_and_knows_a_run_of_an_address_with_one(tmp_path):
+    """An earlier version stored addresses as they were given."""
+    stored = {"address": "http://ada:s3cret@host", "id": "7", "steps": {"a": 3}}
+    tmp_path.joinpath("tracking.json").write_text(json.dumps({"mlflow": stored}))
+    with track(tmp_path):
+        pass
+    assert Recorder.opened[0].stored["address"] == "http://***@host"
+    assert "s3cret" not in tmp_path.joinpath("tracking.json").read_text()
+
+
 def test_tracking_tensorboard_has_a_run_that_went_on(mini):
     settings = ["name=tracked", "runtime=local", "workers=1", 'fit.track=["tensorboard"]', "fit.save_every=3"]
     config = mini(*settings, f"fit.steps={STEPS}")
