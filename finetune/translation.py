@@ -16,7 +16,6 @@ from raylib.errors import UserError, hub_hint, require
 from raylib.fileio import (
     append_jsonl,
     file_lock,
-    open_text,
     read_json_object,
     read_jsonl,
     repair_jsonl,
@@ -24,6 +23,7 @@ from raylib.fileio import (
     write_atomically,
     write_json,
 )
+from raylib.textfile import open_text
 
 if TYPE_CHECKING:
     from finetune.tasks.base import Task

@@ -34,8 +34,9 @@ import cv2
 from raylib.data.images import BadImage, decode_image
 from raylib.display import file_progress
 from raylib.errors import UserError
-from raylib.fileio import decode_base64, find_file, stream_json
+from raylib.fileio import decode_base64, find_file
 from raylib.text import BadCaption, clean_captions, parse_captions
+from raylib.textfile import stream_json
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
 LIMIT = 0.01  # share of bad samples that is still normal

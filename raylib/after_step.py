@@ -216,4 +216,4 @@ class Evaluator:
             print(stop_line(self.vote.agreed, done, self.saver.steps), file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + self.vote.agreed)
+        os._exit(self.vote.agreed)

@@ -23,7 +23,7 @@ from raylib.config import Config, dump_config, load_config, lookup, override, pa
 from raylib.display import hide_secrets
 from raylib.errors import UserError, error_line
 from raylib.help import recipe_list, settings_page, table, wrap
-from raylib.notice import Interrupted, last_signal, signals_handled
+from raylib.notice import Interrupted, last_notice, signals_handled
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
 RECIPE_SETTINGS = "Settings with their values here; each path=value changes one:"
@@ -35,8 +35,8 @@ def entry_point(restart_hint: str = "") -> Callable[[Main], Callable[..., int]]:
     """Make `main(arguments)` an entry point: without arguments it takes the process's. A mistake in the input
     is one line on stderr and exit code 2, a failure of the machine (a full disk) one and exit code 1
     (`raylib.errors`). A signal that asks it to end is one, with `restart_hint`: exit code 130 of Ctrl-C, 143
-    of SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process; a training saves before
-    (`raylib.notice`)."""
+    of SIGTERM, by which Slurm, Kubernetes and `ray job stop` end a process, 129 of SIGHUP, as a terminal is
+    closed; a training saves before (`raylib.notice`)."""
 
     def decorate(main: Main) -> Callable[..., int]:
         @functools.wraps(main)
@@ -56,7 +56,7 @@ def _run(main: Main, arguments: Sequence[str], restart_hint: str) -> int:
         sys.stdout.flush()
         return code
     except KeyboardInterrupt as e:
-        stop = e if isinstance(e, Interrupted) else Interrupted(last_signal())
+        stop = e if isinstance(e, Interrupted) else Interrupted(last_notice())
         if words := stop.describe(restart_hint) if stop.line is None else stop.line:
             print(words, file=sys.stderr)
         return stop.exit_code

@@ -1,5 +1,5 @@
-"""Files: written whole or not at all, hashed, locked, and JSON read as a stream; names and bytes that may be
-spelled in several ways.
+"""Files: written whole or not at all, hashed, locked; JSON of our own; names and bytes that may be spelled in
+several ways.
 
 macOS writes "é" in a file's name as "e" and an accent (NFD), most other systems as one character (NFC); both
 look alike.
@@ -7,30 +7,24 @@ look alike.
 
 import base64
 import fcntl
-import gzip
 import hashlib
 import io
 import json
-import lzma
 import os
 import re
 import shutil
 import time
 import unicodedata
-import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePath, PurePosixPath
-from typing import Any, TextIO, cast
-
-import ijson
+from pathlib import Path, PurePath
+from typing import Any
 
 from raylib.errors import UserError, name_errors, reading
 from raylib.processes import process_start, try_lock
 from raylib.strict_json import parse_json
 
-CHUNK = 1 << 16  # characters of JSON read at a time
+CHUNK = 1 << 16  # bytes read at a time
 MAX_JSON = 1 << 30  # bytes of a file that is read whole
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 DAY = 24 * 60 * 60  # seconds
@@ -298,96 +292,6 @@ def _may_be_cut_off(line: bytes) -> bool:
     except (ValueError, RecursionError):  # a number of thousands of digits; nested too deeply
         pass
     return False
-
-
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a UTF-8 text file; one ending in .gz is decompressed, of a .zip its one JSON file is read as it
-    lies.
-
-    Raises:
-        UserError: found wrong with the file now or while it is read: no such file, not UTF-8, not to be
-            decompressed; a .zip that holds no JSON file, or several.
-    """
-    try:
-        if path.suffix == ".zip":
-            opened = _open_member(path)
-        else:
-            opener = gzip.open if path.suffix == ".gz" else open
-            opened = cast(TextIO, opener(path, "rt", encoding="utf-8"))
-        with opened as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as e:
-        raise UserError(f"{path}: not UTF-8 text ({e})") from None
-    except (gzip.BadGzipFile, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError) as e:
-        raise UserError(f"{path}: not to be decompressed ({e}); is it whole?") from None
-    except OSError as e:  # a folder, no right to read it, a fault of the disk
-        raise UserError(f"{path}: not to be read ({e.strerror or e})") from None
-
-
-def _open_member(path: Path) -> TextIO:
-    """The one JSON file in a zip; what macOS adds (`__MACOSX/._NAME`) is no member."""
-    with zipfile.ZipFile(path) as archive:  # a member that is open keeps the file open
-        members = [
-            name
-            for name in archive.namelist()
-            if name.lower().endswith((".json", ".jsonl"))
-            and not any(p == "__MACOSX" or p.startswith(".") for p in PurePosixPath(name).parts)
-        ]
-        if len(members) != 1:
-            found = f"{len(members)} JSON files ({', '.join(members[:4])})" if members else "no JSON file"
-            raise UserError(f"{path}: {found} in it; one is wanted: unzip it beside, or leave one in")
-        try:
-            return io.TextIOWrapper(archive.open(members[0]), encoding="utf-8")
-        except (RuntimeError, NotImplementedError) as e:  # a password, a way of compression that Python lacks
-            raise UserError(f"{path}: not to be decompressed ({e}); unzip it beside") from None
-
-
-def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:
-    """Yield (key, or place in the array; value) of each member of the JSON object or array in `file`, in
-    memory that does not grow with it. `member`: of the array that has this name in the object.
-
-    Raises:
-        UserError: neither an object nor an array, no such array, or broken JSON; names `path`, and after
-            which member.
-    """
-    reader, last, name = _Utf8(file), "the beginning", "item"
-    if reader.first not in ("{", "["):
-        raise UserError(f"{path}: broken JSON after the beginning: wanted a JSON object or array")
-    try:
-        options = {"use_float": True, "buf_size": CHUNK}
-        if reader.first == "{" and member is None:
-            members, name = ijson.kvitems(reader, "", **options), "key"
-        else:
-            members = enumerate(ijson.items(reader, f"{member}.item" if member else "item", **options))
-        for key, value in members:
-            last = f"{name} {key!r}"
-            yield str(key), value
-        if member is not None and last == "the beginning":  # no such array, or an empty one
-            file.seek(0)
-            events = ijson.parse(_Utf8(file), buf_size=CHUNK)
-            if not any((prefix, event) == (member, "start_array") for prefix, event, _ in events):
-                raise UserError(f"{path}: no list '{member}'")
-    except ijson.JSONError as e:
-        raise UserError(f"{path}: broken JSON after {last}: {str(e).splitlines()[0]}") from None
-
-
-class _Utf8:
-    """A text file as a stream of UTF-8 bytes: what decoding it finds wrong stays the text file's to tell."""
-
-    def __init__(self, file: TextIO):
-        self.file, self.head = file, ""
-        while not self.head and (chunk := file.read(CHUNK)):
-            self.head = chunk.lstrip()
-        self.first = self.head[:1]
-
-    def read(self, size: int) -> bytes:
-        if not size:  # ijson asks so for bytes or text
-            return b""
-        head, self.head = self.head, ""
-        return (head or self.file.read(size)).encode()
 
 
 def sha256_file(path: Path) -> str:

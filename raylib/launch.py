@@ -336,6 +336,9 @@ def connect_to_ray(quiet: bool = False) -> bool:
     tokens.addFilter(lambda record: "is enabled" not in record.getMessage())
     address = os.environ.get("RAY_ADDRESS") or "local"
     _check_address(address)
+    # a terminal that is closed tells all of its processes: Ray's own, which inherit this, stay until a run
+    # has saved
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
     try:
         is_local = address == "local"
         if is_local:
@@ -357,6 +360,8 @@ def connect_to_ray(quiet: bool = False) -> bool:
                 "runtime=local trains without it"
             ) from e
         raise MachineError(f"RAY_ADDRESS={address}: {reason}; {NO_CLUSTER}") from e
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     if address == "local":
         print(f"Ray's dashboard: http://{context.dashboard_url} (a token? `ray get-auth-token`)", flush=True)
     if threading.current_thread() is threading.main_thread():

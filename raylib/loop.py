@@ -129,7 +129,7 @@ def fit(
     Returns:
         {"steps", "seconds", "times", "losses", "evaluation", "skipped_steps", "samples_replaced": by others
         of their lane, since they could not be used, "peak_memory_gb", "samples_per_second", ...}; of a run
-        that a notice has stopped also "stopped_by", "notice": its number, "total_steps".
+        that a notice has stopped also "stopped_by", "notice", "total_steps".
     Raises:
         NotFinite: more steps in a row were skipped than `config.max_skipped`; weights, or scores, that are
             not finite. Nothing is saved of them.

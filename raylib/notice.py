@@ -22,9 +22,10 @@ from typing import Any, NamedTuple, TypeVar
 T = TypeVar("T")
 
 # Slurm users send the last two: sbatch --signal=B:USR1@300
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 STOP_SECONDS = "POLYGLANCE_STOP_SECONDS"  # environment variable: what `known_grace` returns
-PREEMPTION = 1  # the notice that Ray takes a node away: no signal has this number but SIGHUP, which is none
+# a notice: that Ray takes a node away; above it, of a signal, the exit code that a shell knows of it
+PREEMPTION, SIGNALLED = 1, 128
 SECOND_CTRL_C = b"Ctrl-C: saves after this step, and stops; a second one ends at once\n"
 
 _receivers: list[Callable[[int], None]] = []  # the innermost block of `notices_to` is last
@@ -32,35 +33,38 @@ _received: list[int] = []  # signals of the command under way
 
 
 class Interrupted(KeyboardInterrupt):
-    """A command ends because of the signal `number`. line: says where it stood; "": another process says so;
-    None: there is nothing to say of that."""
+    """A command ends because of a signal. exit_code: of its notice. line: says where it stood; "": another
+    process says so; None: there is nothing to say of that."""
 
-    def __init__(self, number: int, line: str | None = None):
-        super().__init__(number, line)
-        self.number, self.line = number, line
-
-    @property
-    def exit_code(self) -> int:
-        """Return the exit code that a shell knows of this signal."""
-        return 128 + self.number
+    def __init__(self, exit_code: int, line: str | None = None):
+        super().__init__(exit_code, line)
+        self.exit_code, self.line = exit_code, line
 
     def describe(self, restart_hint: str) -> str:
         """Return the line of a command that had nothing to save."""
-        what = "interrupted" if self.number == signal.SIGINT else f"stopped by {notice_name(self.number)}"
+        is_ctrl_c = self.exit_code == notice_of(signal.SIGINT)
+        what = "interrupted" if is_ctrl_c else f"stopped by {notice_name(self.exit_code)}"
         return "; ".join(filter(None, (what, restart_hint)))
 
 
-def notice_name(number: int) -> str:
-    """Return "Ctrl-C", "SIGTERM" ... of the number of a notice."""
-    if number == PREEMPTION:
+def notice_of(number: int) -> int:
+    """Return the notice of a signal."""
+    return SIGNALLED + number
+
+
+def notice_name(notice: int) -> str:
+    """Return "Ctrl-C", "SIGTERM" ... of a notice."""
+    if notice == PREEMPTION:
         return "Ray's preemption notice"
-    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    number = signal.Signals(notice - SIGNALLED)
+    words = {signal.SIGINT: "Ctrl-C", signal.SIGHUP: "SIGHUP (its terminal was closed)"}
+    return words.get(number, number.name)
 
 
-def last_signal() -> int:
-    """Return the signal that ends this command, for an exception that does not say so: Ray and Tune take
+def last_notice() -> int:
+    """Return the notice that ends this command, for an exception that does not say so: Ray and Tune take
     Ctrl-C themselves."""
-    return _received[-1] if _received else signal.SIGINT
+    return notice_of(_received[-1] if _received else signal.SIGINT)
 
 
 @contextmanager
@@ -70,7 +74,7 @@ def signals_handled() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # a shell starts what runs in its background with Ctrl-C ignored: it stays so
+    # a shell starts what runs in its background with Ctrl-C ignored, nohup a command with SIGHUP: it stays so
     taken = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, _receive) for number in taken}
     _received.clear()
@@ -86,20 +90,34 @@ def _receive(number: int, frame: FrameType | None) -> None:
     if _received and number != signal.SIGINT:
         return  # both Slurm and torchrun may send one: the command is ending already
     _received.append(number)
+    if number == signal.SIGHUP:
+        _drop_closed_terminal()
     if _receivers and not is_second_ctrl_c:
         if number == signal.SIGINT:
             os.write(2, SECOND_CTRL_C)  # `print` may be what the signal has interrupted
-        _receivers[-1](number)
+        _receivers[-1](notice_of(number))
     elif number != signal.SIGINT and signal.getsignal(signal.SIGINT) not in (_receive, signal.SIG_IGN):
         signal.raise_signal(signal.SIGINT)  # Tune takes Ctrl-C itself, to end its trials in order
     else:
-        raise Interrupted(number)
+        raise Interrupted(notice_of(number))
+
+
+def _drop_closed_terminal() -> None:
+    """Write into nothing what would go to a terminal that is closed: each line of a run that has still to
+    save would be an error."""
+    for output in (1, 2):
+        try:
+            os.write(output, b"")
+        except OSError:
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, output)
+            os.close(nothing)
 
 
 @contextmanager
 def notices_to(receive: Callable[[int], None]) -> Iterator[None]:
-    """Hand the first signal to `receive`, called in the main thread between any two of its instructions,
-    while the block lasts; a second Ctrl-C still ends the command at once."""
+    """Hand the notice of the first signal to `receive`, called in the main thread between any two of its
+    instructions, while the block lasts; a second Ctrl-C still ends the command at once."""
     _receivers.append(receive)
     try:
         yield
@@ -107,10 +125,10 @@ def notices_to(receive: Callable[[int], None]) -> Iterator[None]:
         _receivers.remove(receive)
 
 
-def stop_line(number: int, step: int, steps: int) -> str:
+def stop_line(notice: int, step: int, steps: int) -> str:
     """Return the line with which a stopped training ends."""
     where = f"step {step} of {steps}"
-    return f"stopped by {notice_name(number)} at {where}; saved; the same command goes on from there"
+    return f"stopped by {notice_name(notice)} at {where}; saved; the same command goes on from there"
 
 
 class Grace(NamedTuple):
@@ -175,9 +193,9 @@ class StopVote:
 
             self.group = dist.new_group(backend="gloo")
 
-    def receive(self, number: int) -> None:
+    def receive(self, notice: int) -> None:
         """Take a notice, in any thread. A signal outranks a preemption: the run ends, and is not moved."""
-        self.notice = max(self.notice, number)
+        self.notice = max(self.notice, notice)
         if self.group is None:
             self._end_evaluation()
 
@@ -320,7 +338,7 @@ class NoticeBoard:
 
     def __init__(self) -> None:
         self.changed = asyncio.Condition()
-        self.number, self.is_listening = 0, False
+        self.notice, self.is_listening = 0, False
         self.nodes: set[str] = set()
         self.controller: Any = None
 
@@ -334,18 +352,18 @@ class NoticeBoard:
         async with self.changed:
             self.is_listening = False
             self.changed.notify_all()
-        return self.number
+        return self.notice
 
     async def wait(self, known: int) -> int:
         """Return the notice that outranks `known`, once there is one; 0 when nobody listens any more."""
         async with self.changed:
-            await self.changed.wait_for(lambda: self.number > known or not self.is_listening)
-        return self.number if self.is_listening else 0
+            await self.changed.wait_for(lambda: self.notice > known or not self.is_listening)
+        return self.notice if self.is_listening else 0
 
-    async def post(self, number: int) -> bool:
+    async def post(self, notice: int) -> bool:
         """Give notice; returns whether somebody listens."""
         async with self.changed:
-            self.number = max(self.number, number)
+            self.notice = max(self.notice, notice)
             self.changed.notify_all()
         return self.is_listening
 

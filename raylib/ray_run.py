@@ -65,19 +65,19 @@ def train_on_ray(
         try:
             result = attempt.run()
         except TrainingFailedError as e:
-            if attempt.signal:  # a worker's evaluation could not be left otherwise
-                raise _stopped(attempt.signal, run) from None
+            if attempt.notice:  # a worker's evaluation could not be left otherwise
+                raise _stopped(attempt.notice, run) from None
             failure = _explain(e)
             failure = failure._replace(is_preemption=failure.is_preemption or attempt.is_preempted)
         except RayError as e:
-            if attempt.signal:
-                raise _stopped(attempt.signal, run) from None
+            if attempt.notice:
+                raise _stopped(attempt.notice, run) from None
             failure = _Failure(f"Ray Train's controller was lost ({_first_line(e)})", attempt.is_preempted)
         else:
             if result.get("notice") != PREEMPTION:
                 return result
-            if attempt.signal:  # it came after the workers had agreed
-                raise _stopped(attempt.signal, run)
+            if attempt.notice:  # it came after the workers had agreed
+                raise _stopped(attempt.notice, run)
             failure = _Failure("Ray takes a node of this run away", True)
         kind, limit = (
             ("preemptions", config.max_preemptions)
@@ -97,18 +97,19 @@ def train_on_ray(
             print(f"{failure.cause}; attempt {counts[kind] + 1} of {limit + 1} {place}", flush=True)
 
 
-def _stopped(number: int, run: Path) -> Interrupted:
+def _stopped(notice: int, run: Path) -> Interrupted:
     newest = checkpoint.find_newest(run)
     if newest is None:
-        return Interrupted(number)
+        return Interrupted(notice)
     meta = checkpoint.read_meta(newest)
-    return Interrupted(number, stop_line(number, meta["step"], meta["total_steps"]))
+    return Interrupted(notice, stop_line(notice, meta["step"], meta["total_steps"]))
 
 
 class _Attempt:
     """One group of workers, from its start to its end.
 
-    signal: that asks the run to end; 0: none. is_preempted: Ray takes a node away, and workers know.
+    notice: of a signal that asks the run to end; 0: none. is_preempted: Ray takes a node away, and workers
+    know.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class _Attempt:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         actor: Any = ray.remote(num_cpus=0)(NoticeBoard)
         self.board = actor.options(scheduling_strategy=here).remote()
-        self.run_folder, self.signal, self.is_preempted, self.last_look = run, 0, False, 0.0
+        self.run_folder, self.notice, self.is_preempted, self.last_look = run, 0, False, 0.0
         self.outcome: Any = None
         callbacks: list[Any] = [_controller_callback(self.board)]
         # Ray's type hints are those of Train's first version, its objects those of the second
@@ -165,8 +166,8 @@ class _Attempt:
                 passed_on = 0
                 while thread.is_alive():
                     thread.join(LOOK_SECONDS)
-                    if self.signal > passed_on:
-                        passed_on = self.signal
+                    if self.notice > passed_on:
+                        passed_on = self.notice
                         if not self._post(passed_on):
                             raise Interrupted(passed_on)
                     stop_if_lost(self.run_folder)
@@ -176,12 +177,12 @@ class _Attempt:
             raise
         if isinstance(self.outcome, BaseException):
             raise self.outcome
-        if self.signal > passed_on and not self.outcome.get("notice"):  # it came when the workers had ended
-            raise Interrupted(self.signal)
+        if self.notice > passed_on and not self.outcome.get("notice"):  # it came when the workers had ended
+            raise Interrupted(self.notice)
         return self.outcome
 
-    def _receive(self, number: int) -> None:
-        self.signal = max(self.signal, number)
+    def _receive(self, notice: int) -> None:
+        self.notice = max(self.notice, notice)
 
     def _fit(self) -> None:
         try:
@@ -189,10 +190,10 @@ class _Attempt:
         except BaseException as e:
             self.outcome = e
 
-    def _post(self, number: int) -> bool:
+    def _post(self, notice: int) -> bool:
         import ray
 
-        return ray.get(self.board.post.remote(number), timeout=ANSWER_SECONDS)
+        return ray.get(self.board.post.remote(notice), timeout=ANSWER_SECONDS)
 
     def _look_for_preemption(self) -> None:
         """Give notice if a node with workers is being drained. Ray Train's own watcher is an actor that says

@@ -1,5 +1,4 @@
 import functools
-import io
 import json
 
 import pytest
@@ -17,7 +16,6 @@ from raylib.fileio import (
     read_jsonl,
     repair_jsonl,
     sha256_file,
-    stream_json,
     write_json,
 )
 
@@ -201,26 +199,6 @@ def test_file_lock_says_whether_it_could_be_had(tmp_path):
 def test_sha256_file_is_that_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a").startswith("ba7816bf8f01cfea414140de5dae2223")
-
-
-@pytest.mark.parametrize("chunk", [1, 3, 1 << 16])
-def test_stream_json_yields_what_json_loads(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(fileio, "CHUNK", chunk)
-    values = {"ä": [1, 2.5, None, {"b": "€"}], "n": -1e-3, "list": [{"x": i} for i in range(5)], "none": []}
-    text = " " + json.dumps(values, ensure_ascii=False)
-    assert dict(stream_json(tmp_path, io.StringIO(text))) == values
-    assert [value for _, value in stream_json(tmp_path, io.StringIO(text), "list")] == values["list"]
-    assert list(stream_json(tmp_path, io.StringIO(text), "none")) == []
-    assert list(stream_json(tmp_path, io.StringIO("[3, 4]"))) == [("0", 3), ("1", 4)]
-    for broken, words in (
-        ("", "after the beginning: wanted a JSON object or array"),
-        ('{"a": 1, "b": tru}', "after key 'a': lexical error"),
-        ("[7, 8", "after item 1: parse error: premature EOF"),
-    ):
-        with pytest.raises(UserError, match=words):
-            list(stream_json(tmp_path, io.StringIO(broken)))
-    with pytest.raises(UserError, match="no list 'n'"):
-        list(stream_json(tmp_path, io.StringIO(text), "n"))
 
 
 def test_copy_onto_itself_is_whole_after_a_kill(tmp_path):

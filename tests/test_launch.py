@@ -223,7 +223,7 @@ class Ending(_Attempt):
     """An attempt without a cluster, whose workers end between two looks at the signals, as one comes."""
 
     def __init__(self, run, outcome):
-        self.run_folder, self.signal, self.is_preempted = run, 0, False
+        self.run_folder, self.notice, self.is_preempted = run, 0, False
         self.outcome, self.end_with, self.ends = None, outcome, threading.Event()
 
     def _fit(self):
@@ -254,4 +254,4 @@ def test_signal_that_comes_when_the_workers_end_is_not_lost(outcome, tmp_path, m
     config = SimpleNamespace(max_failures=3, max_preemptions=3)
     with signals_handled(), pytest.raises(Interrupted) as caught:
         train_on_ray(None, config, tmp_path, {}, None)
-    assert caught.value.number == signal.SIGTERM
+    assert caught.value.exit_code == 143

