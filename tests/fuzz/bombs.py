@@ -340,6 +340,12 @@ def json_values() -> list[object]:
     ]
 
 
+def npy_of_objects(pickled: bytes) -> bytes:
+    """A .npy whose one value is a pickle."""
+    header = b"{'descr': '|O', 'fortran_order': False, 'shape': (), }".ljust(117) + b"\n"
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header)) + header + pickled
+
+
 @functools.cache
 def foreign_files() -> dict[str, tuple[bytes, ...]]:
     """Whole files that are another than expected, by kind."""
@@ -375,7 +381,7 @@ def foreign_files() -> dict[str, tuple[bytes, ...]]:
         "xz_bomb": (xz_bomb(),),
         "image_bomb": (*png_bombs(), bmp_bomb(), gif_bomb()),
         "tar_bomb": tars(),
-        "pickle_bomb": pickles(),
+        "pickle_bomb": (*pickles(), *map(npy_of_objects, pickles())),
         "yaml_bomb": tuple(yaml_texts()),
         "json_bomb": tuple(json_texts()),
         "gzip_of_other": (

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.fuzz import bombs
+from tests.fuzz.archives import repack
 from tests.fuzz.reader import Reader
-from tests.fuzz.structures import STRUCTURES, boundaries, repack
+from tests.fuzz.structures import STRUCTURES, boundaries
 
 Random = random.Random
 SIZES = (0, 1, -1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**40, 2**62, 2**63 - 1, -(2**63))

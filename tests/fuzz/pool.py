@@ -161,8 +161,8 @@ def _serve(examples: Examples, folder: Path, connection: Connection) -> None:
                 job, to = what
                 connection.send(examples.make(job, to))
             elif order == "trace":
-                case = examples.make(Job(what, 0), own / "files")
-                connection.send(child.called_functions(examples.readers[what], case.path, ROOT))
+                case = examples.make(what, own / "files")
+                connection.send(child.called_functions(examples.readers[what.reader], case, ROOT))
             else:
                 case = examples.make(what, own / "files")
                 # so that a process that dies has said of what
