@@ -164,7 +164,7 @@ def h5_datasets(data: bytes, rng: Random) -> bytes | None:
             elif act == 4:
                 file[name] = h5py.SoftLink(rng.choice(("/nothing", f"/{name}", "/")))
             elif act == 5:
-                file[name] = h5py.ExternalLink(rng.choice(("/etc/passwd", "../a.h5", "")), "/a")
+                file[name] = h5py.ExternalLink(rng.choice(("/etc/passwd", "../a.h5", "nothing")), "/a")
             elif act == 6:
                 file.create_dataset(name, (10**9, 2048), np.float32, chunks=(1, 2048))
             elif act == 7:

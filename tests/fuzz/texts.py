@@ -64,7 +64,7 @@ def _other_value(value: Any, rng: Random) -> Any:
     if isinstance(value, int | float):
         near += [value + 1, -value, float(value), value * 1000]
     if isinstance(value, str):
-        near += [list(value), value + "x", value.upper(), value + "\n", "../" + value, value.encode().hex()]
+        near += [list(value), value + "x", value.upper(), value + "\n", "../" + value, repr(value)]
     if isinstance(value, list):
         near += [value[::-1], value[:-1], dict(enumerate(map(str, value)))]
     return rng.choice(near) if rng.random() < 0.4 else rng.choice(bombs.json_values())
