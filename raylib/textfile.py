@@ -12,12 +12,13 @@ import io
 import lzma
 import os
 import re
+import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
 import ijson
 
@@ -57,8 +58,12 @@ def open_bytes(
     """
     with ExitStack() as stack:
         try:
+            if stat.S_ISFIFO(os.stat(path).st_mode) and not path.is_relative_to("/dev"):  # it may wait for ever
+                raise UserError(f"{path}: a pipe, where a file is needed; give a file")
             stored = stack.enter_context(open(path, "rb"))
-            content = stack.enter_context(_unpack(path, stored)) if path.suffix in PACKED else stored
+            content: IO[bytes] | gzip.GzipFile | lzma.LZMAFile = stored
+            if path.suffix in PACKED:
+                content = stack.enter_context(_unpack(path, stored))
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except OSError as e:
@@ -67,7 +72,7 @@ def open_bytes(
         yield io.BufferedReader(counted, BUFFER), stored
 
 
-def _unpack(path: Path, stored: BinaryIO) -> BinaryIO:
+def _unpack(path: Path, stored: BinaryIO) -> gzip.GzipFile | lzma.LZMAFile | IO[bytes]:
     if path.suffix == ".gz":
         return gzip.open(stored)
     if path.suffix == ".xz":
@@ -200,7 +205,7 @@ class _JsonText:
 class _Counted(io.RawIOBase):
     """The content of a file as it is read, counted."""
 
-    def __init__(self, path: Path, file: BinaryIO, size: int, is_text: bool, has_lines: bool):
+    def __init__(self, path: Path, file: Any, size: int, is_text: bool, has_lines: bool):
         self.path, self.file, self.is_text, self.has_lines = path, file, is_text, has_lines
         self.is_packed = path.suffix in PACKED
         self.most = max(FLOOR, RATIO * size)
@@ -227,10 +232,10 @@ class _Counted(io.RawIOBase):
     def readinto(self, buffer) -> int:  # type: ignore[override]
         if self.is_packed:
             with reading(self.path, PACKED[self.path.suffix]):
-                count = self.file.readinto(buffer)  # type: ignore[attr-defined]
+                count = self.file.readinto(buffer)
         else:
             try:
-                count = self.file.readinto(buffer)  # type: ignore[attr-defined]
+                count = self.file.readinto(buffer)
             except OSError as e:
                 raise error_line(e, self.path) or e from None
         if self.is_packed and self.total + count > self.most:

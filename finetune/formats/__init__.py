@@ -10,12 +10,22 @@ errors.
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raylib.errors import UserError
-from raylib.textfile import CHUNK, open_text, stream_json
+from raylib.errors import UserError, describe_error
+from raylib.strict_json import parse_json
+from raylib.textfile import CHUNK, HALF_PAIR, open_text, stream_json
+
+
+def _refuse_constant(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # of lines, which are many
+BRIEF = reprlib.Repr()
 
 
 class Example(NamedTuple):
@@ -116,15 +126,19 @@ def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
-    """("path:line", record) of a file with a JSON object a line."""
+    """("path:line", record) of a file with a JSON object a line.
+
+    Raises:
+        UserError: as `stream_lines`; a line that is none, with NaN in it, or with half a surrogate pair.
+    """
     for where, line in stream_lines(path):
         try:
-            record = json.loads(line)
-        except ValueError as e:
-            raise UserError(f"{where}: no JSON ({e})") from None
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
-        yield where, record
+            record = DECODER.decode(line)
+            if HALF_PAIR.search(line):
+                parse_json(line)
+        except (ValueError, RecursionError) as e:
+            raise UserError(f"{where}: no JSON ({describe_error(e)}); take an undamaged copy") from None
+        yield where, as_object(record, where)
 
 
 def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
@@ -136,7 +150,7 @@ def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
     """
     with open_text(path) as file:
         for key, value in stream_json(path, file):
-            yield f"{path}, member {key}", key, value
+            yield f"{path}, member {_name(key)}", key, value
 
 
 def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -149,9 +163,7 @@ def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
     with open_text(path) as file:
         for number, record in stream_json(path, file, name or None):
             where = f"{path}, {name}[{number}]" if name else f"{path}, item {number}"
-            if not isinstance(record, dict):
-                raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
-            yield where, record
+            yield where, as_object(record, where)
 
 
 def first_character(path: Path) -> str:
@@ -163,17 +175,58 @@ def first_character(path: Path) -> str:
     return ""
 
 
+def as_object(value: Any, where: str) -> dict[str, Any]:
+    """`value`, which is to be a JSON object.
+
+    Raises:
+        UserError: it is none.
+    """
+    if type(value) is not dict:
+        raise UserError(f"{where}: wanted a JSON object, found {describe_value(value)}")
+    return value
+
+
+def describe_value(value: Any) -> str:
+    """Return a value's type and beginning, as an error's line has it: however deep or long it is."""
+    return f"{type(value).__name__}, {BRIEF.repr(value):.60}"
+
+
+def _name(key: str) -> str:
+    """A key as an error's line has it."""
+    return key if len(key) < 60 and key.isprintable() else ascii(key)[:60]
+
+
 def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`record[name]`.
+    """`record[name]`, of this type, or one of these; no bool is an int.
 
     Raises:
         UserError: missing, or of another type; names file, line or key, and field.
     """
     if name not in record:
-        raise UserError(f"{where}: no field '{name}'; it has {', '.join(sorted(record))}")
-    if not isinstance(record[name], kind):
-        raise UserError(f"{where}: field '{name}' is {type(record[name]).__name__}, {record[name]!r:.60}")
-    return record[name]
+        raise UserError(f"{where}: no field '{name}'; it has {', '.join(map(_name, sorted(record)[:12]))}")
+    value = record[name]
+    if type(value) is not kind and (type(kind) is not tuple or type(value) not in kind):
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        wanted = " or ".join(each.__name__ for each in kinds)
+        raise UserError(f"{where}: field '{name}' is {describe_value(value)}; wanted {wanted}")
+    return value
+
+
+def get_optional(record: dict, name: str, kind: type | tuple[type, ...], where: str, default: Any) -> Any:
+    """As `get_field`; `default` where the field is missing or null."""
+    return default if record.get(name) is None else get_field(record, name, kind, where)
+
+
+def get_objects(record: dict, name: str, where: str) -> list[tuple[str, dict]]:
+    """(where it stands, object) of each of the list of objects `record[name]`.
+
+    Raises:
+        UserError: no such list, or something else in it.
+    """
+    places = (
+        (f"{where}, {name}[{i}]", value) for i, value in enumerate(get_field(record, name, list, where))
+    )
+    return [(place, as_object(value, place)) for place, value in places]
 
 
 def parse_score(value: Any, where: str) -> float:
@@ -183,7 +236,7 @@ def parse_score(value: Any, where: str) -> float:
         UserError: no number, or none that is finite; Python's JSON reads NaN and Infinity too.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: the score {value!r:.60} of an answer is no finite number")
+        raise UserError(f"{where}: the score {describe_value(value)} of an answer is no finite number")
     return float(value)
 
 
@@ -210,9 +263,14 @@ def read_examples(
     for number, (where, record) in enumerate(stream_jsonl(path), 1):
         texts = [get_field(record, name, str, where) for name in (premise, text) if name]
         images: list[str] = []
-        for name in image.split("|") if image else ():
-            value = get_field(record, name, (str, int, list), where)
-            images += map(str, value if isinstance(value, list) else [value])
+        for field in image.split("|") if image else ():
+            value = get_field(record, field, (str, int, list), where)
+            names = value if isinstance(value, list) else [value]
+            if any(type(one) not in (str, int) for one in names):
+                raise UserError(
+                    f"{where}: field '{field}' is {describe_value(value)}; wanted names of images"
+                )
+            images += map(str, names)
         labels = _labels(record[label], f"{where}: field '{label}'") if label in record else {}
         item_id = str(get_field(record, id, (str, int), where)) if id else str(number)
         item_kind = str(get_field(record, kind, (str, int), where)) if kind else ""
@@ -237,9 +295,11 @@ def _labels(value: Any, where: str) -> dict[str, float]:
     if isinstance(value, dict):
         return {str(answer): parse_score(score, where) for answer, score in value.items()}
     answers = value if isinstance(value, list) else [value]
-    invalid = next((a for a in answers if not isinstance(a, str | int)), None)
-    if invalid is not None:
-        raise UserError(f"{where} is {invalid!r:.60}; wanted an answer, a list of them, or {{answer: score}}")
+    invalid = [a for a in answers if type(a) not in (str, int, bool)]
+    if invalid:
+        raise UserError(
+            f"{where} is {describe_value(invalid[0])}; wanted an answer, a list of them, or {{answer: score}}"
+        )
     return {str(answer): 1.0 for answer in answers}
 
 
@@ -263,7 +323,7 @@ def read_wit(path: Path) -> Iterator[Captioned]:
     wit_ix."""
     for where, record in stream_jsonl(path):
         caption = get_field(record, "caption_reference_description", str, where)
-        address = get_field(record, "image_url", str, where) if "image_url" in record else ""
+        address = get_optional(record, "image_url", str, where, "")
         yield Captioned(str(get_field(record, "wit_ix", (str, int), where)), (caption,), source=address)
 
 
@@ -308,7 +368,7 @@ def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Caption
             get_field(record, "filename", str, where),
         )
         if part == split and name not in excluded:
-            texts = [get_field(s, "raw", str, where) for s in get_field(record, "sentences", list, where)]
+            texts = [get_field(s, "raw", str, place) for place, s in get_objects(record, "sentences", where)]
             yield Captioned(name, tuple(texts))
 
 
