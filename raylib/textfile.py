@@ -23,6 +23,7 @@ from typing import IO, Any, BinaryIO, TextIO
 import ijson
 
 from raylib.errors import UserError, error_line, reading, unreadable
+from raylib.file_kinds import HEAD, LFS_POINTER, WEB_PAGE
 
 RATIO, FLOOR = 250, 1 << 28  # times the file's size, and bytes that are no bomb at any ratio
 LINE = 1 << 26  # bytes of the longest line, characters of the longest string of a stream of JSON
@@ -44,7 +45,7 @@ HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 @contextmanager
 def open_bytes(
     path: Path, is_text: bool = False, has_lines: bool = False
-) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
     """Yield (the content of a file, the file that lies on the disk); .gz, .xz and .zip are decompressed. Only
     seek(0) works on the content.
 
@@ -58,12 +59,13 @@ def open_bytes(
     """
     with ExitStack() as stack:
         try:
-            if stat.S_ISFIFO(os.stat(path).st_mode) and not path.is_relative_to("/dev"):  # it may wait for ever
+            if stat.S_ISFIFO(os.stat(path).st_mode) and not path.is_relative_to("/dev"):
                 raise UserError(f"{path}: a pipe, where a file is needed; give a file")
             stored = stack.enter_context(open(path, "rb"))
             content: IO[bytes] | gzip.GzipFile | lzma.LZMAFile = stored
             if path.suffix in PACKED:
-                content = stack.enter_context(_unpack(path, stored))
+                content = _unpack(path, stored)
+                stack.push(content)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except OSError as e:
@@ -107,6 +109,9 @@ def open_text(path: Path, has_lines: bool = False) -> Iterator[TextIO]:
             bytes in it), not to be decompressed, a bomb.
     """
     with open_bytes(path, is_text=True, has_lines=has_lines) as (content, _):
+        head = content.peek(HEAD)[:HEAD]
+        if head.startswith(LFS_POINTER) or WEB_PAGE.match(head):
+            raise unreadable(path, "text", "download it again", ValueError("a web page"))
         try:
             yield io.TextIOWrapper(content, encoding="utf-8-sig")
         except UnicodeDecodeError as e:
@@ -123,7 +128,7 @@ def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator
     """
     reader, last, name = _JsonText(path, file, ITEM if member is None else None), "the beginning", "item"
     if reader.first not in ("{", "["):
-        raise UserError(f"{path}: broken JSON after the beginning: wanted a JSON object or array")
+        raise unreadable(path, "JSON", "take an undamaged copy", ValueError("no object or array"))
     try:
         options = {"use_float": True, "buf_size": CHUNK}
         if reader.first == "{" and member is None:
@@ -259,6 +264,8 @@ class _Counted(io.RawIOBase):
 
     def _refuse_zero(self, data: bytes, zero: int) -> None:
         if not self.total and data.startswith(UTF_16):
-            raise UserError(f"{self.path}: UTF-16, not UTF-8 text; convert it: iconv -f UTF-16 -t UTF-8 FILE")
+            raise UserError(
+                f"{self.path}: not to be read as text (UTF-16); convert it: iconv -f UTF-16 -t UTF-8 FILE"
+            )
         with reading(self.path, "text"):
             raise ValueError(f"byte {self.total + zero:,} is zero")

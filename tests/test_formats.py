@@ -163,7 +163,7 @@ def test_readers_unknown_label_is_named(tmp_path):
 @pytest.mark.parametrize("text", ['{"1": {"a": 1}, "2": {', '{"1" 2}', "[1, 2", "3", '{"1": 2} '[:7]])
 def test_json_stream_broken_file_is_one_line_error(tmp_path, text):
     (tmp_path / "b.json").write_text(text)
-    with pytest.raises(UserError, match="b.json: broken JSON after"):
+    with pytest.raises(UserError, match="b.json: (broken JSON after|not to be read as JSON)"):
         list(stream_members(tmp_path / "b.json"))
 
 

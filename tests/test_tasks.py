@@ -461,7 +461,7 @@ def test_read_captions_by_fields_that_options_name(tmp_path):
     [
         ({"label": "a"}, "no field 'text'"),
         ({"text": 3, "label": "a"}, "field 'text' is int"),
-        ({"text": "t", "label": 0.5}, "field 'label' is 0.5; wanted an answer"),
+        ({"text": "t", "label": 0.5}, "field 'label' is float, 0.5; wanted an answer"),
         ({"text": "t", "label": {"a": "much"}}, "is no finite number"),
     ],
 )

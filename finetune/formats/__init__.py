@@ -19,12 +19,6 @@ from raylib.errors import UserError, describe_error
 from raylib.strict_json import parse_json
 from raylib.textfile import CHUNK, HALF_PAIR, open_text, stream_json
 
-
-def _refuse_constant(word: str) -> None:
-    raise ValueError(f"{word} is no JSON")
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse_constant)  # of lines, which are many
 BRIEF = reprlib.Repr()
 
 
@@ -129,11 +123,11 @@ def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """("path:line", record) of a file with a JSON object a line.
 
     Raises:
-        UserError: as `stream_lines`; a line that is none, with NaN in it, or with half a surrogate pair.
+        UserError: as `stream_lines`; a line that is none, or has half a surrogate pair.
     """
     for where, line in stream_lines(path):
         try:
-            record = DECODER.decode(line)
+            record = json.loads(line)
             if HALF_PAIR.search(line):
                 parse_json(line)
         except (ValueError, RecursionError) as e:
@@ -186,9 +180,14 @@ def as_object(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
+def shorten(value: Any) -> str:
+    """Return the beginning of a value, as an error's line has it: however deep or long it is."""
+    return f"{BRIEF.repr(value):.60}"
+
+
 def describe_value(value: Any) -> str:
-    """Return a value's type and beginning, as an error's line has it: however deep or long it is."""
-    return f"{type(value).__name__}, {BRIEF.repr(value):.60}"
+    """Return a value's type and beginning."""
+    return f"{type(value).__name__}, {shorten(value)}"
 
 
 def _name(key: str) -> str:

@@ -12,9 +12,13 @@ from pathlib import Path
 
 from finetune.formats import (
     Example,
+    as_object,
     first_character,
     get_field,
+    get_objects,
+    get_optional,
     parse_score,
+    shorten,
     stream_jsonl,
     stream_lines,
     stream_list,
@@ -33,19 +37,19 @@ def read_gqa(path: Path) -> Iterator[Example]:
     {answer: score}}]."""
     if first_character(path) == "[":
         for where, record in stream_list(path):
-            labels = get_field(record, "label", dict, where) if "label" in record else {}
+            labels = get_optional(record, "label", dict, where, {})
             text, image = get_field(record, "sent", str, where), get_field(record, "img_id", str, where)
             number = get_field(record, "question_id", (str, int), where)
             yield Example(
                 str(number), (text,), (image,), {k: parse_score(v, where) for k, v in labels.items()}
             )
         return
-    for where, key, record in stream_members(path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: wanted a JSON object, found {type(record).__name__}")
+    for where, key, value in stream_members(path):
+        record = as_object(value, where)
         text, image = get_field(record, "question", str, where), get_field(record, "imageId", str, where)
         answer = get_field(record, "answer", str, where)
-        kind = record.get("types", {}).get("structural") or ""
+        types = get_optional(record, "types", dict, where, {})
+        kind = get_optional(types, "structural", str, f"{where}, types", "")
         yield Example(key, (text,), (image,), {answer: 1.0}, kind)
 
 
@@ -70,7 +74,8 @@ def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
                 raise UserError(
                     f"{where}: question {number} has no annotation in {path.parent / annotations}"
                 )
-            scores, kind = _scores(annotation, source), annotation.get("answer_type", "")
+            scores = _scores(annotation, source)
+            kind = get_optional(annotation, "answer_type", str, source, "")
             pending[get_field(annotation, "question_id", int, source)] = (scores, kind)
         scores, kind = pending.pop(number)
         yield Example(
@@ -79,9 +84,8 @@ def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
 
 
 def _scores(annotation: dict, where: str) -> dict[str, float]:
-    counts = Counter(
-        get_field(a, "answer", str, where) for a in get_field(annotation, "answers", list, where)
-    )
+    answers = get_objects(annotation, "answers", where)
+    counts = Counter(get_field(answer, "answer", str, place) for place, answer in answers)
     return {answer: min(1.0, n / 3) for answer, n in counts.items()}
 
 
@@ -90,10 +94,10 @@ def read_ja_vqa(path: Path) -> Iterator[Example]:
     itself."""
     for where, record in stream_list(path):
         image = str(get_field(record, "id", int, where))
-        for qa in get_field(record, "qas", list, where):
-            answer = get_field(qa, "answer", str, where)
-            number = str(get_field(qa, "qa_id", int, where))
-            yield Example(number, (get_field(qa, "question", str, where),), (image,), {answer: 1.0})
+        for place, qa in get_objects(record, "qas", where):
+            answer = get_field(qa, "answer", str, place)
+            number = str(get_field(qa, "qa_id", int, place))
+            yield Example(number, (get_field(qa, "question", str, place),), (image,), {answer: 1.0})
 
 
 def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
@@ -122,9 +126,11 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
     classes = _translations(path.parent / translations, names) if translations else names
     for where, record in stream_jsonl(path):
         numbers, scores = get_field(record, "an", list, where), get_field(record, "s", list, where)
-        if len(numbers) != len(scores) or any(not 0 <= n < len(names) for n in numbers):
+        is_place = (type(n) is int and 0 <= n < len(names) for n in numbers)
+        if len(numbers) != len(scores) or not all(is_place):
             raise UserError(
-                f"{where}: answers {numbers} with scores {scores} do not fit the {len(names)} answers"
+                f"{where}: answers {shorten(numbers)} with scores {shorten(scores)} do not fit "
+                f"the {len(names)} answers"
             )
         labels: dict[str, float] = {}
         for n, s in zip(numbers, scores, strict=True):
@@ -145,7 +151,7 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
 
 def _translations(path: Path, names: tuple[str, ...]) -> list[str]:
     """Read the translations of `names`."""
-    values = read_json(path, advice="translate the answers anew")
+    values = read_json(path, "JSON: a list of translations", "translate the answers anew")
     if (
         not isinstance(values, list)
         or len(values) != len(names)
@@ -202,7 +208,9 @@ def _relation(label: str, where: str) -> dict[str, float]:
     if label == UNLABELLED:
         return {}
     if label not in LABELS:
-        raise UserError(f"{where}: unknown label '{label}'; there are: {', '.join(LABELS)}, and '-' for none")
+        raise UserError(
+            f"{where}: unknown label {label!a:.60}; there are: {', '.join(LABELS)}, and '-' for none"
+        )
     return {label: 1.0}
 
 
@@ -212,7 +220,8 @@ def _table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     for where, line in stream_lines(path):
         cells = line.split("\t")
         if not names:
-            names = cells
+            if len(set(names := cells)) < len(names):
+                raise UserError(f"{where}: the header names a column twice")
         elif len(cells) != len(names):
             raise UserError(f"{where}: {len(cells)} cells under a header of {len(names)}")
         else:
@@ -228,18 +237,16 @@ def read_nlvr2(path: Path) -> Iterator[Example]:
             get_field(record, "identifier", str, where),
         )
         if identifier.count("-") != 3:
-            raise UserError(f"{where}: identifier {identifier!r} is not split-set-pair-sentence")
+            raise UserError(f"{where}: identifier {identifier!a:.60} is not split-set-pair-sentence")
         stem = identifier.rsplit("-", 1)[0]
         label = _truth(get_field(record, "label", (str, bool), where), where)
-        urls = tuple(
-            get_field(record, side, str, where) for side in ("left_url", "right_url") if side in record
-        )
+        urls = [get_optional(record, side, str, where, "") for side in ("left_url", "right_url")]
         yield Example(
             identifier,
             (sentence,),
             (f"{stem}-img0", f"{stem}-img1"),
             label,
-            sources=urls if len(urls) == 2 else (),
+            sources=tuple(urls) if all(urls) else (),
         )
 
 
@@ -252,13 +259,14 @@ def read_marvl(path: Path, language: str = "") -> Iterator[Example]:
         images = tuple(f"{language}/{name}" if language else name for name in names)
         caption, number = get_field(record, "caption", str, where), get_field(record, "id", (str, int), where)
         label = _truth(get_field(record, "label", (str, bool), where), where)
-        yield Example(str(number), (caption,), images, label, record.get("chapter") or "")
+        chapter = get_optional(record, "chapter", str, where, "")
+        yield Example(str(number), (caption,), images, label, chapter)
 
 
 def _truth(label: str | bool, where: str) -> dict[str, float]:
     name = str(label).capitalize()
     if name not in ("True", "False"):
-        raise UserError(f"{where}: label {label!r} is neither True nor False")
+        raise UserError(f"{where}: label {label!a:.60} is neither True nor False")
     return {name: 1.0}
 
 

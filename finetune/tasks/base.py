@@ -128,10 +128,13 @@ class Score(NamedTuple):
 
 def _read(reader: Callable[..., Iterator], path: Path, options: Mapping[str, str]) -> Iterator[Any]:
     """The items of `reader`; what fails in one of a user's own file is named by its line there."""
+    number = 0
     try:
         for number, item in enumerate(reader(path, **options), 1):
             check_item(item, f"{path}, item {number}")
             yield item
+        if not number:
+            raise UserError(f"{path}: nothing in it; take an undamaged copy")
     except UserError:
         raise
     except Exception as e:
