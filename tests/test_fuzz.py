@@ -7,7 +7,9 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import torch
 
 from raylib.data.images import BadImage
 from raylib.errors import MachineError, UserError
@@ -119,9 +121,6 @@ def test_fuzz_outcomes_are_told_apart(tmp_path, name):
 
 
 def test_fuzz_readings_are_compared_to_the_bit():
-    import numpy as np
-    import torch
-
     values = {"a": [1, (2.5, None)], "b": np.arange(3), "c": torch.ones(2), "d": float("nan")}
     assert same(values, {**values, "a": [1, [2.5, None]], "c": np.ones(2, np.float32)})
     for key, other in (

@@ -239,7 +239,7 @@ def _advance(worker: Worker, examples: Examples, is_ready: bool) -> Result | Non
         except (EOFError, OSError):
             return _result(job, case, Outcome("signal", worker._death()))
         if isinstance(answer, mutate.Case):
-            worker.case = answer
+            worker.case, worker.began = answer, worker._cpu()[0]
             return None
         worker.case, worker.done = None, worker.done + 1
         if isinstance(answer, str):
