@@ -5,10 +5,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,17 @@ from raylib.saving import CheckpointWriter
 
 if TYPE_CHECKING:
     from raylib.loop import Meter
+
+
+class Evaluation(NamedTuple):
+    """The scores of the weights of a step; of none yet, the step is 0."""
+
+    step: int = 0
+    scores: Mapping[str, float] = {}
+
+    def scores_of(self, step: int) -> Mapping[str, float]:
+        """Return the scores of the weights of `step`, if it is of them."""
+        return self.scores if step == self.step else {}
 
 
 class Saver:
@@ -50,16 +61,17 @@ class Saver:
         self.total_replaced = total_replaced
         self.save_seconds: float | None = None  # of the last save
 
-    def state(self, losses: dict, evaluation: dict, monitor: StepMonitor) -> dict[str, Any]:
+    def state(self, losses: dict, evaluation: Evaluation, monitor: StepMonitor) -> dict[str, Any]:
         """Return what the training came to so far."""
         return {
             "losses": losses,
-            "evaluation": evaluation,
+            "evaluation": evaluation.scores,
+            "evaluation_step": evaluation.step,
             "skipped_steps": monitor.counts.skipped,
             "samples_replaced": self.total_replaced,
         }
 
-    def summary(self, losses: dict, evaluation: dict, monitor: StepMonitor) -> dict[str, Any]:
+    def summary(self, losses: dict, evaluation: Evaluation, monitor: StepMonitor) -> dict[str, Any]:
         """Return what the training came to, and what it cost."""
         return {
             **self.engine_facts,
@@ -80,24 +92,25 @@ class Saver:
         self,
         step: int,
         losses: dict,
-        evaluation: dict,
+        evaluation: Evaluation,
         monitor: StepMonitor,
         is_scheduled: bool = True,
         evaluation_due: bool = False,
         is_last: bool = True,
     ) -> None:
-        """Save what `step` steps came to; the last one is there when this returns.
+        """Save what `step` steps came to; the last one is there when this returns. Its score is that of
+        its own weights: none, where the last evaluation was another step's.
 
         is_scheduled: settings ask for a checkpoint here; else a notice does, and `best` never looks at it.
         evaluation_due: it stopped before the end of this step's evaluation: whoever goes on evaluates first.
         """
-        is_judged, began = is_scheduled and not evaluation_due, time.perf_counter()
+        scores, began = evaluation.scores_of(step), time.perf_counter()
         meta = {
             **self.describe,
             **self.state(losses, evaluation, monitor),
             "step": step,
             "total_steps": self.steps,
-            "score": evaluation.get("score") if is_judged else None,
+            "score": scores.get("score") if is_scheduled else None,
             "evaluation_due": evaluation_due,
             "is_scheduled": is_scheduled,
             "save_seconds": self.save_seconds,
@@ -112,8 +125,8 @@ class Saver:
 
         def then() -> None:
             self._measure(time.perf_counter() - began)
-            if is_judged:
-                self.report(step, losses, evaluation)
+            if is_scheduled and not evaluation_due:
+                self.report(step, losses, scores)
 
         self.writer.save(step, files, then, is_last or self.runtime.waits_for_saves)
         self.meter.lap("checkpoint")
@@ -130,23 +143,23 @@ class Saver:
         is_scheduled, runtime = checkpoint.read_meta(folder)["is_scheduled"], self.runtime
         if runtime.rank == 0:
             require_owned(runtime.run)
-            checkpoint.add_scores(folder, scores, is_scheduled)
+            checkpoint.add_scores(folder, step, scores, is_scheduled)
             checkpoint.register(runtime.run, folder.name, runtime.keep)
         barrier()
         if is_scheduled:
             self.report(step, losses, scores)
 
-    def report(self, step: int, losses: dict, evaluation: dict) -> None:
+    def report(self, step: int, losses: dict, scores: Mapping[str, float]) -> None:
         """Report a checkpoint to the search that this is a trial of, which may have heard of it before."""
         folder = self.runtime.run / checkpoint.FOLDER / checkpoint.step_name(step)
         ready = self.meter.first_batch_time or time.time()
         named = {f"loss/{name}": value for name, value in losses.items()}
-        values = {"step": step, "steps": self.steps, "ready": ready, **evaluation, **named}
+        values = {"step": step, "steps": self.steps, "ready": ready, **scores, **named}
         self.runtime.report(values, folder)
 
 
 class Evaluator:
-    """Evaluates and saves after a step. scores: of the last evaluation."""
+    """Evaluates and saves after a step. last: the last evaluation."""
 
     def __init__(
         self,
@@ -157,10 +170,10 @@ class Evaluator:
         vote: StopVote,
         progress: ProgressLog,
         advice: MemoryAdvice,
-        scores: dict[str, float],
+        last: Evaluation,
     ):
         self.objective, self.evaluate, self.saver, self.monitor = objective, evaluate, saver, monitor
-        self.vote, self.progress, self.advice, self.scores = vote, progress, advice, scores
+        self.vote, self.progress, self.advice, self.last = vote, progress, advice, last
 
     def after_step(self, done: int, losses: dict, due: Sequence[bool], stops: bool, is_last: bool) -> bool:
         """Evaluate and save after `done` steps, as `due`; returns whether training goes on. A notice that
@@ -178,15 +191,15 @@ class Evaluator:
         self.saver.add_up()
         self.progress.batches.check_replaced(self.saver.total_replaced)
         if evaluates and not stops:
-            save = partial(self.saver.save, done, losses, self.scores, self.monitor, saves, True)
+            save = partial(self.saver.save, done, losses, self.last, self.monitor, saves, True)
             scores = self.vote.evaluate(partial(self._evaluate, done), save, partial(self._leave, done))
             if scores is None:
                 return False
-            self.scores = scores
+            self.last = Evaluation(done, scores)
             self.progress.log_evaluation(done, scores)
         if saves or stops or is_last:
             is_due = evaluates and stops
-            self.saver.save(done, losses, self.scores, self.monitor, saves, is_due, is_last or stops)
+            self.saver.save(done, losses, self.last, self.monitor, saves, is_due, is_last or stops)
         return not stops
 
     def catch_up(self, start: Path, done: int, losses: dict) -> None:
@@ -194,7 +207,7 @@ class Evaluator:
         and is judged by them now."""
         scores = self.vote.evaluate(partial(self._evaluate, done), lambda: None, partial(self._leave, done))
         if scores is not None:
-            self.scores = scores
+            self.last = Evaluation(done, scores)
             self.progress.log_evaluation(done, scores)
             self.saver.add_scores(start, done, losses, scores)
 

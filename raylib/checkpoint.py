@@ -164,14 +164,18 @@ def _read_listing(path: Path) -> dict[str, Any]:
     return read_json_object(path, advice=ADVICE)
 
 
-def add_scores(folder: Path, scores: dict[str, float], is_judged: bool) -> None:
-    """Store the scores of a checkpoint that a notice had saved without them; is_judged: `best` goes by them.
+def add_scores(folder: Path, step: int, scores: dict[str, float], is_judged: bool) -> None:
+    """Store the scores of the checkpoint of `step`, which a notice had saved without them; is_judged: `best`
+    goes by them.
 
     In a file of its own, written whole: a kill leaves the checkpoint with its scores or without, and its list
     of files true.
     """
     score = scores.get("score") if is_judged else None
-    write_json(folder / SCORES, {"evaluation_due": False, "evaluation": scores, "score": score})
+    write_json(
+        folder / SCORES,
+        {"evaluation_due": False, "evaluation": scores, "evaluation_step": step, "score": score},
+    )
 
 
 def find_newest(run: Path) -> Path | None:
@@ -213,7 +217,8 @@ def hint_if_unsaved(run: Path) -> str:
 
 
 def register(run: Path, name: str, keep: int) -> None:
-    """Enter a folder that is now whole on the disk; then drop all but the newest `keep` and the best one.
+    """Enter a folder that is now whole on the disk; then drop all but the newest `keep` and the best one. One
+    that a notice, and no setting, had saved counts among none of these, and stays until a newer one is there.
 
     Raises:
         NotFinite: the score of this checkpoint; it is not entered.
@@ -226,12 +231,20 @@ def register(run: Path, name: str, keep: int) -> None:
         )
     names = in_order({*read_registry(run).checkpoints, *_find_unlisted(run, name), name})
     best = _best_of(run, names)
-    kept = [each for each in names if each in names[-keep:] or (best and each == best.checkpoint)]
+    stay = {*[each for each in names if _is_scheduled(run, each)][-keep:], names[-1]}
+    kept = [each for each in names if each in stay or (best and each == best.checkpoint)]
     # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
     _write_registry(run, Registry(kept, best))
     for each in names:
         if each not in kept:
             remove_folder(run / FOLDER / each)
+
+
+def _is_scheduled(run: Path, name: str) -> bool:
+    try:
+        return read_meta(run / FOLDER / name).get("is_scheduled", True)
+    except UserError:  # damaged: `settle` has said so
+        return True
 
 
 def _find_unlisted(run: Path, new: str = "") -> set[str]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from raylib import checkpoint
-from raylib.after_step import Evaluator, Saver
+from raylib.after_step import Evaluation, Evaluator, Saver
 from raylib.data.loading import BatchStream, StepDataset, to_device
 from raylib.distributed import broadcast_from_rank0, exchange_seconds
 from raylib.engine import (
@@ -150,7 +150,8 @@ def fit(
     metrics_log = MetricsLog(runtime.run, first, not is_evaluation_due) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
     saver = _build_saver(runtime, engine, describe, meter, config, meta)
-    losses, evaluation = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
+    losses, scores = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
+    evaluation = Evaluation(meta.get("evaluation_step", first), scores)  # earlier versions do not say
     replay = _Replay(objective, batches, config, runtime)
     monitor = StepMonitor(engine.guard, engine, replay, saver.writer.find_newest)
     vote = StopVote(runtime.world_size)
@@ -159,11 +160,13 @@ def fit(
     # and goes through the very batches that it would have had
     stream = BatchStream(batches, first, last, config.loader_workers, device, runtime.cpus, runtime.rank > 0)
     done = first
-    with StallWatch(runtime) as watch, saver.writer, runtime.notices_to(vote.receive):
+    with StallWatch(runtime) as watch, saver.writer, vote, runtime.notices_to(vote.receive):
         if start and is_evaluation_due:
             evaluator.catch_up(start, first, losses)
         elif start and meta.get("is_scheduled", True):
-            saver.report(first, losses, evaluation)  # it may have died between checkpoint and report
+            saver.report(
+                first, losses, evaluation.scores_of(first)
+            )  # it may have died between checkpoint and report
         for step in range(first, last if not vote.agreed else first):
             stop_if_lost(runtime.run)
             watch.start(step)
@@ -199,7 +202,7 @@ def fit(
         "finished": done == config.steps and not notice,
         "bf16": bf16,
         "samples_per_second": progress.mean_rate(done),
-        **saver.summary(losses, evaluator.scores, monitor),
+        **saver.summary(losses, evaluator.last, monitor),
         **stop,
     }
 

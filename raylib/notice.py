@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 T = TypeVar("T")
 
@@ -192,6 +192,16 @@ class StopVote:
             import torch.distributed as dist
 
             self.group = dist.new_group(backend="gloo")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None and self.group is not None:
+            import torch.distributed as dist
+
+            dist.destroy_process_group(self.group)
+            self.group = None
 
     def receive(self, notice: int) -> None:
         """Take a notice, in any thread. A signal outranks a preemption: the run ends, and is not moved."""

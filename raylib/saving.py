@@ -226,6 +226,9 @@ class CheckpointWriter:
         # whatever has ended the training, its last checkpoint becomes whole; but Ctrl-C waits for nothing
         if self.thread and not (kind and issubclass(kind, KeyboardInterrupt)):
             self.thread.join()
+        if kind is None and self.group:
+            dist.destroy_process_group(self.group)
+            self.group = None
 
     def before_update(self) -> None:
         """Let the device finish copying before it changes weights and optimizer."""

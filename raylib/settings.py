@@ -107,11 +107,12 @@ class FitConfig(Config):
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     eval_every: NonNegativeInt = 0
-    """Steps between two evaluations; 0: only at the end."""
+    """Steps between two evaluations; 0: only at the end. The best checkpoint is chosen among those of steps
+    that are evaluated: let it be a multiple of `save_every`, or the reverse."""
     save_every: NonNegativeInt = 0
     """Steps between two checkpoints; 0: only at the end."""
     keep: PositiveInt = 2
-    """Number of newest checkpoints that stay, beside the best one."""
+    """Number of newest checkpoints that stay, beside the best one, and one that a notice to stop has left."""
     async_save: bool = True
     """Write checkpoints while training goes on, from a copy in the host's memory (12 bytes a parameter, over
     all workers together); false: training waits."""

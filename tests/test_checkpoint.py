@@ -94,6 +94,18 @@ def test_register_keeps_newest_and_best(tmp_path):
     }
 
 
+def test_register_of_a_notice_pushes_nothing_away(tmp_path):
+    """What settings ask to keep is what it would be without it, then and in the end."""
+    make_run(tmp_path, {2: 0.9, 4: 0.1, 6: 0.2})
+    for step, kept in ((7, (2, 4, 6, 7)), (9, (2, 4, 6, 9))):
+        write_checkpoint(tmp_path, step, None, is_scheduled=False)
+        checkpoint.register(tmp_path, checkpoint.step_name(step), 2)
+        assert names(tmp_path) == checkpoint.read_registry(tmp_path).checkpoints == steps(*kept)
+        assert checkpoint.find_newest(tmp_path).name == checkpoint.step_name(step)
+    make_run(tmp_path, {10: 0.3})
+    assert names(tmp_path) == steps(2, 6, 10)
+
+
 def test_checkpoints_have_the_order_of_steps_beyond_a_million(tmp_path):
     """Whose names come first as text: the newest would go, and each resume lose all since then."""
     make_run(tmp_path, {999_999: 0.1, 1_000_000: 0.1, 1_000_001: 0.1}, keep=2)

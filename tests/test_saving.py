@@ -1,5 +1,6 @@
 """The writer of checkpoints: what it writes and copies, what becomes of a save that fails or is killed."""
 
+import gc
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from raylib import checkpoint, saving
 from raylib.config import dump_config
 from raylib.errors import MachineError
+from raylib.monitoring import read_metrics
 from raylib.saving import DTYPES, CheckpointWriter, HostCopy, num_bytes, write_files
 from tests.test_checkpoint import killed_everywhere, steps
 from tests.test_not_finite_run import run as train
@@ -221,6 +223,45 @@ def test_training_saved_in_background_has_checkpoints_of_one_saved_in_line(tmp_p
             assert len(files) == 1 + world
             for file in files:
                 assert (one / name / file).read_bytes() == (other / name / file).read_bytes(), (name, file)
+
+
+def fit_often(rank, world, folder):
+    """How many (threads, open files) this process has after each of 12 trainings."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    counts = []
+    for number in range(12):
+        train(Path(folder) / str(number), {}, rank=rank, world=world, steps=2)
+        gc.collect()
+        counts.append(tuple(len(os.listdir(f"/proc/self/{kind}")) for kind in ("task", "fd")))
+    return counts
+
+
+def test_trainings_in_one_process_leave_no_threads_and_open_files(tmp_path):
+    """Each has two groups of processes of its own, with threads and connections."""
+    for counts in run_workers(fit_often, 2, tmp_path):
+        assert max(counts[4:]) <= max(counts[:4]), counts
+
+
+@pytest.mark.parametrize("stop_after", [None, 7])
+def test_training_gives_a_checkpoint_no_score_of_another_step(tmp_path, stop_after):
+    """Evaluated after 3, 6, 9 and 10 steps, saved after 2, 4 ... 10: the best of both is step 6's, though
+    that of step 3 is higher. Also where the run was stopped in between."""
+
+    def evaluate(model):
+        evaluated.append(len(evaluated))
+        return {"score": [0.9, 0.8, 0.7, 0.1][evaluated[-1]]}
+
+    evaluated, settings = [], {"evaluate": evaluate, "steps": 10, "eval_every": 3, "save_every": 2, "keep": 9}
+    if stop_after:
+        train(tmp_path, {}, stop_after=stop_after, **settings)
+    result = train(tmp_path, {}, **settings)
+    metas = [checkpoint.read_meta(tmp_path / "checkpoints" / name) for name in steps(2, 4, 6, 8, 10)]
+    assert [meta["score"] for meta in metas] == [None, None, 0.8, None, 0.1]
+    assert checkpoint.read_registry(tmp_path).best == ("step_000006", 0.8)
+    assert result["evaluation"] == {"score": 0.1} and result["evaluation_step"] == 10
+    assert [(r["step"], r["eval/score"]) for r in read_metrics(tmp_path) if "eval/score" in r] == [
+        *zip((3, 6, 9, 10), (0.9, 0.8, 0.7, 0.1), strict=True)
+    ]
 
 
 def test_pretraining_on_full_disk_ends_with_one_line_and_goes_on_later(mini, tmp_path):
