@@ -448,7 +448,7 @@ def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
 def _stored_result(folder: Path) -> dict[str, Any]:
     """The run's result.json; empty if it has none."""
     path = folder / "result.json"
-    return read_json_object(path) if path.is_file() else {}
+    return read_json_object(path, what="the result of a run") if path.exists() else {}
 
 
 def _so_far(model, run: Path) -> dict[str, Any]:

@@ -23,11 +23,12 @@ import json
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from pydantic import BaseModel, Field
 from safetensors import safe_open
 
-from raylib.errors import NotFinite, UserError
+from raylib.errors import NotFinite, UserError, reading
 from raylib.fileio import (
     atomic_file,
     read_json,
@@ -40,6 +41,7 @@ from raylib.fileio import (
 )
 from raylib.finite import is_finite, require_finite_values
 from raylib.lock import require_owned
+from raylib.strict_json import Count, MemberName, PlainName, check_shape
 
 # what engines of earlier versions wrote, pickled
 OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py", "zero_to_torch.py")
@@ -48,6 +50,59 @@ ADVICE = "restore the file, or start from an older checkpoint with resume=step_N
 SCORES = "scores.json"  # of a checkpoint that was saved without
 # of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
 OLD_BEST, OLD_START, OLD_SNAPSHOT = "best", "start.json", "checkpoint_manager_snapshot.json"
+
+
+class StoredBest(BaseModel):
+    """As a registry has it."""
+
+    checkpoint: PlainName
+    score: float
+
+
+class StoredRegistry(BaseModel):
+    """A registry as JSON has it."""
+
+    checkpoints: list[PlainName]
+    best: StoredBest | None
+    aside: dict[PlainName, PlainName] = {}
+
+
+class StoredScores(BaseModel):
+    """`scores.json`, and the scores in `meta.json`."""
+
+    score: float | None
+    evaluation: dict[str, float] = {}
+    evaluation_due: bool = False
+
+
+class StoredInterval(BaseModel):
+    """The state of `raylib.engine.IntervalSums`."""
+
+    names: list[str]
+    sums: list[float]
+    count: Count
+
+
+class StoredMeta(StoredScores):
+    """`meta.json`, as far as this version goes by it."""
+
+    step: Count
+    workers: Annotated[int, Field(ge=1, lt=1 << 20)]
+    times: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    skipped_steps: Count = 0
+    skipped_in_a_row: Count = 0
+    samples_replaced: Count = 0
+    interval: StoredInterval | None = None
+    is_scheduled: bool = True
+    total_steps: Count = 0
+
+
+class StoredFile(BaseModel):
+    """As a worker's list of its files has it."""
+
+    bytes: Count
+    sha256: str
 
 
 class Best(NamedTuple):
@@ -72,25 +127,23 @@ def read_registry(run: Path) -> Registry:
     Raises:
         UserError: the file is damaged.
     """
-    try:
-        return _read_registry(run / FOLDER / REGISTRY, run / FOLDER / OLD_SNAPSHOT)
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise UserError(
-            f"{run / FOLDER / REGISTRY}: no register ({e}); restore it, or remove it: the "
-            "next start registers the checkpoints that are there"
-        ) from None
-
-
-def _read_registry(path: Path, snapshot: Path) -> Registry:
-    stored = read_json(path) if path.is_file() else []
+    path, snapshot = run / FOLDER / REGISTRY, run / FOLDER / OLD_SNAPSHOT
+    advice = "restore it, or remove it: the next start registers the checkpoints that are there"
+    what, stored = "a register of checkpoints", []
+    if path.exists():
+        shape = StoredRegistry | list[PlainName]
+        stored = read_json(path, what, advice, finite=False, shape=shape)
     if isinstance(stored, dict):
-        best = Best(**stored["best"]) if stored["best"] else None
+        best = Best(stored["best"]["checkpoint"], stored["best"]["score"]) if stored["best"] else None
         return Registry(stored["checkpoints"], best, stored.get("aside", {}))
     # a run of an earlier version may have parts with and without Ray: both registers count
-    if snapshot.is_file():
-        values = read_json(snapshot)
-        results = [*values["checkpoint_results"], values["latest_checkpoint_result"]]
-        stored = [*stored, *(result["checkpoint_dir_name"] for result in results if result)]
+    if snapshot.exists():
+        values = read_json(snapshot, what, advice, finite=False)
+        with reading(snapshot, what, advice):
+            results = [*values["checkpoint_results"], values["latest_checkpoint_result"]]
+            names = [result["checkpoint_dir_name"] for result in results if result]
+            check_shape(names, list[PlainName])
+        stored = [*stored, *names]
     return Registry(in_order(set(stored)))
 
 
@@ -153,15 +206,16 @@ def read_meta(folder: Path) -> dict:
     if not path.exists():
         raise UserError(f"{path}: missing, so this is no whole checkpoint; {ADVICE}")
     # earlier versions wrote scores that are not finite
-    meta = read_json_object(path, ("step", "workers", "score"), advice=ADVICE, finite=False)
+    meta = read_json_object(path, (), "a checkpoint's record", ADVICE, finite=False, shape=StoredMeta)
     if meta.get("evaluation_due") and scores.exists():
-        meta |= read_json_object(scores, advice=ADVICE, finite=False)
-    return meta
+        what = "a checkpoint's scores"
+        meta |= read_json_object(scores, (), what, ADVICE, finite=False, shape=StoredScores)
+    return {"times": {}, "losses": {}, "evaluation": {}, **meta}
 
 
 def _read_listing(path: Path) -> dict[str, Any]:
     """Read a worker's list of its files."""
-    return read_json_object(path, advice=ADVICE)
+    return read_json_object(path, (), "a list of files", ADVICE, shape=dict[MemberName, StoredFile])
 
 
 def add_scores(folder: Path, step: int, scores: dict[str, float], is_judged: bool) -> None:
@@ -184,7 +238,7 @@ def find_newest(run: Path) -> Path | None:
     if names := read_registry(run).checkpoints:
         return folder / names[-1]
     if (folder / OLD_START).is_file():
-        return run / read_json(folder / OLD_START)
+        return run / read_json(folder / OLD_START, "a checkpoint's name", ADVICE, shape=MemberName)
     return None
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar, get_args, get_origin
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -30,8 +29,11 @@ from pydantic import (
     field_validator,
 )
 
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
+from raylib.file_kinds import recognize
 from raylib.renames import MODULES, rename_path, rename_settings
+from raylib.strict_json import parse_json
+from raylib.strict_yaml import parse_yaml
 
 
 class UserSource(NamedTuple):
@@ -225,15 +227,12 @@ def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
     """Read a config from a JSON file, such as `dump_config` makes, or from a YAML one."""
     path = Path(path)
     kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
-    try:
-        text = path.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) if kind == "YAML" else json.loads(text)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config file") from None
-    except (ValueError, yaml.YAMLError) as e:
-        raise UserError(f"{path}: not a {kind} config file ({' '.join(str(e).split())})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: not a {kind} config file (it has no settings)")
+    if not path.exists():
+        raise UserError(f"{path}: no such config file")
+    with reading(path, f"a {kind} config file", "mend it, or give another"):
+        values = (parse_yaml if kind == "YAML" else parse_json)(path.read_bytes())
+        if not isinstance(values, dict):
+            raise ValueError("it has no settings")
     return validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
 
 
@@ -385,10 +384,10 @@ def load_user_file(path: Path | str) -> ModuleType:
         UserError: there is no such file, or it fails when it runs; the line that failed is named.
     """
     path = Path(path)
-    try:
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    with reading(path, "a Python file"):
         source = path.read_bytes()
-    except OSError:
-        raise UserError(f"{path}: no such file") from None
     name = f"polyglance_user_{path.stem}_{hashlib.sha256(source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]
@@ -404,18 +403,23 @@ def load_user_file(path: Path | str) -> ModuleType:
             sys.modules[old] = importlib.import_module(new)
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         del sys.modules[name]
         raise user_file_error(e, path) from e
     return module
 
 
-def user_file_error(error: Exception, path: Path, where: str = "") -> UserError:
+def user_file_error(error: BaseException, path: Path, where: str = "") -> UserError:
     """Return the line for an `error` that a Python file of the user's raised: its place in the file, and
     `where` it was at work."""
     line = error.lineno if isinstance(error, SyntaxError) else _line_in(error, path)
+    if not line or isinstance(error, SyntaxError):  # it did not begin to run
+        kind, advice = recognize(path, "a Python file")
+        if kind:
+            return UserError(f"{path}: not to be read as a Python file ({kind}); {advice}")
     message = error.msg if isinstance(error, SyntaxError) else " ".join(str(error).split())
-    return UserError(f"{path}:{line}: {type(error).__name__}: {message}{where}")
+    place = f"{path}:{line}" if line else f"{path}"
+    return UserError(f"{place}: {type(error).__name__}{message and ': '}{message}{where}")
 
 
 def user_source(item: Callable) -> UserSource | None:
@@ -454,7 +458,7 @@ def load_user_class(path: Path | str, base: type[T], name: str | None = None) ->
     return found
 
 
-def _line_in(error: Exception, path: Path) -> int | None:
+def _line_in(error: BaseException, path: Path) -> int | None:
     """The last line of `path` that ran before `error`."""
     frames = reversed(traceback.extract_tb(error.__traceback__))
     return next((f.lineno for f in frames if Path(f.filename).resolve() == path.resolve()), None)

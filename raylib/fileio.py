@@ -22,7 +22,7 @@ from typing import Any
 
 from raylib.errors import UserError, name_errors, reading
 from raylib.processes import process_start, try_lock
-from raylib.strict_json import parse_json
+from raylib.strict_json import check_member, check_shape, parse_json
 
 CHUNK = 1 << 16  # bytes read at a time
 MAX_JSON = 1 << 30  # bytes of a file that is read whole
@@ -134,19 +134,29 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
     write_atomically(path, text + "\n")
 
 
-def read_json(path: Path, what: str = "JSON", advice: str = "restore the file", finite: bool = True) -> Any:
+def read_json(
+    path: Path,
+    what: str = "JSON",
+    advice: str = "restore the file",
+    finite: bool = True,
+    shape: Any = None,
+) -> Any:
     """Read a JSON file (`raylib.strict_json`) that lies in memory whole.
 
     Args:
         what, advice: of the line (`raylib.errors.reading`).
         finite: NaN and Infinity are refused; False for what earlier versions of this code wrote.
+        shape: the types that its values must have, where that matters, as pydantic has them.
     Raises:
-        UserError: it is damaged, or another kind of file.
+        UserError: it is damaged, or another kind of file; a value has another type (its place is named).
     """
     with reading(path, what, advice), open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > MAX_JSON:
             raise ValueError(f"{size:,} bytes, of which {MAX_JSON:,} may be")
-        return parse_json(file.read(), finite)
+        values = parse_json(file.read(), finite)
+        if shape is not None:
+            check_shape(values, shape)
+    return values
 
 
 def read_json_object(
@@ -155,19 +165,29 @@ def read_json_object(
     what: str = "JSON",
     advice: str = "restore the file",
     finite: bool = True,
+    shape: Any = None,
 ) -> dict[str, Any]:
     """Read a JSON file that holds an object with `keys`; the rest as `read_json`.
 
     Raises:
         UserError: it does not.
     """
-    values = read_json(path, what, advice, finite)
+    values = read_json(path, what, advice, finite, shape)
     with reading(path, what, advice):
         if not isinstance(values, dict):
             raise ValueError(f"{type(values).__name__} in place of an object")
         if missing := sorted({*keys} - values.keys()):
             raise ValueError(f"no {', '.join(missing)} in it")
     return values
+
+
+def member_path(folder: Path, name: object) -> Path:
+    """Return the path in `folder` of what a file there calls `name`, perhaps with folders.
+
+    Raises:
+        ValueError: it is no name, or leads out of the folder.
+    """
+    return folder / check_member(name)
 
 
 def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:
@@ -210,12 +230,14 @@ def _last_line(file: io.FileIO) -> tuple[int, bytes]:
     return 0, last
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path, shape: Any = None) -> list[dict[str, Any]]:
     """Read all records that `append_jsonl` wrote, in order; none of a file that is not there. A last line
     that is not whole is left out: a crash cut it off (`repair_jsonl` says so), or it is being written.
 
+    Args:
+        shape: the types of each one's values, as of `read_json`.
     Raises:
-        UserError: another line is no JSON object; names it.
+        UserError: another line is no JSON object, or a value has another type; names it.
     """
     records = []
     # no str.splitlines: it would split at U+2028 and others, which JSON need not escape
@@ -223,6 +245,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         record = _parse_record(line)
         if record is not None:
+            if shape is not None:
+                advice = "restore the file, or take that line out"
+                with reading(f"{path}:{number}", "a record", advice):
+                    check_shape(record, shape)
             records.append(record)
         elif line.strip() and number < len(lines):
             raise UserError(

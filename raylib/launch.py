@@ -113,7 +113,7 @@ def open_run(
         raise UserError(f"two files of one name: {', '.join(map(str, code))}; rename one")
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
-    if stored.is_file():
+    if stored.exists():
         before = read_stored_settings(type(config), read_json_object(stored)).values
         changed = [
             p for p in differing_paths(before, config.model_dump(mode="json")) if p not in MUTABLE_SETTINGS

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from pydantic import BaseModel
 
 from raylib.data.loading import StepDataset
 from raylib.distributed import all_gather
@@ -26,9 +27,17 @@ from raylib.fileio import append_jsonl, read_jsonl, repair_jsonl, write_atomical
 from raylib.finite import finite_values
 from raylib.lock import require_owned, watch_file
 from raylib.runtime import Runtime, peak_memory
+from raylib.strict_json import Count
 
 if TYPE_CHECKING:
     from raylib.loop import Meter
+
+
+class StoredMetrics(BaseModel, extra="allow"):
+    """A line of metrics.jsonl: numbers by name."""
+
+    step: Count
+    __pydantic_extra__: dict[str, float]
 
 
 class MetricsLog:
@@ -60,7 +69,7 @@ class MetricsLog:
 
 def read_metrics(run: Path) -> list[dict]:
     """Return all records of a run, in order; a last line cut off by a crash is dropped."""
-    return read_jsonl(run / "metrics.jsonl")
+    return read_jsonl(run / "metrics.jsonl", StoredMetrics)
 
 
 class ProgressLog:

@@ -28,13 +28,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pydantic import BaseModel
 
 from raylib.cache import cached, file_fingerprint
 from raylib.checkpoint import hint_if_unsaved
 from raylib.display import progress
 from raylib.errors import UserError
-from raylib.fileio import read_json, sha256_file, write_atomically
+from raylib.fileio import read_json_object, sha256_file, write_atomically
 from raylib.runtime import available_cpus, device_name
+from raylib.strict_json import Count
 
 IDENTITY = "identity.json"
 ROOT = Path(__file__).resolve().parent.parent
@@ -231,6 +233,22 @@ def record_identity(run: Path, files: Iterable[DataFile], verify: bool = False) 
     return notes
 
 
+class StoredEntry(BaseModel):
+    """A file of the data, as `fingerprint_files` has it."""
+
+    stamp: str
+    bytes: Count
+    sha256: str | None
+
+
+class StoredIdentity(BaseModel):
+    """`identity.json`."""
+
+    folder: str = ""
+    code: list[str]
+    data: dict[str, StoredEntry]
+
+
 def started_in(run: Path) -> Path:
     """Return the folder from which relative paths in the settings of `run` lead; this one, of a run of before
     it was recorded, and where there is none any more."""
@@ -240,16 +258,11 @@ def started_in(run: Path) -> Path:
 
 def read_identity(run: Path) -> dict[str, Any]:
     """Read {"folder", "code": [...], "data": {...}} of a run; empty of one that has no record yet."""
-    if not (run / IDENTITY).is_file():
+    if not (run / IDENTITY).exists():
         return {"folder": "", "code": [], "data": {}}
-    try:
-        stored = read_json(run / IDENTITY)
-        code, data = list(stored["code"]), dict(stored["data"])
-        return {"folder": stored.get("folder", ""), "code": code, "data": data}
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(
-            f"{run / IDENTITY}: not to be read ({e}); delete it to record the data anew"
-        ) from None
+    advice = "delete it to record the data anew"
+    stored = read_json_object(run / IDENTITY, (), "the record of a run's data", advice, shape=StoredIdentity)
+    return {"folder": "", **stored}
 
 
 def data_hash(run: Path) -> str | None:

@@ -1,10 +1,14 @@
 """JSON as its standard has it: whatever is no JSON, or what no two readers need read alike, is a `ValueError`
-in words."""
+in words; and the shapes and names that values read from files must have."""
 
 import json
 import math
 import re
-from typing import Any
+from functools import cache
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 DEPTH = 100  # of lists and objects in one another
 DIGITS = 40  # of an integer: 128 bits, as states of random generators have
@@ -28,7 +32,7 @@ def parse_json(data: bytes | str, finite: bool = True) -> Any:
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH}") from None
     if text.count("[") + text.count("{") > DEPTH:
-        _check_depth(value)
+        check_depth(value)
     if SURROGATE.search(text):
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -37,7 +41,12 @@ def parse_json(data: bytes | str, finite: bool = True) -> Any:
     return value
 
 
-def _check_depth(value: Any) -> None:
+def check_depth(value: Any) -> None:
+    """Check that lists and dicts are not nested too deeply.
+
+    Raises:
+        ValueError: they are.
+    """
     level, depth = [value], 0
     while level := [v for v in level if isinstance(v, dict | list)]:
         if (depth := depth + 1) > DEPTH:
@@ -68,3 +77,48 @@ def _finite_float(digits: str) -> float:
 
 def _refuse(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
+
+
+def check_shape(values: Any, shape: Any) -> None:
+    """Check that plain values have the types that `shape` says.
+
+    Raises:
+        ValueError: one has not; names the first, by its place.
+    """
+    try:
+        _adapter(shape).validate_python(values, strict=True)
+    except ValidationError as e:
+        first = e.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        given = "" if first["type"] in ("missing", "value_error") else f", not {repr(first['input'])[:50]}"
+        problem = first["msg"].removeprefix("Value error, ").replace("Input should", "should")
+        raise ValueError(f"{place or 'it'}: {problem[0].lower()}{problem[1:]}{given}") from None
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter:
+    return TypeAdapter(shape)
+
+
+def check_member(name: object) -> str:
+    """Return a name that a file has for something beside or below it.
+
+    Raises:
+        ValueError: it is none, or leads out of the folder.
+    """
+    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
+    if not isinstance(name, str) or not parts or "\0" in name or parts[0] == "/" or ".." in parts:
+        raise ValueError(f"{name!r:.100} is no name of a file in its folder")
+    return name
+
+
+def _check_plain(name: str) -> str:
+    if "/" in check_member(name):
+        raise ValueError(f"{name!r:.100} is no name without folders")
+    return name
+
+
+# Types for shapes
+MemberName = Annotated[str, AfterValidator(check_member)]
+PlainName = Annotated[str, AfterValidator(_check_plain)]
+Count = Annotated[int, Field(ge=0, lt=1 << 53)]

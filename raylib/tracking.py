@@ -6,7 +6,6 @@ is told. RUN/tracking.json has each tracker's id of the run and the last step of
 run that goes on is the same run there, and a step that comes again is not logged again.
 """
 
-import json
 import os
 import threading
 import time
@@ -15,17 +14,28 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from raylib.display import hide_secrets
 from raylib.errors import MachineError, UserError
-from raylib.fileio import read_json_object, write_json
+from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
 from raylib.provenance import code_version, commit, has_local_changes
+from raylib.strict_json import Count, check_shape, parse_json
 from raylib.trackers import TRACKERS, Backend, ExperimentTracker, Figures, Point, RunFacts, Status
 
 TRACKING = "tracking.json"
 SECONDS = 1.0  # between looks at metrics.jsonl
 # files of a run that are sent with its results
 RESULTS = ("config.json", "result.json", "result.md", "curve.png", "result.png")
+
+
+class StoredTracker(BaseModel):
+    """As `tracking.json` has it."""
+
+    address: str
+    id: str
+    steps: dict[str, Count]
 
 
 class NewLines:
@@ -49,8 +59,9 @@ class NewLines:
         self.offset += len(data)
         points, now = [], int(1000 * time.time())
         for line in data.splitlines():
-            with suppress(ValueError):  # what a crash cut off
-                record = json.loads(line)
+            with suppress(ValueError, KeyError):  # what a crash cut off
+                record = parse_json(line, finite=False)
+                check_shape(record, dict[str, float])
                 points.append(Point(now, record.pop("step"), record))
         return points
 
@@ -74,7 +85,10 @@ class RunTracking:
     def __init__(self, facts: RunFacts, backends: Sequence[Backend]):
         self.facts, self.path = facts, facts.folder / TRACKING
         self.status: Status = "finished"
-        self.stored: dict[str, dict[str, Any]] = read_json_object(self.path) if self.path.is_file() else {}
+        self.stored: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            what, advice = "the places where the run is tracked", "delete it to begin new runs there"
+            self.stored = read_json(self.path, what, advice, shape=dict[str, StoredTracker])
         for entry in self.stored.values():  # earlier versions stored addresses as they were given
             entry["address"] = hide_secrets(entry["address"])
         self.lines, self.pending = NewLines(facts.folder / "metrics.jsonl"), list[Point]()

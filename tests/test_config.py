@@ -11,6 +11,7 @@ from raylib.config import (
     dump_config,
     load_config,
     load_user_class,
+    load_user_file,
     lookup,
     override,
     read_stored_settings,
@@ -18,6 +19,7 @@ from raylib.config import (
     validate,
 )
 from raylib.errors import UserError
+from raylib.strict_yaml import parse_yaml
 
 
 class Inner(Config):
@@ -108,10 +110,95 @@ def test_config_files_round_trip_and_report_mistakes(tmp_path):
     with pytest.raises(UserError, match=r"bad\.json: unknown setting 'nme'; did you mean name"):
         load_config(Outer, tmp_path / "bad.json")
     (tmp_path / "torn.json").write_text('{"na')
-    with pytest.raises(UserError, match="not a JSON config file"):
+    with pytest.raises(UserError, match=r"not to be read as a JSON config file \(Unterminated"):
         load_config(Outer, tmp_path / "torn.json")
     with pytest.raises(UserError, match="no such config file"):
         load_config(Outer, tmp_path / "none.json")
+
+
+BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"- a", "it has no settings"),
+        (b"limit: 1\nlimit: 2", "line 2, column 1: 'limit' twice in one mapping"),
+        (b"limit: 1\n\tname: a", "line 2, column 1: found character '\\t'"),
+        (b"limit: 1\nname: 'a", "line 2, column 9: found unexpected end"),
+        (b"name: \xe9", "unexpected end of data at 6"),
+        (b"name: !!python/object/apply:os.system ['exit 3']", "line 1, column 7: could not determine a"),
+        (b"name: !!python/name:os.system", "line 1, column 7: could not determine a"),
+        (b"name: !!binary aGVsbG8=", "'name' is a bytes; put it in quotes"),
+        (b"name: 2020-01-01", "'name' is a date; put it in quotes"),
+        (b"on: 1", "the name True in the file is no string"),
+        (b"name: &a [*a]", "an alias of what"),
+        (BOMB.encode(), "its aliases expand to more than 100,000 values"),
+        (b"[" * 10_000, "nested deeper than 100"),
+        (b"name: " + b"[" * 200 + b"]" * 200, "nested deeper than 100"),
+        (b"limit: " + b"9" * 10_000, "line 1, column 8: a number of 10,000 characters"),
+        (b"limit: " + b"1:" * 9_000 + b"1", "line 1, column 8: a number of"),
+        (b"limit: .inf", "'limit' is not finite"),
+        (b'name: "\\ud800"', "half of a surrogate pair in 'name'"),
+        (b"#" + b"a" * (1 << 20), "1,048,577 bytes, of which 1,048,576 may be"),
+        (b"--- {limit: 1}\n--- {limit: 2}", "line 2, column 1: but found another document"),
+        (b"name: \0", "special characters are not allowed at 6"),
+        (b"PK\3\4rest", "a zip archive"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git-lfs pointer"),
+    ],
+)
+def test_config_yaml_that_is_damaged_or_hostile_is_a_line(content, reason, tmp_path):
+    (tmp_path / "c.yaml").write_bytes(content)
+    with pytest.raises(UserError) as found:
+        load_config(Outer, tmp_path / "c.yaml")
+    line = str(found.value)
+    assert line.startswith(f"{tmp_path}/c.yaml: not to be read as a YAML config file ({reason}")
+    assert line.isprintable()
+
+
+def test_config_yaml_may_have_aliases_merges_and_a_byte_order_mark(tmp_path):
+    text = "inner: &i {rate: 0.5}\nname: é\n"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16"):
+        (tmp_path / "c.yml").write_bytes(text.encode(encoding))
+        assert load_config(Outer, tmp_path / "c.yml").name == "é"
+    assert parse_yaml(b"a: &a {b: 1, c: 2}\nd: {<<: *a, b: 3}\ne: *a") == {
+        "a": {"b": 1, "c": 2},
+        "d": {"b": 3, "c": 2},
+        "e": {"b": 1, "c": 2},
+    }
+
+
+def test_config_in_place_of_which_a_folder_lies_is_a_line(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}: a folder, where a file is needed"):
+        load_config(Outer, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"a = (", ":1: SyntaxError: '(' was never closed"),
+        (b"a = 1\n\tb = 2", ":2: IndentationError: unexpected indent"),
+        (b"a = '\xe9'", ":1: SyntaxError: (unicode error) 'utf-8' codec can't decode"),
+        (b"a = 1\nraise RuntimeError('two\\nlines')", ":2: RuntimeError: two lines"),
+        (b"import sys\nsys.exit()", ":2: SystemExit"),
+        (b"def f():\n    f()\nf()", ":2: RecursionError: maximum recursion depth exceeded"),
+        (b"a = 1\0", "source code string cannot contain null bytes"),
+        (b"(" * 300, ":1: SyntaxError: too many nested parentheses"),
+        (b"\x1f\x8b\x08\0rest", "not to be read as a Python file (a gzip file); give"),
+        (b"\0" * 100, "not to be read as a Python file (zeros: an unfinished download, or copy); download"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a git-lfs pointer, not the file"),
+        (b"<!DOCTYPE html>\n<html>", "a web page, such as a server sends in place of a file"),
+    ],
+)
+def test_users_file_that_does_not_run_is_a_line(content, said, tmp_path):
+    path = tmp_path / "task.py"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as found:
+        load_user_file(path)
+    line = str(found.value)
+    assert line.startswith(str(path)) and said in line and "None" not in line
+    assert "\n" not in line
 
 
 def test_a_missing_setting_is_named_without_all_the_others(tmp_path):

@@ -23,7 +23,7 @@ NAN = math.nan
 
 @pytest.mark.parametrize("value", [NAN, math.inf])
 def test_trial_with_non_finite_score_is_failed(value, tmp_path):
-    finished = {"finished": True, "english_dev": 0.5, "target_dev": value, "trial_id": "t"}
+    finished = {"finished": True, "english_dev": 0.5, "target_dev": value}
     assert trial_state(finished, False, ("english_dev",)) == TrialState.COMPLETE
     assert trial_state(finished, False, ("english_dev", "target_dev")) == TrialState.FAIL
     log = TrialLog(tmp_path)

@@ -319,13 +319,34 @@ def test_predict_on_ray_writes_parts_and_goes_on(folder, capsys, monkeypatch):
 
 
 def test_predict_refuses_a_file_that_another_process_writes(tmp_path):
-    out, inputs = tmp_path / "out.jsonl", [{"text": "a"}, {"text": "b"}]
-
-    def lines_from(done):
-        yield inputs[:1]
-        with pytest.raises(UserError, match="out.jsonl: another process is writing it"):
-            predict.write_local(out, lambda done: iter([inputs[done:]]), inputs, 1)
-        yield inputs[1:]
-
-    assert predict.write_local(out, lines_from, inputs, 1) == (2, 0)
+    out, inputs = tmp_path / "folder" / "out.jsonl", [{"text": "a"}, {"text": "b"}]
+    with predict.locked_output(out) as file:
+        with (
+            pytest.raises(UserError, match="out.jsonl: another process is writing it"),
+            predict.locked_output(out),
+        ):
+            pass
+        assert predict.write_local(file, lambda done: iter([inputs[done:]]), inputs, 1) == (2, 0)
     assert read(out) == inputs
+    with pytest.raises(UserError, match="refused"), predict.locked_output(tmp_path / "b.jsonl"):
+        raise UserError("refused")
+    assert not (tmp_path / "b.jsonl").exists(), "what was refused leaves no file"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[1]", b"null", b'{"a": 1, "a": 2}', b"[" * 5000, b"\xff", b"version https://git-lfs.github"],
+)
+def test_predict_record_beside_its_output_that_is_damaged_is_a_line(content, folder, capsys):
+    command = ["runs/sample", "--texts", "texts.txt", "--out", "out.jsonl"]
+    assert predict.main(command) == 0
+    (folder / "out.jsonl.run.json").write_bytes(content)
+    before = (folder / "out.jsonl").read_bytes()
+    capsys.readouterr()
+    assert predict.main(command) == 2
+    line = capsys.readouterr().err
+    assert (
+        line.startswith("error: out.jsonl.run.json: not to be read as the record of ")
+        and line.count("\n") == 1
+    )
+    assert (folder / "out.jsonl").read_bytes() == before

@@ -23,6 +23,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
@@ -33,9 +34,10 @@ from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image, resize_image
 from raylib.display import progress
-from raylib.errors import UserError, name_errors
+from raylib.errors import UserError, name_errors, reading
 from raylib.fileio import read_json_object
 from raylib.processes import try_lock
+from raylib.strict_json import check_shape, parse_json
 
 if TYPE_CHECKING:  # PyTorch, which help needs not
     from raylib.api.model import Model
@@ -308,7 +310,10 @@ def require_same_model(embeddings: Path, config: PredictConfig) -> None:
         UserError: they are of another; cosines with them would mean nothing.
     """
     note = Path(f"{str(embeddings).rstrip('/')}.run.json")
-    if note.is_file() and read_json_object(note, ("weights",))["weights"] != hash_model(config)["weights"]:
+    if not note.exists():
+        return
+    stored = read_json_object(note, ("weights",), advice="encode the images anew")
+    if stored["weights"] != hash_model(config)["weights"]:
         raise UserError(
             f"{embeddings}: embeddings of another model than {config.model}; encode the images anew"
         )
@@ -342,7 +347,9 @@ def _note(out: str, now: dict[str, Any]) -> None:
     # of a start that failed before its first line nothing is lost
     is_begun = bool(files.ls(output) if files.isdir(output) else files.exists(output) and files.size(output))
     if is_begun and files.exists(path):
-        before = json.loads(files.cat_file(path))
+        with reading(f"{out}.run.json", "the record of what its file is made of", "give another --out"):
+            before = parse_json(files.cat_file(path))
+            check_shape(before, dict[str, Any])
         if changed := differing_paths(before, now):
             raise UserError(f"{out} was begun with other {', '.join(changed)}; give another --out")
         return
@@ -352,32 +359,47 @@ def _note(out: str, now: dict[str, Any]) -> None:
     files.pipe_file(path, (json.dumps(now, ensure_ascii=False, indent=2) + "\n").encode())
 
 
+@contextmanager
+def locked_output(out: Path | None) -> Iterator[BinaryIO | None]:
+    """The file to append to, which this process alone writes in the block; None: no file is written here.
+
+    Raises:
+        UserError: another process is writing it.
+    """
+    if out is None:
+        yield None
+        return
+    try:
+        with name_errors(out):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            file = open(out, "a+b")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UserError(f"{out}: not written ({error.strerror or error}); give another --out") from error
+    with file:
+        if try_lock(file.fileno()) is False:
+            raise UserError(f"{out}: another process is writing it; wait for its end, or give another --out")
+        try:
+            yield file
+        except BaseException:
+            if not file.seek(0, os.SEEK_END):  # it was made here, or says nothing
+                out.unlink(missing_ok=True)
+            raise
+
+
 def write_local(
-    out: Path | None,
+    file: BinaryIO | None,
     lines_from: Callable[[int], Iterable[list[dict[str, Any]]]],
     inputs: Sequence[dict[str, Any]],
     batch: int,
 ) -> tuple[int, int]:
     """Append the lines of the inputs from the first on that a file lacks, or write all to stdout. Returns how
     many there are then, and how many of them have an error."""
-    if out is None:
-        done, errors, file = 0, 0, sys.stdout.buffer
-    else:
-        file = open(out, "a+b")  # noqa: SIM115 - closed below
-    try:
-        if out is not None:
-            if try_lock(file.fileno()) is False:
-                raise UserError(
-                    f"{out}: another process is writing it; wait for its end, or give another --out"
-                )
-            done, errors = _keep_whole_batches(file, inputs, batch)
-        for lines in progress(lines_from(done), "predict", len(inputs) - done, "inputs", len):
-            file.write(_encode_lines(lines))
-            file.flush()
-            done, errors = done + len(lines), errors + sum("error" in line for line in lines)
-    finally:
-        if out is not None:
-            file.close()
+    done, errors = (0, 0) if file is None else _keep_whole_batches(file, inputs, batch)
+    out = sys.stdout.buffer if file is None else file
+    for lines in progress(lines_from(done), "predict", len(inputs) - done, "inputs", len):
+        out.write(_encode_lines(lines))
+        out.flush()
+        done, errors = done + len(lines), errors + sum("error" in line for line in lines)
     return done, errors
 
 
@@ -388,10 +410,10 @@ def _keep_whole_batches(file: BinaryIO, inputs: Sequence[dict[str, Any]], batch:
     done = errors = end = kept = kept_errors = kept_end = 0
     for item, line in zip(inputs, file, strict=False):
         try:
-            record = json.loads(line) if line.endswith(b"\n") else {}
+            record = parse_json(line) if line.endswith(b"\n") else {}
         except ValueError:
             break
-        if any(record.get(name) != value for name, value in item.items()):
+        if not isinstance(record, dict) or any(record.get(name) != value for name, value in item.items()):
             break
         done, errors, end = done + 1, errors + ("error" in record), end + len(line)
         # a batch that is begun is predicted again as a whole: others would be other batches than without the
@@ -462,20 +484,20 @@ def main(arguments: Sequence[str]) -> int:
     if given.ray:
         open_model(config.model_copy(update={"device": "cpu"}))
     predictor = None if given.ray else Predictor(config)
-    if given.out:
-        from raylib.provenance import hash_path
+    with locked_output(None if given.ray or not given.out else Path(given.out)) as file:
+        if given.out:
+            from raylib.provenance import hash_path
 
-        open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
-    if predictor is None:
-        done, errors = write_on_ray(config, items, given.out, given.workers)
-    elif by_texts:
-        out, items = given.out and Path(given.out), [{"text": text} for text in texts]
-        done, errors = write_local(
-            out, lambda done: _by_texts(predictor, texts[done:], embeddings), items, config.batch
-        )
-    else:
-        out = given.out and Path(given.out)
-        done, errors = write_local(out, lambda done: predictor(items[done:]), items, config.batch)
+            open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
+        if predictor is None:
+            done, errors = write_on_ray(config, items, given.out, given.workers)
+        elif by_texts:
+            inputs = [{"text": text} for text in texts]
+            done, errors = write_local(
+                file, lambda done: _by_texts(predictor, texts[done:], embeddings), inputs, config.batch
+            )
+        else:
+            done, errors = write_local(file, lambda done: predictor(items[done:]), items, config.batch)
     if given.out:
         print(f"{given.out}: {done:,} lines")
     if errors:

@@ -420,10 +420,7 @@ def save_model(folder: Path, files: Files) -> None:
 
 def read_description(folder: Path) -> dict[str, Any]:
     """A model folder's config.json, or a run's; settings by the names that they have now."""
-    try:
-        values = read_json_object(folder / "config.json")
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder}/config.json: not to be read as JSON ({e})") from None
+    values = read_json_object(folder / "config.json", what="JSON: the description of a model")
     # an export has its description beside what `transformers` reads
     values = values.get(DESCRIPTION_KEY, {k: v for k, v in values.items() if k != RUN_KEY})
     # a run keeps its settings where a model keeps its description

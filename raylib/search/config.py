@@ -4,13 +4,22 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from raylib.config import Config, FolderNameOrNone, differing_paths, read_stored_settings
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object
 from raylib.search.space import Space
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
+from raylib.strict_json import check_shape
 
 if TYPE_CHECKING:  # PyTorch, which settings and spaces need not
     from raylib.cache import ObjectCache
@@ -259,6 +268,13 @@ class Resources(NamedTuple):
     max_concurrent: int | None
 
 
+class StoredSearch(BaseModel):
+    """`search.json`."""
+
+    search: dict[str, Any]
+    recipe: dict[str, Any]
+
+
 def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[LaunchConfig]) -> list[str]:
     """Refuse to go on with another search than the one whose folder this is. Settings that are newer than the
     folder have their defaults there. Returns in words what there is more of.
@@ -297,7 +313,11 @@ def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | No
     if not (folder / "search.json").is_file():
         return None
     advice = "restore it, or remove it to go on with the settings that are given now"
-    stored = read_json_object(folder / "search.json", ("search", "recipe"), advice=advice)
+    path, what = folder / "search.json", "the settings of a search"
+    stored = read_json_object(path, (), what, advice, shape=StoredSearch)
     for part, kind in (("search", SearchConfig), ("recipe", recipe)):
         stored[part] = read_stored_settings(kind, stored[part]).values
+    with reading(path, what, advice):
+        amounts = {name: stored["search"].get(name) for name in (*GROWING_SETTINGS, "max_hours")}
+        check_shape(amounts, dict[str, float | None])
     return stored

@@ -16,7 +16,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from raylib.cache import set_cache
 from raylib.errors import UserError
-from raylib.fileio import read_json, read_json_object, repair_jsonl, write_json
+from raylib.fileio import read_json, repair_jsonl, write_json
 from raylib.finite import require_finite_values
 from raylib.lock import make_folder, work_for
 from raylib.search.config import Resources, SearchContext
@@ -108,7 +108,7 @@ def _train(
 
     def scores(i: int, seed: int) -> dict[str, float] | None:
         reports = read_reports(folder / f"setting{i}_seed{seed}")
-        last = next((report for report in reversed(reports) if report["finished"]), None)
+        last = next((report for report in reversed(reports) if report.get("finished")), None)
         return last and {name: last[name] for name in metrics if name in last}
 
     def describe(cell: dict[str, Any]) -> str:
@@ -178,7 +178,10 @@ def _choose_finalists(
     then those of this one that are not among them."""
     path, goals = folder / "settings.json", context.config.goals
     advice = f"restore it, or remove {folder} to train the finalists anew"
-    settings: list[Setting | None] = read_json(path, advice=advice)[1] if path.exists() else []
+    settings: list[Setting | None] = []
+    if path.exists():
+        shape = tuple[list[str], list[dict[str, Any] | None]]
+        settings = read_json(path, "[names, settings] of finalists", advice, shape=shape)[1]
     pooled = [mean_result(replicates) for replicates in pool_replicates(context, results)]
     front = pareto_front(pooled, goals)  # of one goal: the best
     ranked = sorted(pooled, key=lambda result: (result not in front, -_mean(result.scores, goals)))
@@ -206,7 +209,7 @@ def _evaluate_tests(
     for path in paths.values():
         try:
             if path.exists():
-                read_json_object(path, finite=False)
+                read_json(path, finite=False, shape=dict[str, float])
         except UserError as e:
             print(f"{e}; its run is evaluated again", flush=True)
             path.unlink()
@@ -220,7 +223,7 @@ def _evaluate_tests(
             write_json(paths[seed], ray.get(task))
         except RayTaskError as e:  # the same error with a traceback in its message
             raise e.cause from None
-    tests = {seed: read_json_object(path, finite=False) for seed, path in paths.items()}
+    tests = {seed: read_json(path, finite=False) for seed, path in paths.items()}
     for seed, scores in tests.items():  # earlier versions wrote NaN
         require_finite_values(str(paths[seed]), scores)
     return tests

@@ -242,7 +242,7 @@ class OptunaGenerator(SearchAlgorithm):
             return
         value = result.get(self.goals[0])
         if value is not None and math.isfinite(value) and trial_id not in self._repeats:
-            self._report(trial_id, value, int(result["epoch"]))
+            self._report(trial_id, value, int(result.get("epoch", 0)))
 
     def _report(self, name: str, value: float, epoch: int) -> None:
         if (name, epoch) not in self._reported:  # after a restart reports come again

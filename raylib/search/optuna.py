@@ -12,7 +12,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from raylib.config import differing_paths, validate
-from raylib.errors import UserError
+from raylib.errors import UserError, error_line, reading
 from raylib.fileio import read_jsonl, repair_jsonl
 from raylib.launch import MUTABLE_SETTINGS
 from raylib.search.config import SearchConfig, read_search
@@ -42,10 +42,16 @@ def open_study(log: TrialLog, name: str, goals: Sequence[str]) -> optuna.Study:
     for lock in path.parent.glob(f"{JOURNAL}.lock*"):
         lock.unlink()
     log.notes += repair_jsonl(path, "op_code")
-    study = _create_study(path.parent, name, goals)
-    settings = {t.user_attrs.get("trial"): t.params for t in study.get_trials(deepcopy=False)}
-    own = {trial: without_marks(setting) for trial, setting in log.settings.items() if trial in settings}
-    if any(json.loads(json.dumps(settings[trial])) != setting for trial, setting in own.items()):
+    try:
+        study = _create_study(path.parent, name, goals)
+        settings = {t.user_attrs.get("trial"): t.params for t in study.get_trials(deepcopy=False)}
+        own = {trial: without_marks(setting) for trial, setting in log.settings.items() if trial in settings}
+        is_ours = all(json.loads(json.dumps(settings[trial])) == setting for trial, setting in own.items())
+    except Exception as e:  # whatever Optuna makes of records that are damaged
+        if error_line(e, path) is not None:
+            raise
+        is_ours = False
+    if not is_ours:
         damaged = path.with_name(f"{JOURNAL}.damaged-{len([*path.parent.glob(f'{JOURNAL}.damaged-*')]) + 1}")
         path.rename(damaged)
         log.notes.append(
@@ -94,9 +100,10 @@ def load_evidence(folder: Path, study_name: str, knobs: Knobs) -> tuple[list[Fro
     """
     if not (folder / JOURNAL).is_file():
         raise UserError(f"warm_start={folder}: no {JOURNAL} there; give the folder of a search")
-    journal = optuna.storages.JournalStorage(JournalReader(folder / JOURNAL))
-    study = optuna.load_study(study_name=study_name, storage=journal)
-    finished = study.get_trials(states=(TrialState.COMPLETE,))
+    with reading(folder / JOURNAL, "a journal of Optuna", "give another search"):
+        journal = optuna.storages.JournalStorage(JournalReader(folder / JOURNAL))
+        study = optuna.load_study(study_name=study_name, storage=journal)
+        finished = study.get_trials(states=(TrialState.COMPLETE,))
     evidence = []
     for trial in finished:
         with contextlib.suppress(UserError):  # it lies outside of the space

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+from pydantic import BaseModel
 from ray import tune
 from ray.exceptions import ObjectLostError, RayActorError
 from ray.tune.integration.ray_train import TuneReportCallback
@@ -66,6 +67,20 @@ class TrialResult(NamedTuple):
     replicate: int = 0
 
 
+class StoredReport(BaseModel, extra="allow"):
+    """A line of a trial's log: see above. Scores and losses are numbers by name."""
+
+    at: float = 0.0
+    epoch: float = 0.0
+    epochs: float = 0.0
+    finished: bool = False
+    spent: float = 0.0
+    age: float = 0.0
+    judged: bool = False
+    trouble: str | None = None
+    __pydantic_extra__: dict[str, float]
+
+
 class TrialProgress(NamedTuple):
     """effective_epoch: epochs that trained the trial's model; prunable: whether its method is complete, so
     that its scores may be compared with other trials'."""
@@ -86,7 +101,7 @@ def append_report(run: Path, values: dict[str, Any]) -> None:
 
 def read_reports(run: Path) -> list[dict[str, Any]]:
     """Return the reports of a trial, in order; one that is cut off is left out."""
-    return read_jsonl(run / REPORTS)
+    return read_jsonl(run / REPORTS, StoredReport)
 
 
 class TuneReporter:
@@ -199,7 +214,7 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
     num_epochs = job.epochs_per_run(config) * job.num_runs(config)
     make_folder(folder)
     earlier = read_reports(folder)
-    seconds_before = earlier[-1]["spent"] if earlier else 0.0
+    seconds_before = earlier[-1].get("spent", 0.0) if earlier else 0.0
 
     def report(epoch: float, **values: Any) -> dict[str, Any]:
         spent = seconds_before + time.time() - began
@@ -207,7 +222,7 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
         require_owned(folder)
         line = {**common, **values}
         # a training that goes on from a checkpoint reports it again, should it have died before it could
-        if "age" not in line or not any(epoch == known["epoch"] for known in read_reports(folder)):
+        if "age" not in line or not any(epoch == known.get("epoch") for known in read_reports(folder)):
             append_report(folder, line)
         return line
 
@@ -228,7 +243,7 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
             scores = job.run(config, TuneReporter(checkpoint_report, keep))
         require_finite_values(f"{folder}: scores", scores)
     except NotFinite as e:
-        epoch = max((line["epoch"] for line in read_reports(folder)), default=0.0)
+        epoch = max((line.get("epoch", 0.0) for line in read_reports(folder)), default=0.0)
         tune.report(report(epoch, trouble=str(e)))
         return
     finally:

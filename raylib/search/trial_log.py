@@ -12,8 +12,9 @@ Optuna's journal leave to be run.
 import json
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from pydantic import BaseModel
 from ray.tune.experiment import Trial
 
 from raylib.errors import UserError
@@ -30,6 +31,7 @@ from raylib.search.trial import (
     read_reports,
     without_marks,
 )
+from raylib.strict_json import PlainName
 
 TRIALS = "trials.jsonl"
 
@@ -50,6 +52,25 @@ class EndedTrial(NamedTuple):
     last_result: dict[str, Any]
 
 
+class StoredBegin(BaseModel):
+    """The line of a trial that begins."""
+
+    at: float
+    seconds: float
+    trial: PlainName
+    setting: dict[str, Any]
+
+
+class StoredEnd(BaseModel):
+    """The line of a trial that has ended."""
+
+    at: float
+    seconds: float
+    trial: PlainName
+    state: Literal["finished", "stopped", "failed"]
+    error: str | None
+
+
 class TrialLog:
     """The trials of the search in `folder`.
 
@@ -63,7 +84,7 @@ class TrialLog:
         self.settings: dict[str, Setting] = {}
         self.outcomes: dict[str, Outcome] = {}
         self._seconds, self._began = 0.0, time.monotonic()
-        for record in read_jsonl(self.path):
+        for record in read_jsonl(self.path, StoredBegin | StoredEnd):
             self._enter(record)
             self._seconds = max(self._seconds, record["seconds"])
         for run in sorted(self.runs.glob("*")):
@@ -138,6 +159,7 @@ class TrialLog:
                 (self.reports(name) or [{REPEAT_OF: self.settings[name].get(REPEAT_OF)}])[-1],
             )
             for name, (state, _) in self.outcomes.items()
+            if name in self.settings
         ]
 
     def _result(self, trial: str, metrics: tuple[str, ...]) -> TrialResult:
@@ -179,6 +201,6 @@ class TrialLog:
 def _read_setting(file: Path) -> Setting | None:
     """Return a setting; None: it is not there, or not whole."""
     try:
-        return read_json(file)
+        return read_json(file, shape=dict[str, Any])
     except (OSError, UserError):
         return None
