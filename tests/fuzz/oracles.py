@@ -1,6 +1,11 @@
-"""Readings that several records share, by other means than the product's."""
+"""Readings that several records share, by other means than the product's; and how they write examples."""
 
+import gzip
+import io
 import json
+import lzma
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,3 +32,75 @@ def load_jsonl(data: Path | bytes) -> list[Any]:
     """The value of every line of JSON that is not empty; UTF-8, also with its mark before the first."""
     raw = data if isinstance(data, bytes) else data.read_bytes()
     return [load_json(line) for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
+
+
+def write_files(files: Mapping[str, str | bytes]) -> Callable[[Path], Path]:
+    """An `example` of these files: of one, it is what is read; of several, their folder, `data`."""
+
+    def example(folder: Path) -> Path:
+        (folder / "data").mkdir()
+        for name, content in files.items():
+            path = folder / "data" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return folder / "data" / next(iter(files)) if len(files) == 1 else folder / "data"
+
+    return example
+
+
+def dump_lines(*records: Any) -> str:
+    """JSON lines."""
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+
+def zip_of(name: str, content: str) -> bytes:
+    """A zip of one file."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo(name), content)
+    return out.getvalue()
+
+
+def load_text(path: Path) -> str:
+    """UTF-8 with or without its mark, out of a .gz, an .xz, or the one JSON file of a .zip."""
+    data = path.read_bytes()
+    if path.suffix == ".gz":
+        data = gzip.decompress(data)
+    elif path.suffix == ".xz":
+        data = lzma.decompress(data)
+    elif path.suffix == ".zip":
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            (name,) = [name for name in archive.namelist() if name.lower().endswith((".json", ".jsonl"))]
+            data = archive.read(name)
+    return data.decode("utf-8-sig")
+
+
+def load_lines(path: Path) -> list[str]:
+    """Lines of a text that are not blank, without their ends; a line ends as in Python's text files."""
+    return [line.rstrip("\r\n") for line in io.StringIO(load_text(path), newline=None) if line.strip()]
+
+
+def load_records(path: Path) -> list[dict[str, Any]]:
+    """The objects of JSON lines; of a key twice the last counts."""
+    records = [json.loads(line) for line in load_lines(path)]
+    assert all(type(record) is dict for record in records)
+    return records
+
+
+def load_pairs(path: Path) -> list[tuple[str, Any]]:
+    """The members of a JSON object; a key may come twice."""
+    pairs: list = []
+
+    def keep(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal pairs
+        pairs = found  # the outermost object comes last
+        return dict(found)
+
+    assert type(json.loads(load_text(path), object_pairs_hook=keep)) is dict
+    return pairs
+
+
+def typed(record: dict[str, Any], key: str, *kinds: type) -> Any:
+    """`record[key]`, which is exactly of one of these types."""
+    assert type(record[key]) in kinds, f"{key}: {record[key]!r}"
+    return record[key]
