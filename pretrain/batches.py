@@ -140,8 +140,14 @@ class _Stream:
 
     def mask_sentences(self, rows: Sequence[np.ndarray], step: int, side: str = "text") -> Sentences:
         """Sentences with specials, cut and masked."""
+        tokens = add_specials(rows, self.tokenizer, self.stream.length)
+        if (last := int(tokens.values.max(initial=0))) >= self.tokenizer.vocabulary:
+            raise UserError(
+                f"{self.stream.folder}: id {last} in step {step}, of a vocabulary of "
+                f"{self.tokenizer.vocabulary}: a shard is damaged; data.verify=true says which"
+            )
         return mask_tokens(
-            add_specials(rows, self.tokenizer, self.stream.length),
+            tokens,
             self.global_index,
             self.tokenizer,
             (self.seed, step, self.name, side),

@@ -44,7 +44,7 @@ def dev_batches(
         return None
     streams = {}
     for name, stream in data.streams.items():
-        folder = Path(data.dev) / name
+        folder = Path(data.dev).absolute() / name
         batch = stream.batch if folder.is_dir() else 0
         streams[name] = stream.model_copy(update={"folder": str(folder), "batch": batch})
     if not any(stream.batch for stream in streams.values()):

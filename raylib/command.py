@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib import __version__
-from raylib.config import Config, dump_config, load_config, lookup, override, path_problem, suggest
+from raylib.config import (
+    Config,
+    dump_config,
+    load_config,
+    lookup,
+    override,
+    path_problem,
+    require_permission,
+    suggest,
+)
 from raylib.display import hide_secrets
 from raylib.errors import UserError, error_line
 from raylib.help import recipe_list, settings_page, table, wrap
@@ -196,6 +205,8 @@ def run_stage(arguments: Sequence[str], stage: Stage) -> int:
     elif given.print_config:
         print(dump_config(config))
     else:
+        if given.config:
+            require_permission(config, config.model_dump(), given.config, settings)
         stage.run(config)
     return 0
 

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from types import ModuleType, UnionType
@@ -152,6 +152,8 @@ FolderNameOrNone = Annotated[str, AfterValidator(lambda name: name and _check_fo
 ConfigT = TypeVar("ConfigT", bound=Config)
 T = TypeVar("T")
 _user_sources: dict[str, "UserSource"] = {}  # by module
+PIPE = "pipe:"  # begins a shell command that takes the place of a folder (`raylib.data.fetch`)
+PERMISSION = "allow_pipe"  # the setting by which such commands of files run
 MANY = 20  # names that are too many for an error line
 # the type of a pydantic error: a name that no setting has, where a user's file may take any
 NO_USER_FILE = "no_user_file"
@@ -233,7 +235,40 @@ def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
         values = (parse_yaml if kind == "YAML" else parse_json)(path.read_bytes())
         if not isinstance(values, dict):
             raise ValueError("it has no settings")
-    return validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
+    config = validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
+    # a permission is not the file's to give
+    return config.model_copy(update={PERMISSION: False}) if PERMISSION in cls.model_fields else config
+
+
+def find_commands(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted path, text) of each shell command, `pipe:...`, in plain settings."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            yield from find_commands(value, f"{path}.{name}" if path else name)
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from find_commands(value, path)
+    elif isinstance(values, str) and values.startswith(PIPE):
+        yield path, values
+
+
+def require_permission(
+    config: Config, values: Mapping[str, Any], where: Path | str, assignments: Sequence[str] = ()
+) -> None:
+    """Raise UserError where `values`, settings of the file `where`, have a shell command that `config` does
+    not allow.
+
+    assignments: the command line's own "path=value", whose commands need no permission.
+    """
+    given = tuple(assignment.partition("=")[0] + "." for assignment in assignments)
+    for path, command in find_commands(values):
+        if f"{path}.".startswith(given) or config.model_dump().get(PERMISSION):
+            continue
+        shown = command if len(command) <= LONGEST_NAME else f"{command[:50]}..."
+        raise UserError(
+            f"{where}: {path} is a shell command, {shown!r}, which would run on this machine: read it, and "
+            f"add {PERMISSION}=true to the command line, or give {path}=... there"
+        )
 
 
 def dump_config(config: Config) -> str:

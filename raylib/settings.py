@@ -57,6 +57,9 @@ class LaunchConfig(Config):
     """Checkpoint to go on from: newest, best, or step_NNNNNN; newer ones are set aside, never deleted."""
     keep_optimizer: bool = True
     """Keep optimizer states in the checkpoints of a run that has ended; without, they have weights alone."""
+    allow_pipe: bool = False
+    """Run shell commands (`pipe:...`) that a config file, a stored run's too, or a search space has for a
+    folder of data; counts only on the command line, of each start."""
 
 
 # settings that may change when a run goes on: no number depends on them
@@ -70,6 +73,7 @@ MUTABLE_SETTINGS = (
     "max_preemptions",
     "resume",
     "keep_optimizer",
+    "allow_pipe",
     "fit.stop_after",
     "fit.log_every",
     "fit.eval_every",

@@ -298,6 +298,7 @@ def language_of(name: str, loose: bool) -> str | None:
 CAPTION_MEMBERS = ("txt", "outputs.txt", "output.txt")
 CAPTION_FIELDS = ("captions", "caption", "text")
 SURROGATE = re.compile("[\ud800-\udfff]")
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class BadCaption(Exception):
@@ -345,3 +346,8 @@ def clean_captions(captions: Any) -> list[str]:
 def has_captions(extensions: Iterable[str]) -> bool:
     """True if there is a member that may hold captions."""
     return any(extension in ("json", *CAPTION_MEMBERS) for extension in extensions)
+
+
+def escape(text: str) -> str:
+    """Return `text` in one line, with what controls a terminal escaped."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)

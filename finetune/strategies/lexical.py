@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.data.index import FileBytes, read_npy_header
+from raylib.data.index import NPY_HEADER, FileBytes, read_npy_header
 from raylib.display import progress
 from raylib.errors import UserError
 
@@ -218,9 +218,7 @@ def _read_array(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     # of gigabytes only the rows of the words are read
     content = FileBytes(path)
     try:
-        with open(path, "rb") as file:
-            shape, dtype = read_npy_header(file)
-            offset = file.tell()
+        offset, shape, dtype = read_npy_header(content[:NPY_HEADER], len(content), "fui")
     except ValueError as e:
         raise UserError(f"{path}: not an array of numbers as NumPy saves it ({e})") from None
     vectors: dict[str, np.ndarray] = {}

@@ -2,34 +2,63 @@
 
 A source's base is a local folder, a URL that `fsspec` knows (`s3://`, `gs://`, `https://`, ...), or
 `pipe:COMMAND`, where `{name}` in the command stands for the file and its standard output is the file's
-content. A manifest never says where to fetch from, so a command runs only if the user wrote it as the base.
+content. A manifest never says where to fetch from, so a command runs only if the user wrote it as the base,
+or allowed that of a config file (`raylib.config.require_permission`).
 """
 
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from raylib.data.shards import KINDS, MANIFEST, index_command
-from raylib.errors import MachineError, UserError, name_errors
-from raylib.fileio import atomic_file, file_lock, read_json, sha256_file
+from raylib.config import PIPE
+from raylib.data.shards import KINDS, MANIFEST, PLAIN_NAME, index_command
+from raylib.errors import MachineError, UserError, name_errors, reading
+from raylib.fileio import atomic_file, file_lock, read_json_object, sha256_file
 
 CHUNK = 1 << 20
+MANIFEST_BYTES = 1 << 28  # the most that a remote manifest may take
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
-def is_remote(base: str) -> bool:
-    return "://" in base or base.startswith("pipe:")
+class ShardEntry(NamedTuple):
+    """A shard as the manifest lists it."""
+
+    name: str
+    language: str
+    samples: int
+    bytes: int
+    sha256: str
 
 
-def cache_folder(base: str, cache: str | Path | None) -> Path:
+class Manifest(NamedTuple):
+    """tokenizer: SHA-256 of the one that made the ids, of packed text. images: extensions that are images;
+    None: written before manifests listed them."""
+
+    kind: str
+    tokenizer: str | None
+    shards: list[ShardEntry]
+    images: tuple[str, ...] | None
+
+
+def is_remote(base: str | Path) -> bool:
+    """Return whether files of a base are brought here; a `Path` is always a folder of this machine."""
+    return isinstance(base, str) and ("://" in base or base.startswith(PIPE))
+
+
+def cache_folder(base: str | Path, cache: str | Path | None) -> Path:
     """Folder of a remote base's files: one of its own under `cache` (default: POLYGLANCE_CACHE, or
     ~/.cache/polyglance)."""
     root = Path(cache or os.environ.get("POLYGLANCE_CACHE") or Path.home() / ".cache" / "polyglance")
-    return root / hashlib.sha256(base.encode()).hexdigest()[:16]
+    return root / hashlib.sha256(str(base).encode()).hexdigest()[:16]
 
 
-def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str | None = None) -> Path:
+def fetch(
+    base: str | Path, name: str, cache=None, size: int | None = None, sha256: str | None = None
+) -> Path:
     """Local path of file `name` of `base`.
 
     A local file is given as it stands. A remote one is downloaded under a temporary name, checked and
@@ -53,18 +82,21 @@ def fetch(base: str, name: str, cache=None, size: int | None = None, sha256: str
         if sha256 and path.is_file() and path.stat().st_size == size:
             return path  # it was checked before it got this name
         with atomic_file(path) as temporary:
-            _download(base, name, temporary)
+            _download(str(base), name, temporary, MANIFEST_BYTES if size is None else size)
             num_bytes, what = temporary.stat().st_size, f"{base} {name}"
             if size is not None and num_bytes != size:
+                came = f"{num_bytes}" if num_bytes < size else f"more than {size}"
                 raise UserError(
-                    f"{what}: {num_bytes} bytes came, the manifest says {size}; upload the source anew"
+                    f"{what}: {came} bytes came, the manifest says {size}; upload the source anew"
                 )
+            if num_bytes > MANIFEST_BYTES and size is None:
+                raise UserError(f"{what}: more than {MANIFEST_BYTES:,} bytes came; is it the right file?")
             if sha256 and sha256_file(temporary) != sha256:
                 raise UserError(f"{what}: its SHA-256 is not the manifest's; upload the source anew")
     return path
 
 
-def fetch_manifest(base: str, cache, kind: str | None) -> dict:
+def fetch_manifest(base: str | Path, cache, kind: str | None) -> Manifest:
     """Read the manifest of a source. `kind`: that the user wants, for the advice where there is none.
 
     Raises:
@@ -78,35 +110,61 @@ def fetch_manifest(base: str, cache, kind: str | None) -> dict:
         raise UserError(
             f"{error}; for a folder of tars, `{index_command(base, kind or 'KIND')}` makes one"
         ) from None
-    try:
-        manifest = read_json(path)
-        if manifest["format"] != 1 or manifest["kind"] not in KINDS or not manifest["shards"]:
-            raise ValueError(
-                f"format {manifest['format']}, kind {manifest['kind']!r}, {len(manifest['shards'])} shards"
-            )
-        if not isinstance(manifest.get("images", []), list):
-            raise ValueError(f"images {manifest['images']!r}, wanted a list")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no manifest of this format ({error}); make it anew") from error
-    return manifest
+    what, advice = "a manifest of shards", f"make it anew: {index_command(base, kind or 'KIND')}"
+    values = read_json_object(path, ("format", "kind", "shards"), what, advice)
+    with reading(path, what, advice):
+        return _parse_manifest(values)
 
 
-def _download(base: str, name: str, target: Path) -> None:
-    if base.startswith("pipe:"):
-        command = base.removeprefix("pipe:")
-        if "{name}" not in command:
-            raise UserError(f"{base}: the command must hold {{name}}, which becomes the file's name")
-        with open(target, "wb") as file:
-            command = command.replace("{name}", shlex.quote(name))
-            status = subprocess.run(command, shell=True, stdout=file, check=False).returncode
-        if status:
-            raise UserError(f"{base}: exit status {status} for {name}")
+def _parse_manifest(values: dict[str, Any]) -> Manifest:
+    """Raises ValueError: of another format."""
+    kind, shards, images = values["kind"], values["shards"], values.get("images")
+    if values["format"] != 1 or not isinstance(kind, str) or kind not in KINDS:
+        raise ValueError(f"format {values['format']!r}, kind {kind!r}")
+    if not isinstance(shards, list) or not shards:
+        raise ValueError("no list of shards")
+    if images is not None and not (isinstance(images, list) and all(isinstance(x, str) for x in images)):
+        raise ValueError(f"images {images!r}, wanted a list of extensions")
+    tokenizer = values.get("tokenizer")
+    if not isinstance(tokenizer, str | None):
+        raise ValueError(f"tokenizer {tokenizer!r}")
+    entries = [_parse_shard(number, shard) for number, shard in enumerate(shards)]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ValueError("a shard occurs twice")
+    return Manifest(kind, tokenizer, entries, None if images is None else tuple(images))
+
+
+def _parse_shard(number: int, fields: Any) -> ShardEntry:
+    if not isinstance(fields, dict) or (missing := [x for x in ShardEntry._fields if x not in fields]):
+        raise ValueError(
+            f"shard {number}: {'no ' + ', '.join(missing) if isinstance(fields, dict) else 'no object'}"
+        )
+    entry = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
+    # a manifest comes from elsewhere: a name with a folder in it could lead anywhere on this machine, and so
+    # could what the name in the cache begins with
+    if not isinstance(entry.name, str) or not PLAIN_NAME.fullmatch(entry.name):
+        raise ValueError(f"shard name {entry.name!r} is no plain file name that ends in .tar")
+    if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
+        raise ValueError(f"{entry.name}: sha256 {entry.sha256!r}")
+    if not isinstance(entry.language, str):
+        raise ValueError(f"{entry.name}: language {entry.language!r}")
+    for what, count in (("samples", entry.samples), ("bytes", entry.bytes)):
+        if type(count) is not int or not 0 <= count < 1 << 62:
+            raise ValueError(f"{entry.name}: {what} {count!r}")
+    return entry
+
+
+def _download(base: str, name: str, target: Path, limit: int) -> None:
+    """Write file `name` of a base into `target`; of more than `limit` bytes no more than a part, by which its
+    size tells."""
+    if base.startswith(PIPE):
+        _run_command(base, name, target, limit)
         return
     import fsspec
 
     try:
         with fsspec.open(f"{base.rstrip('/')}/{name}", "rb") as remote, open(target, "wb") as file:
-            while chunk := remote.read(CHUNK):
+            while file.tell() <= limit and (chunk := remote.read(CHUNK)):
                 with name_errors(target):
                     file.write(chunk)
     except MachineError:  # of the disk here
@@ -116,3 +174,20 @@ def _download(base: str, name: str, target: Path) -> None:
     except Exception as error:  # each kind of address has a library, with exceptions of its own
         message = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{base}: could not fetch {name}: {message}") from error
+
+
+def _run_command(base: str, name: str, target: Path, limit: int) -> None:
+    command = base.removeprefix(PIPE)
+    if "{name}" not in command:
+        raise UserError(f"{base}: the command must hold {{name}}, which becomes the file's name")
+    command = command.replace("{name}", shlex.quote(name))
+    with open(target, "wb") as file, subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        # what never ends, or is another file, must not fill the disk
+        while chunk := process.stdout.read(CHUNK):
+            file.write(chunk)
+            if file.tell() > limit:
+                process.kill()
+                return
+    if process.returncode:
+        raise UserError(f"{base}: exit status {process.returncode} for {name}")

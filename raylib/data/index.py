@@ -1,8 +1,9 @@
 """The index of a shard, which says where the members of its samples lie. It is read in place: opening it
 costs microseconds, and all processes of a machine share the system's copy of it.
 
-    en-000000.index.json   {"format": 2, "bytes": of the shard, "samples": [[KEY, {extension: [offset, bytes,
-                           hash of an image's bytes]}, rows], ...]}; format 1 has no hashes
+    en-000000.index.json   {"format": 3, "bytes": of the shard, "samples": [[KEY, {extension: [offset, bytes,
+                           hash of an image's bytes]}, rows], ...], "crc32": of these}; format 1 has no
+                           hashes, format 2 no checksum
     en-000000.index.bin    the same, made of it, or of the tar where there is none, little-endian:
         header        HEADER: magic, format, CRC-32 of the rest, time of change of what it was made of, bytes
                       of the shard, samples n, members m, rows, bytes of the extensions, bytes of the keys
@@ -16,28 +17,34 @@ process that opens a shard without one makes it, and it is made anew where what 
 """
 
 import errno
+import io
 import itertools
+import json
+import math
 import mmap
 import os
 import struct
+import tarfile
 import weakref
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.data.tars import TarScan
-from raylib.errors import UserError
-from raylib.fileio import file_lock, read_json, write_atomically, write_json
+from raylib.data.tars import BLOCK, TarScan
+from raylib.errors import UserError, describe_error, reading
+from raylib.fileio import file_lock, read_json_object, write_atomically, write_json
 
 MAGIC, FORMAT = b"PGLANCE\n", 2
 HEADER = struct.Struct("<8sIIqQQQQQQ")
 SAMPLES, MEMBER = struct.Struct("<6I"), struct.Struct("<4q")  # a sample and the next one; a member
 SAMPLE_BYTES, CHUNK = 12, 1 << 20
 CHECKED = 16  # bytes of the header before those that its CRC-32 is of
-JSON_FORMATS = (1, 2)  # the first has no hashes of images
+JSON_FORMATS = (1, 2, 3)  # the first has no hashes of images, the last a checksum
+NPY_HEADER = 4096  # bytes that surely hold an .npy header of ours
+LARGE = 8**11  # bytes that a tar's header has no digits for
 # a folder that others write: a data set that many read
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -147,6 +154,7 @@ class ShardIndex:
             raise ValueError("truncated in the header")
         _, form, crc, *fields = HEADER.unpack(head)
         self.source_time, self.shard_bytes, samples, members, self.rows, extensions, keys = fields
+        # Python's integers: sizes of the header may be any of 64 bits, and sums of them none that NumPy holds
         sizes = (HEADER.size, MEMBER.size * members, SAMPLE_BYTES * (samples + 1), extensions, keys)
         self._starts = list(itertools.accumulate(sizes))
         if form != FORMAT or self._starts[-1] != len(content):
@@ -245,32 +253,55 @@ def encode_index(shard_bytes: int, samples: Sequence[IndexedSample], source_time
 
 
 def list_samples(scan: TarScan) -> list[IndexedSample]:
-    """Return the samples of a tar; of packed text with the rows that their blocks have."""
+    """Return the samples of a tar; of packed text with the rows that their blocks have.
+
+    Raises:
+        UserError: the ends of a block are no array.
+    """
     samples = []
     with open(scan.path, "rb") as file:
         for key, members in scan.samples.items():
             rows = 1
             if "ends.npy" in members:
-                file.seek(members["ends.npy"][0])
-                rows = read_npy_header(file)[0][0]
+                offset, size = members["ends.npy"][:2]
+                file.seek(offset)
+                try:
+                    rows = read_npy_header(file.read(min(size, NPY_HEADER)), size)[1][0]
+                except (ValueError, IndexError) as error:
+                    raise UserError(
+                        f"{scan.path}: sample {key}: not to be read as ends.npy ({error}); pack it anew"
+                    ) from error
             samples.append(IndexedSample(key, members, rows))
     return samples
 
 
-def read_npy_header(file) -> tuple[tuple[int, ...], np.dtype]:
-    """Shape and dtype of the .npy data at the file's position, which moves to the first element."""
-    is_first = np.lib.format.read_magic(file) == (1, 0)
-    read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(file)
-    if fortran or dtype.hasobject:
-        raise ValueError("an .npy member must be a plain array in C order")
-    return shape, dtype
+def read_npy_header(data: bytes, size: int, kinds: str = "ui") -> tuple[int, tuple[int, ...], np.dtype]:
+    """Return (bytes of the header, shape, dtype) of a .npy file of `size` bytes, of which `data` are the
+    first. kinds: of numbers that it may hold, by NumPy's letters.
+
+    Raises:
+        ValueError: it is none, or not of such numbers in C order, or has other than these bytes.
+    """
+    file = io.BytesIO(data)
+    try:
+        is_first = np.lib.format.read_magic(file) == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(file)
+    except Exception as error:  # the header is a Python literal, at which its parser raises much
+        raise ValueError(describe_error(error)) from error
+    if (fortran and len(shape) > 1) or dtype.kind not in kinds:
+        raise ValueError(f"{dtype}{' in Fortran order' * fortran}: other numbers are wanted, in C order")
+    # whoever reads the elements trusts the shape: it must be that of the bytes that are there
+    if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize != size:
+        raise ValueError(f"{size:,} bytes do not hold {shape} of {dtype}")
+    return file.tell(), shape, dtype
 
 
 def write_index(shard: Path, shard_bytes: int, samples: Sequence[IndexedSample]) -> None:
     """Write both indices of a shard."""
     path = json_path(shard)
-    write_json(path, {"format": JSON_FORMATS[-1], "bytes": shard_bytes, "samples": samples}, compact=True)
+    stored = {"format": JSON_FORMATS[-1], "bytes": shard_bytes, "crc32": _samples_checksum(samples)}
+    write_json(path, {**stored, "samples": samples}, compact=True)
     write_atomically(index_path(shard), encode_index(shard_bytes, samples, path.stat().st_mtime_ns))
 
 
@@ -337,11 +368,87 @@ def _convert(shard: Path) -> bytes:
     if path == shard:
         scan = TarScan(shard, hashes=False)
         return encode_index(scan.bytes, list_samples(scan), time)
-    try:
-        stored = read_json(path, advice="index the folder anew")
-        if stored.get("format", 1) not in JSON_FORMATS:
-            raise ValueError(f"format {stored['format']}")
-        samples = [IndexedSample(*sample) for sample in stored["samples"]]
+    what, advice = "the index of a shard", "delete it, and index the folder anew"
+    stored = read_json_object(path, ("bytes", "samples"), what, advice)
+    with reading(path, what, advice):
+        samples = _parse_samples(stored)
+        if stored.get("format") != JSON_FORMATS[-1]:
+            _compare_places(samples, shard)
         return encode_index(stored["bytes"], samples, time)
-    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(f"{path}: no index of this format ({error}); index the folder anew") from error
+
+
+def _samples_checksum(samples: Sequence[IndexedSample | list]) -> int:
+    """Return the CRC-32 of samples as the JSON has them."""
+    return zlib.crc32(json.dumps(samples, ensure_ascii=False, separators=(",", ":")).encode())
+
+
+def _parse_samples(stored: dict[str, Any]) -> list[IndexedSample]:
+    """Return the samples of an index's JSON.
+
+    Raises:
+        ValueError: of another format, damaged, or with places that lie outside the shard or in one another.
+    """
+    if stored.get("format", 1) not in JSON_FORMATS:
+        raise ValueError(f"format {stored['format']!r}")
+    shard_bytes, samples = stored["bytes"], stored["samples"]
+    if not _is_count(shard_bytes) or not isinstance(samples, list):
+        raise ValueError(f"bytes {shard_bytes!r}, {type(samples).__name__} of samples")
+    if stored.get("format") == JSON_FORMATS[-1] and _samples_checksum(samples) != stored.get("crc32"):
+        raise ValueError("its checksum is another")
+    for number, sample in enumerate(samples):
+        match sample:
+            case [str(), dict() as members, int() as rows] if _is_count(rows) and rows < 1 << 32:
+                for name, place in members.items():
+                    if not _is_place(place, shard_bytes) or "\0" in name:
+                        raise ValueError(f"sample {number}, {name!r}: {_shorten(place)}")
+            case _:
+                raise ValueError(f"sample {number}: {_shorten(sample)}")
+    places = [place[:2] for _, members, _ in samples for place in members.values()]
+    table = np.unique(np.array(places, np.int64).reshape(-1, 2), axis=0)  # links stand for one place
+    if (table[1:, 0] < table[:-1].sum(1)).any():
+        raise ValueError("members that overlap")
+    return [IndexedSample(*sample) for sample in samples]
+
+
+def _shorten(value: Any) -> str:
+    text = ascii(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 62
+
+
+def _is_place(value: Any, shard_bytes: int) -> bool:
+    """Return whether `value` is [offset, bytes] or [offset, bytes, hash] of a member in a shard."""
+    return (
+        isinstance(value, list)
+        and len(value) in (2, 3)
+        and all(type(part) is int and 0 <= part < 1 << 63 for part in value)
+        and value[0] + value[1] <= shard_bytes
+    )
+
+
+def _compare_places(samples: Sequence[IndexedSample], shard: Path) -> None:
+    """Raise ValueError where samples of an index without a checksum are not those of the tar."""
+    listed = list_samples(TarScan(shard, hashes=False))
+    found = [(key, {k: list(v[:2]) for k, v in members.items()}, rows) for key, members, rows in samples]
+    if found != [tuple(sample) for sample in listed]:
+        raise ValueError("its places are not those of the tar beside it")
+
+
+def find_stale_member(index: ShardIndex, content: FileBytes) -> str | None:
+    """Return the name of a member that does not lie where `index` says, of the first, the middle and the last
+    sample; None: they all do. An index of another tar of as many bytes and samples would give one sample the
+    bytes of others."""
+    for number in sorted({0, len(index) // 2, len(index) - 1}) if len(index) else ():
+        key, members, _ = index.read(number)
+        for extension, (offset, size, *_) in members.items():
+            # a link has its target's place, so that the name in the header may be another: the size is not
+            try:
+                header = tarfile.TarInfo.frombuf(content.read(BLOCK, offset - BLOCK), "utf-8", "replace")
+            except (tarfile.HeaderError, ValueError, OSError):
+                return f"{key}.{extension}"
+            if header.size != size < LARGE:
+                return f"{key}.{extension}"
+    return None

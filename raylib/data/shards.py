@@ -22,9 +22,9 @@ at a time. `raylib.data.sources` reads all this.
 
 import io
 import itertools
-import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -40,13 +40,14 @@ from raylib.command import command_parser, entry_point, local_path
 from raylib.data.index import index_path, json_path, list_samples, read_npy_header, write_index
 from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.display import hide_progress, progress
-from raylib.errors import UserError
-from raylib.fileio import write_json
+from raylib.errors import UserError, reading
+from raylib.fileio import read_json_object, write_json
 from raylib.text import is_language_code, language_of
 
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
 BLOCK_ROWS = 8192
 MANIFEST = "manifest.json"
+PLAIN_NAME = re.compile(r"(?![.-])[^/\\\x00-\x1f\x7f]+\.tar")  # of a shard
 SERIAL_BYTES = 64 << 20  # of tars that are read faster than other processes start
 
 
@@ -214,9 +215,11 @@ class ShardWriter:
         self.pending: dict[str, list] = {}  # packed rows that wait for a full block
         self.count: dict[str, int] = {}
         self.blocks = 0
+        self.stale: set[str] = set()
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.stale = _list_stale(self.folder / MANIFEST)  # first: nothing is lost where it is damaged
         return self
 
     def write(self, key: str, members: dict[str, bytes], language: str = "en") -> None:
@@ -236,7 +239,7 @@ class ShardWriter:
         if shard.last == key:
             raise ValueError(f"key {key!r} twice in a row: readers would take it for one sample")
         shard.add(key, members)
-        shard.samples += read_npy_header(io.BytesIO(members["ends.npy"]))[0][0] if self.packed else 1
+        shard.samples += read_npy_header(ends := members["ends.npy"], len(ends))[1][0] if self.packed else 1
         if shard.samples >= self.max_samples or shard.file.tell() >= self.max_bytes:
             self.done.append(self.open.pop(language).close())
 
@@ -290,8 +293,6 @@ class ShardWriter:
             self.done.append(self.open.popitem()[1].close())
         # new shards take their names first, then the manifest names them, and only then the old ones go: a
         # reader that opens the folder meanwhile finds every shard of the manifest that it reads
-        old = self.folder / MANIFEST
-        stale = {shard["name"] for shard in json.loads(old.read_text())["shards"]} if old.exists() else set()
         # read back from the disk: what is indexed is what lies there
         tasks = [
             (temporary, self.folder / name, language, self.kind, None)
@@ -303,10 +304,24 @@ class ShardWriter:
         if self.images:
             manifest["images"] = sorted(self.images)
         write_json(self.folder / MANIFEST, manifest)
-        for name in stale - {shard["name"] for shard in shards}:
+        for name in self.stale - {shard["name"] for shard in shards}:
             (self.folder / name).unlink(missing_ok=True)
             index_path(self.folder / name).unlink(missing_ok=True)
             json_path(self.folder / name).unlink(missing_ok=True)
+
+
+def _list_stale(manifest: Path) -> set[str]:
+    """Return the names of the shards of a manifest that is written anew."""
+    if not manifest.exists():
+        return set()
+    what, advice = "a manifest of shards", "delete it, or write into another folder"
+    shards = read_json_object(manifest, ("shards",), what, advice)["shards"]
+    with reading(manifest, what, advice):
+        names = {shard["name"] for shard in shards}
+        # they will be deleted: none may lead out of the folder
+        if wrong := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
+            raise ValueError(f"shard name {wrong[0]!r} is no plain file name that ends in .tar")
+        return names
 
 
 class _TarWriter:

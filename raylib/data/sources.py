@@ -20,10 +20,8 @@ What does not say its language is in the shard's. Text is UTF-8, with or without
 captions are left out; where nothing is left, the sample is unusable.
 """
 
-import io
 import itertools
 import json
-import os
 import resource
 import struct
 from bisect import bisect_right
@@ -35,27 +33,26 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from raylib.data.fetch import cache_folder, fetch, fetch_manifest, is_remote
-from raylib.data.images import find_images
-from raylib.data.index import FileBytes, ShardIndex, is_younger, open_index, read_npy_header
+from raylib.data.fetch import ShardEntry, cache_folder, fetch, fetch_manifest, is_remote
+from raylib.data.images import BadImage, find_images
+from raylib.data.index import (
+    NPY_HEADER,
+    FileBytes,
+    ShardIndex,
+    find_stale_member,
+    is_younger,
+    open_index,
+    read_npy_header,
+)
 from raylib.data.shards import KINDS, MANIFEST, index_command
-from raylib.errors import UserError
+from raylib.data.tars import MAX_LISTED, MAX_MEMBER_BYTES
+from raylib.errors import UserError, describe_error
 from raylib.fileio import sha256_file
 from raylib.provenance import DataFile
 from raylib.randomness import string_key
-from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, is_language_code, parse_captions
+from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, escape, is_language_code, parse_captions
 
-HEADER = 4096  # bytes that surely hold an .npy header of ours
-
-
-class ShardEntry(NamedTuple):
-    """A shard as the manifest lists it."""
-
-    name: str
-    language: str
-    samples: int
-    bytes: int
-    sha256: str
+MAX_TEXT_BYTES = 1 << 24  # of a member of captions
 
 
 class Sample(NamedTuple):
@@ -76,16 +73,22 @@ class Sample(NamedTuple):
     @property
     def name(self) -> str:
         """Name for errors."""
-        return f"{self.shard.path}: sample {self.key}"
+        return f"{self.shard.path}: sample {escape(self.key)}"
 
     def read(self, extension: str) -> bytes:
         """Content of a member.
 
         Raises:
+            BadImage: it is too large.
             UserError: an image whose bytes are not those that were indexed: another shard of the same size
                 took its place.
         """
         offset, size, known = self.members[extension]
+        # before it is read: what an index says of sizes need not be what memory can hold
+        if size > MAX_MEMBER_BYTES:
+            raise BadImage(
+                f"{self.name}: its {extension} has {size:,} bytes, of which {MAX_MEMBER_BYTES:,} may be"
+            )
         data = self.shard.content.read(size, offset)
         # a hash costs 4 % of decoding, so it is only asked for where times say that the shard may not be the
         # one indexed
@@ -100,6 +103,7 @@ class Sample(NamedTuple):
     def identity(self) -> int:
         """63-bit hash of its images' encoded bytes, the same wherever and under whatever key they lie; of
         several drawings, of them together. Keys are no identity: img2dataset's begin anew in each shard."""
+        # an index that was made of the tar alone knows none: read, they are the same
         hashes = [self.members[name][2] for name in self.images]
         if min(hashes, default=0) < 0:
             hashes = [string_key(self.read(name)) for name in self.images]
@@ -117,10 +121,16 @@ class Sample(NamedTuple):
         if "json" not in self.members:
             return {}
         try:
-            record = json.loads(self.read("json").removeprefix(BOM_UTF8).decode())
-        except ValueError as error:
-            raise BadCaption(f"a .json that is no UTF-8 JSON ({str(error).splitlines()[0]})") from error
+            # not `parse_json`, of which this takes a third of the time; downloaders write NaN into theirs
+            record = json.loads(self._read_text("json"))
+        except (ValueError, RecursionError) as error:
+            raise BadCaption(f"a .json that is no UTF-8 JSON ({describe_error(error)})") from error
         return record if isinstance(record, dict) else {}
+
+    def _read_text(self, extension: str) -> str:
+        if (size := self.members[extension][1]) > MAX_TEXT_BYTES:
+            raise BadCaption(f"a .{extension} of {size:,} bytes, of which {MAX_TEXT_BYTES:,} may be")
+        return self.read(extension).removeprefix(BOM_UTF8).decode()
 
     def captions(self) -> dict[str, Any]:
         """{language: captions}, not cleaned yet.
@@ -134,7 +144,7 @@ class Sample(NamedTuple):
         for name in CAPTION_MEMBERS:
             if name in self.members:
                 try:
-                    lines = self.read(name).removeprefix(BOM_UTF8).decode().split("\n")
+                    lines = self._read_text(name).split("\n")
                 except UnicodeDecodeError as error:
                     raise BadCaption(f"a .{name} that is not UTF-8 ({error.reason})") from error
                 return parse_captions({"captions": [line for line in lines if line.strip()]}, language)
@@ -148,12 +158,14 @@ class Sample(NamedTuple):
         """
         captions = self.captions()
         if language not in captions:
-            raise BadCaption(f"no {language!r} captions, but {', '.join(captions)}")
+            others = ", ".join(list(captions)[:MAX_LISTED])
+            raise BadCaption(f"no {language!r} captions, but {escape(others[:200])}")
         return clean_captions(captions[language])
 
     def describe(self, fault: object) -> str:
         """One line on what is wrong with it: "SHARD: sample KEY has FAULT; its members: json, seg.png"."""
-        return f"{self.name} has {fault}; its members: {', '.join(sorted(self.members))}"
+        members = ", ".join(sorted(self.members)[:MAX_LISTED])
+        return f"{self.name} has {fault}; its members: {escape(members)}"
 
 
 class Shard:
@@ -200,6 +212,7 @@ class Shard:
     def rows(self, rows: Sequence[int], sides: int) -> list[list[np.ndarray]]:
         """Return rows of packed ids, one array a side each: one look at the shard for all of them."""
         self.require_same()
+        # of one block at a time, since each has a type and ends of its own
         places_in: dict[int, list[int]] = {}  # block -> places in `rows`
         for place, row in enumerate(rows):
             places_in.setdefault(bisect_right(self.starts, row) - 1, []).append(place)
@@ -213,6 +226,7 @@ class Shard:
             # the sides of a row lie end to end; joined, all rows are one array, whose slices cost little
             data = self.content.read_each(zip(sizes.tolist(), offsets.tolist(), strict=True))
             ids = np.frombuffer(b"".join(data), dtype)
+            # where the cuts lie in what was joined: a row's end is the sum of the rows up to it
             moved = cuts + (np.cumsum(sizes) // dtype.itemsize - cuts[:, -1])[:, None]
             for place, row_cuts in zip(places, moved.tolist(), strict=True):
                 found[place] = [ids[low:high] for low, high in itertools.pairwise(row_cuts)]
@@ -220,34 +234,36 @@ class Shard:
 
     def _read_block(self, block: int, sides: int) -> tuple[int, np.dtype, np.ndarray]:
         """(offset of the ids of a block in the file, their type, where each side of each row ends)."""
-        members = self.index.read(block).members
-        (ids, num_ids, dtype), (offset, num_ends, end_dtype) = (
-            self._find_array(*members[name][:2]) for name in ("ids.npy", "ends.npy")
-        )
-        ends = np.frombuffer(
-            self.content.read(int(np.prod(num_ends)) * end_dtype.itemsize, offset), end_dtype
-        )
-        # checked once a block: an end that does not rise would give one sentence another's ids
-        cuts = np.concatenate([np.zeros(1, np.uint32), ends])
-        if num_ends[1:] != (sides,) or num_ids != (cuts[-1],) or (cuts[1:] <= cuts[:-1]).any():
-            raise UserError(
-                f"{self.path}: block {block} is damaged, its ends do not fit its ids; pack it anew"
+        members, num_rows = self.index.read(block).members, self.starts[block + 1] - self.starts[block]
+        try:
+            (ids, num_ids, dtype), (offset, num_ends, end_dtype) = (
+                self._find_array(*members[name][:2]) for name in ("ids.npy", "ends.npy")
             )
+            if num_ends != (num_rows, sides):
+                raise ValueError(f"ends of {num_ends}, wanted {(num_rows, sides)}")
+            ends = np.frombuffer(self.content.read(num_rows * sides * end_dtype.itemsize, offset), end_dtype)
+            # checked once a block: an end that does not rise would give one sentence another's ids
+            cuts = np.concatenate([np.zeros(1, end_dtype), ends])
+            if num_ids != (cuts[-1],) or (cuts[1:] <= cuts[:-1]).any():
+                raise ValueError("its ends do not fit its ids")
+        except (ValueError, KeyError) as error:
+            raise UserError(
+                f"{self.path}: block {block} is damaged, {describe_error(error)}; pack it anew"
+            ) from error
         self.blocks[block] = ids, dtype, cuts
         return self.blocks[block]
 
     def _find_array(self, offset: int, size: int) -> tuple[int, tuple[int, ...], np.dtype]:
         """(offset of its elements in the file, shape, dtype) of an .npy member."""
-        header = io.BytesIO(self.content.read(min(size, HEADER), offset))
-        shape, dtype = read_npy_header(header)
-        return offset + header.tell(), shape, dtype
+        start, shape, dtype = read_npy_header(self.content.read(min(size, NPY_HEADER), offset), size)
+        return offset + start, shape, dtype
 
 
 class Source:
     """A folder of shards as one sequence of samples per language.
 
     Args:
-        base: local folder, URL or `pipe:` command (see `fetch`).
+        base: local folder; a text may be a URL or a `pipe:` command too (see `fetch`), a `Path` may not.
         kind: the kind it must be; None takes any.
         tokenizer: SHA-256 of the tokenizer whose ids it must hold; None does not ask.
         cache: where shards of a remote base are kept.
@@ -256,31 +272,23 @@ class Source:
     another kind or tokenizer, no samples in a language, a language that is no code.
     """
 
-    def __init__(self, base, kind: str | None = None, tokenizer: str | None = None, cache=None):
-        self.base, self.cache = str(base), cache
+    def __init__(self, base: Path | str, kind: str | None = None, tokenizer: str | None = None, cache=None):
+        self.base, self.cache = base, cache
         # the manifest alone, even of a thousand shards: opening must cost nothing
         manifest = fetch_manifest(self.base, self.cache, kind)
-        self.kind = manifest["kind"]
+        self.kind, self.shards, self.images = manifest.kind, manifest.shards, manifest.images
         if kind and kind != self.kind:
             raise UserError(f"{base}: shards of kind {self.kind!r} where {kind!r} is needed")
-        if tokenizer and self.kind != "image_text" and manifest["tokenizer"] != tokenizer:
+        if tokenizer and self.kind != "image_text" and manifest.tokenizer != tokenizer:
             raise UserError(f"{base}: its ids come from another tokenizer; pack the text anew with this one")
         self.sides = KINDS[self.kind]
-        images = manifest.get("images")  # None: written before manifests listed them
-        self.images = None if images is None else tuple(images)
-        self.shards = [
-            ShardEntry(**{name: fields[name] for name in ShardEntry._fields}) for fields in manifest["shards"]
-        ]
         self.groups: dict[str, list[ShardEntry]] = {}
         for shard in self.shards:
-            # a manifest comes from elsewhere: a name with a folder in it could lead anywhere on this machine
-            if os.path.basename(shard.name) != shard.name or shard.name.startswith("."):
-                raise UserError(f"{base}: shard name {shard.name!r} in the manifest is no plain file name")
             self.groups.setdefault(shard.language, []).append(shard)
         if unknown := [language for language in self.groups if not is_language_code(language)]:
             raise UserError(
-                f"{base}: its manifest takes {', '.join(unknown[:3])} for languages, which are no language "
-                f"codes; make it anew: {index_command(base, self.kind)} --language CODE"
+                f"{base}: its manifest takes {', '.join(map(repr, unknown[:3]))} for languages, which are "
+                f"no language codes; make it anew: {index_command(base, self.kind)} --language CODE"
             )
         for language, shards in self.groups.items():
             if not sum(shard.samples for shard in shards):
@@ -311,7 +319,7 @@ class Source:
         manifest = DataFile(fetch(self.base, MANIFEST, self.cache))
         # sizes are those of the manifest, whose hash stands for the shards
         if is_remote(self.base):  # a shard is compared with the manifest when it is fetched
-            return [manifest._replace(address=f"{self.base.rstrip('/')}/{MANIFEST}")]
+            return [manifest._replace(address=f"{str(self.base).rstrip('/')}/{MANIFEST}")]
         return [manifest, *(DataFile(Path(self.base) / s.name, s.sha256, large=True) for s in self.shards)]
 
     def __len__(self) -> int:
@@ -337,6 +345,7 @@ class Source:
 
     def rows(self, numbers: Iterable[tuple[str, int]]) -> list[list[np.ndarray]]:
         """Rows of a packed source, (language, number) each, as `row` has them."""
+        # by shard: so each is asked once whether it has changed, which takes longer than reading a row
         rows_of: dict[tuple[str, int], list[tuple[int, int]]] = {}  # shard -> (place here, row)
         place = -1
         for place, (language, number) in enumerate(numbers):
@@ -371,7 +380,13 @@ class Source:
                 "and start again"
             )
         packed, check = self.kind != "image_text", is_younger(path, index)
-        shard = self._opened[entry.name] = Shard(path, index, packed, entry.sha256, self.images, check)
+        shard = Shard(path, index, packed, entry.sha256, self.images, check)
+        if member := find_stale_member(index, shard.content):
+            raise UserError(
+                f"{path}: its member {escape(member)} does not lie where its index says, which may be of "
+                f"another tar; index the folder anew: {index_command(path.parent, self.kind)}"
+            )
+        self._opened[entry.name] = shard
         # each holds a file open; the least recently used one goes where there are many
         if len(self._opened) > max(16, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4):
             self._opened.popitem(last=False)

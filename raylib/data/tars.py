@@ -14,18 +14,27 @@ import posixpath
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from raylib.data.images import is_image, is_plain_image
 from raylib.display import file_progress
-from raylib.errors import UserError
+from raylib.errors import UserError, describe_error
+from raylib.file_kinds import recognize
 from raylib.fileio import nfc
 from raylib.randomness import string_key
-from raylib.text import has_captions
+from raylib.text import escape, has_captions
 
 BLOCK, CHUNK = 512, 1 << 20
 MAX_LISTED = 8  # extensions that a line names
+MAX_HEADERS, MAX_HEADER_BYTES = 16, 1 << 18  # of one member, before its own; of one of them
+MAX_MEMBER_BYTES = 1 << 28  # of an image or a text
+PAX_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+EXTENDED_HEADERS = (*PAX_HEADERS, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+SPARSE_NAME = re.compile(rb"GNU\.sparse\.name=([^\n]*)\n")
+# what `tarfile` raises at a damaged header, beside its own
+TAR_ERRORS = (tarfile.TarError, ValueError, OverflowError, LookupError, EOFError, RecursionError)
 META = re.compile(r"__[^/]*__($|/)")
 MemberPlace = list[int]  # [offset, bytes], and of an image the hash of its bytes
 SCATTERED = "samples whose members lie apart, joined by their key"
@@ -68,6 +77,7 @@ class TarScan:
         self._key: str | None = None
         self._scattered: set[str] = set()
         self._sha256, self._hashed = hashlib.sha256(), 0
+        self._end = self._global_bytes = 0
         with open(path, "rb") as self._file:
             start, tars = 0, 0
             # `cat a.tar b.tar` is one file of two tars, of which `tarfile` would read the first
@@ -84,26 +94,91 @@ class TarScan:
 
     def _read_tar(self, start: int) -> int:
         """Add the members of the tar that begins at `start`; return where its end blocks do."""
+        self._end = start
+        self._check_headers(start)
         self._file.seek(start)
-        end = start
-        try:
-            with tarfile.open(fileobj=self._file, mode="r:") as tar:
-                # one at a time: `tar.offset` then says where the next header lies
-                members = file_progress(self._file, iter(tar.next, None), f"read {self.path.name}")
-                for member in members:
-                    end = tar.offset
-                    self._add_member(member, end)
-                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
-                end = tar.offset
-        except tarfile.TarError as error:
-            if self.samples or start:
+        with self._named_damage():
+            tar = tarfile.open(fileobj=self._file, mode="r:")  # noqa: SIM115  it opens nothing
+        for member in file_progress(self._file, self._members(tar), f"read {self.path.name}"):
+            self._add_member(member, self._end)
+        return tar.offset
+
+    def _members(self, tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+        """Yield the members one at a time: `_end` then says where the next header lies."""
+        while True:
+            with self._named_damage():
+                member = tar.next()
+            if member is None:
+                return
+            # a size below zero, as a PAX header may have it, would lead back, and round for ever
+            if member.size < 0 or tar.offset <= self._end:
                 raise UserError(
-                    f"{self.path}: damaged or truncated after byte {end} ({error}); fetch or write it anew"
+                    f"{self.path}: damaged, a member of {member.size} bytes at byte {self._end}; fetch or "
+                    "write it anew"
+                )
+            self._end = tar.offset
+            yield member
+            tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
+            self._check_headers(self._end)
+
+    @contextmanager
+    def _named_damage(self) -> Iterator[None]:
+        try:
+            yield
+        except TAR_ERRORS as error:
+            reason = describe_error(error)
+            if self.samples or self._end:
+                raise UserError(
+                    f"{self.path}: damaged or truncated after byte {self._end} ({reason}); fetch or write it "
+                    "anew"
                 ) from error
+            seen, remedy = recognize(self.path, "a tar")
             raise UserError(
-                f"{self.path}: no uncompressed tar ({error}); random access needs a plain .tar"
+                f"{self.path}: no uncompressed tar ({seen or reason}); "
+                f"{remedy or 'random access needs a plain .tar'}"
             ) from error
-        return end
+
+    def _check_headers(self, at: int) -> None:
+        """Raise UserError where the headers of the member at byte `at` are none that `tarfile` may read: it
+        reads names and PAX records of any size into memory, a header in a header as deep as they go."""
+        first = at
+        for _ in range(MAX_HEADERS):
+            block = os.pread(self._file.fileno(), BLOCK, at)
+            kind = block[156:157]
+            if kind == tarfile.GNUTYPE_SPARSE:
+                raise self._sparse_error(block[:100].partition(b"\0")[0])
+            if kind not in EXTENDED_HEADERS:
+                return
+            with self._named_damage():
+                size = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape").size
+            if not 0 <= size <= MAX_HEADER_BYTES:
+                raise UserError(
+                    f"{self.path}: damaged, a header of {size:,} bytes at byte {at}, of which "
+                    f"{MAX_HEADER_BYTES:,} may be; fetch or write it anew"
+                )
+            # tarfile reads the map of a sparse file number by number, as long as the file goes on
+            records = os.pread(self._file.fileno(), size, at + BLOCK)
+            if kind in PAX_HEADERS and b"GNU.sparse." in records:
+                name = SPARSE_NAME.search(records)
+                raise self._sparse_error(name[1] if name else b"")
+            if kind == tarfile.XGLTYPE:  # which tarfile keeps, and copies for each member
+                self._global_bytes += size
+            if self._global_bytes > MAX_HEADER_BYTES:
+                raise UserError(
+                    f"{self.path}: its global headers have more than {MAX_HEADER_BYTES:,} bytes; write the "
+                    "tar anew"
+                )
+            at += BLOCK + (size + BLOCK - 1) // BLOCK * BLOCK
+        raise UserError(
+            f"{self.path}: damaged, more than {MAX_HEADERS} headers one after another at byte {first}; fetch "
+            "or write it anew"
+        )
+
+    def _sparse_error(self, name: bytes) -> UserError:
+        return UserError(
+            f"{self.path}: member {_printable(name.decode('utf-8', 'surrogateescape'))!r} is a sparse file, "
+            "whose bytes do not lie together; write the tar anew without --sparse"
+        )
 
     def _skip_zeros(self, end: int) -> int:
         """Return where the next tar begins after the end blocks at `end`: the size of the file, if there is
@@ -132,18 +207,12 @@ class TarScan:
 
     def _add_member(self, member: tarfile.TarInfo, end: int) -> None:
         name = _printable(member.name)
-        if member.isreg() and end > self.bytes:
+        if end > self.bytes:
             raise UserError(
                 f"{self.path}: truncated at byte {self.bytes}, its last member ends at {end}; "
                 "fetch or write it anew"
             )
-        # a key belongs to it even where the member cannot be read: an error names it
         key, extension = split_member_name(name)
-        if member.issparse() and key:
-            raise UserError(
-                f"{self.path}: member {name!r} is a sparse file, whose bytes do not lie together; "
-                "write the tar anew without --sparse"
-            )
         place = self._locate(member, extension) if member.isreg() else None
         # `tar cf` stores a file that has two names once, and a link for the second
         if member.islnk() and key:
@@ -195,7 +264,9 @@ class TarScan:
     def _locate(self, member: tarfile.TarInfo, extension: str) -> MemberPlace:
         place = [member.offset_data, member.size]
         # the file's hash goes on over the same bytes, so that an image is read once for both
-        if self.hashes and is_image(extension):
+        if self.hashes and is_image(extension) and member.size > MAX_MEMBER_BYTES:
+            self.notes[f"images of more than {MAX_MEMBER_BYTES:,} bytes, which are not read"] += 1
+        elif self.hashes and is_image(extension):
             self._hash_until(member.offset_data)
             place.append(string_key(self._hash_next(member.size)))
         return place
@@ -245,8 +316,9 @@ def split_member_name(name: str) -> tuple[str, str]:
 
 
 def _printable(name: str) -> str:
-    """A member's name without "./" before it; what is not UTF-8 in it is escaped."""
-    return name.removeprefix("./").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    """A member's name without "./" before it; what is not UTF-8 in it, and control characters, escaped."""
+    text = name.removeprefix("./").encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return escape(text)
 
 
 class FolderSummary:

@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from raylib.config import Config, ConfigT, change_settings
+from raylib.config import Config, ConfigT, change_settings, require_permission
 from raylib.errors import UserError
 from raylib.renames import rename_path
 
@@ -166,8 +166,14 @@ def config_changes(knobs: Knobs, setting: Setting) -> dict[str, Any]:
 
 def apply_changes(base: ConfigT, changes: Mapping[str, Any]) -> ConfigT:
     """Return `base` with the values of a setting, {config path: value}. A path that has been renamed since
-    the space was written keeps its old name in the search, whose folder may be as old."""
-    return change_settings(base, {rename_path(base.stored_as, path): v for path, v in changes.items()})
+    the space was written keeps its old name in the search, whose folder may be as old.
+
+    Raises:
+        UserError: an unknown path, a value of the wrong kind, or a shell command that `base` does not allow.
+    """
+    values = {rename_path(base.stored_as, path): value for path, value in changes.items()}
+    require_permission(base, values, "the search space")
+    return change_settings(base, values)
 
 
 class SettingKey:
