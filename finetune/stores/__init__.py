@@ -4,18 +4,22 @@ as stores compare them, and records of region features made into arrays.
 
 import os
 import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from raylib.data.images import BadImage
+from raylib.errors import UserError, reading
 from raylib.fileio import decode_base64, nfc
 from raylib.finite import is_finite
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # what MSCOCO's names of 2014 have before the number that they share with those of 2017
 COCO_PREFIX = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", re.IGNORECASE)
+ADVICE = "extract the regions of this image again"
 MARVL = {"id", "sw", "ta", "tr", "zh"}  # languages whose images have the same names
 
 
@@ -57,40 +61,106 @@ def normalise_boxes(boxes: np.ndarray, height: float, width: float) -> np.ndarra
     return np.stack(columns, 1).astype(np.float32)
 
 
-def to_regions(record: dict, where: str) -> Regions:
-    """Make {"features", "boxes", "img_h", "img_w", and perhaps "tags": a list of names, ...} as `Regions`;
-    arrays may be base64 of float32.
+@contextmanager
+def reading_record(where: str, what: str = "region features") -> Iterator[None]:
+    """As `raylib.errors.reading`, of one image's features: `where` is the file and the image.
 
     Raises:
-        BadImage: one of them is missing, or not finite; features and boxes do not fit each other; an image
-            without size.
+        BadImage: the line. MachineError: a failure of the machine.
     """
+    try:
+        with reading(where, what, ADVICE):
+            yield
+    except UserError as error:
+        raise error if isinstance(error, BadImage) else BadImage(str(error)) from None
+
+
+def to_regions(record: Any, where: str) -> Regions:
+    """Make {"features", "boxes", "img_h", "img_w", and perhaps "num_boxes", "tags": a list of names, ...} as
+    `Regions`; arrays may be base64 of float32.
+
+    Raises:
+        BadImage: one of them is missing, of another kind, or not finite; features, boxes and their number do
+            not fit each other; boxes that lie outside the image; an image without size.
+    """
+    if not isinstance(record, Mapping):
+        raise BadImage(
+            f"{where}: {type(record).__name__} in place of a dict of features, boxes, img_h, img_w"
+        )
     missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
     if missing:
         raise BadImage(f"{where}: no {', '.join(missing)}; it has {', '.join(sorted(map(str, record)))}")
-    boxes, features = (_array(record[name], f"{where}, {name}") for name in ("boxes", "features"))
-    if boxes.size % 4:
+    boxes, features = (_to_floats(record[name], f"{where}, {name}") for name in ("boxes", "features"))
+    if boxes.size % 4 or (boxes.ndim > 1 and boxes.shape[-1] != 4):
         raise BadImage(f"{where}: {boxes.size} values of boxes, which have four each")
     boxes = boxes.reshape(-1, 4)
-    if not len(boxes) or features.size % len(boxes) or not features.size:
+    rows = features.size // features.shape[-1] if features.ndim > 1 and features.size else len(boxes)
+    if not len(boxes) or features.size % len(boxes) or not features.size or rows != len(boxes):
         raise BadImage(f"{where}: {features.size} feature values for {len(boxes)} boxes")
-    height, width = float(record["img_h"]), float(record["img_w"])
+    height, width = (_to_number(record[name], f"{where}, {name}") for name in ("img_h", "img_w"))
     for name, value in (("features", features), ("boxes", boxes), ("img_h", height), ("img_w", width)):
         if not is_finite(value):
             raise BadImage(
                 f"{where}: {name} not finite (NaN or infinite); extract the regions of this image again"
             )
+    if "num_boxes" in record and (count := _to_number(record["num_boxes"], where)) != len(boxes):
+        raise BadImage(f"{where}: num_boxes {count:g}, and {len(boxes)} boxes")
     if height <= 0 or width <= 0:
         raise BadImage(
             f"{where}: img_h {height:g}, img_w {width:g}: an image has a size, by which boxes are divided"
         )
-    tags = tuple(tag.decode() if isinstance(tag, bytes) else str(tag) for tag in record.get("tags", ()))
+    _require_inside(boxes, height, width, where)
+    tags = _to_tags(record.get("tags", ()), f"{where}, tags")
     return Regions(features.reshape(len(boxes), -1), boxes, height, width, tags)
 
 
-def _array(value, where: str) -> np.ndarray:
-    """Make an array of one, or of base64 of float32."""
-    return decode_floats(value, where) if isinstance(value, str | bytes) else np.asarray(value, np.float32)
+def _require_inside(boxes: np.ndarray, height: float, width: float, where: str) -> None:
+    """Raise BadImage where a box ends before it begins, or lies outside its image by more than a pixel, which
+    is how much detectors round, or by a hundredth, where boxes are shares of the image."""
+    room = np.array([width, height], np.float32)
+    slack = np.where(room > 1, 1, 0.01)
+    is_outside = (boxes[:, :2] < -slack) | (boxes[:, 2:] > room + slack) | (boxes[:, 2:] < boxes[:, :2])
+    if is_outside.any():
+        row = int(is_outside.any(1).argmax())
+        box = ", ".join(f"{value:g}" for value in boxes[row])
+        raise BadImage(
+            f"{where}: box {row} ({box}) is not inside the image, {width:g} x {height:g}; give x1, y1, x2, y2"
+        )
+
+
+def _to_floats(value: Any, where: str) -> np.ndarray:
+    """Make float32 of numbers, or of base64 of float32."""
+    if isinstance(value, str | bytes):
+        return decode_floats(value, where)
+    if isinstance(value, np.ndarray) and value.dtype == np.float32:
+        return value
+    # what is too large for float32 is infinite, and refused as such
+    with reading_record(where, "numbers"), np.errstate(over="ignore"):
+        array = np.asarray(value)
+        if array.dtype.kind not in "iuf":
+            raise ValueError(f"dtype {array.dtype}")
+        return array.astype(np.float32, copy=False)
+
+
+def _to_number(value: Any, where: str) -> float:
+    """Make a number of one, of its digits, or of an array of one."""
+    if type(value) is float or (type(value) is int and abs(value) < 1 << 53):
+        return float(value)
+    with reading_record(where, "a number"):
+        array = np.asarray(value)
+        if array.size != 1 or array.dtype.kind not in "iufSU":
+            raise ValueError(f"{type(value).__name__} of {array.size} values")
+        return float(array.reshape(()).item())
+
+
+def _to_tags(value: Any, where: str) -> tuple[str, ...]:
+    with reading_record(where, "a list of names"):
+        if isinstance(value, str | bytes | Mapping):
+            raise ValueError(type(value).__name__)
+        tags = tuple(tag.decode() if isinstance(tag, bytes) else tag for tag in value)
+        if not all(isinstance(tag, str) for tag in tags):
+            raise ValueError(", ".join(sorted({type(tag).__name__ for tag in tags})))
+        return tags
 
 
 def decode_floats(value: str | bytes, where: str) -> np.ndarray:
@@ -100,6 +170,6 @@ def decode_floats(value: str | bytes, where: str) -> np.ndarray:
         BadImage: not base64, or of something else.
     """
     try:
-        return np.frombuffer(decode_base64(value), np.float32)
+        return np.frombuffer(decode_base64(value), "<f4")
     except ValueError as e:
         raise BadImage(f"{where}: no base64 of float32 ({e})") from None

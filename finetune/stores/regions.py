@@ -7,8 +7,6 @@ disagree on whether ".jpg" belongs to it.
 
 import os
 import re
-import zipfile
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +15,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from finetune.stores import Regions, decode_floats, folders_of, may_hold, stem, to_regions
+from finetune.stores import Regions, decode_floats, folders_of, may_hold, reading_record, stem, to_regions
+from finetune.stores.arrays import MAX_BYTES, parse_archive, parse_array, read_file, read_header
+from finetune.stores.lmdb_pages import LmdbPages
 from finetune.stores.pickles import load_plain
 from raylib.cache import open_once
 from raylib.data.images import BadImage
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import unicode_forms
 
 OSCAR_BOX_DIM = 6  # x1, y1, x2, y2, width, height behind each region's features
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others
-_ENVIRONMENTS: dict[Path, tuple[int, Any]] = {}  # LMDB folder -> (process that opened it, environment)
+# what is read of an image's record; what else there is are detections that no model reads
+FIELDS = frozenset(("features", "boxes", "norm_bb", "img_h", "img_w", "num_boxes", "tags"))
+H5, COPY = "region features (HDF5)", "is it whole? Copy it anew"
 
 
 class RegionStore(ABC):
@@ -34,6 +36,7 @@ class RegionStore(ABC):
 
     def __init__(self, path: Path):
         self.path = path
+        self.width: int | None = None  # of the features that a model reads; None: any
 
     @abstractmethod
     def has(self, name: str) -> bool:
@@ -47,10 +50,6 @@ class RegionStore(ABC):
             BadImage: they are broken; names file and image. UserError: the file became shorter.
         """
 
-    def find_changed_file(self) -> str | None:
-        """Say which file, that is mapped into memory, became shorter; None: none."""
-        return None
-
     def read(self, name: str) -> Regions:
         """Return the regions of the image `name`.
 
@@ -60,6 +59,8 @@ class RegionStore(ABC):
         regions = self.find(name)
         if regions is None:
             raise BadImage(f"{self.path}: no regions of image '{name}'; check regions=")
+        if self.width not in (None, found := regions.features.shape[1]):
+            raise BadImage(f"{self.path}, {name}: {found} features a region, and others have {self.width}")
         return regions
 
 
@@ -99,26 +100,29 @@ def _open(path: Path) -> RegionStore | None:
 
 
 class _KeyedStore(RegionStore):
-    """Looks an image up under the names that it may have. Formats differ in `has_key` and `lookup`."""
+    """Looks an image up under the names that it may have. Formats differ in `locate` and `load`."""
 
     @abstractmethod
-    def has_key(self, key: str) -> bool:
-        """Return whether there is a record of exactly this name."""
+    def locate(self, key: str) -> Any:
+        """Return where the record of exactly this name lies; None: there is none."""
 
     @abstractmethod
-    def lookup(self, key: str) -> dict[str, Any]:
-        """Return the record of exactly this name."""
+    def load(self, key: str, place: Any) -> Any:
+        """Return the record of this name, which `locate` found at `place`."""
 
-    def _find_key(self, name: str) -> str | None:
-        keys = dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name))))
-        return next(filter(self.has_key, keys), None) if may_hold(name, _words(self.path)) else None
+    def _locate_image(self, name: str) -> tuple[str, Any]:
+        if may_hold(name, _words(self.path)):
+            for key in dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name)))):
+                if (place := self.locate(key)) is not None:
+                    return key, place
+        return name, None
 
     def has(self, name: str) -> bool:
-        return self._find_key(name) is not None
+        return self._locate_image(name)[1] is not None
 
     def find(self, name: str) -> Regions | None:
-        key = self._find_key(name)
-        return None if key is None else to_regions(self.lookup(key), f"{self.path}, {key}")
+        key, place = self._locate_image(name)
+        return None if place is None else to_regions(self.load(key, place), f"{self.path}, {key}")
 
 
 class _Several(RegionStore):
@@ -131,9 +135,6 @@ class _Several(RegionStore):
 
     def has(self, name: str) -> bool:
         return any(store.has(name) for store in self.stores)
-
-    def find_changed_file(self) -> str | None:
-        return next(filter(None, (store.find_changed_file() for store in self.stores)), None)
 
     def find(self, name: str) -> Regions | None:
         found = [(store.path, regions) for store in self.stores if (regions := store.find(name)) is not None]
@@ -157,27 +158,23 @@ class _Lmdb(_KeyedStore):
 
     def __init__(self, path: Path):
         super().__init__(path)
-        self.folder = path.resolve()
-        self.size = (self.folder / "data.mdb").stat().st_size
+        self._pages: LmdbPages | None = LmdbPages(path / "data.mdb")
 
-    def has_key(self, key: str) -> bool:
-        self._require_whole()
-        with _environment(self.folder).begin() as transaction:
-            return transaction.cursor().set_key(key.encode())
+    def pages(self) -> LmdbPages:
+        if self._pages is None:  # in a process that this was sent to
+            self._pages = LmdbPages(self.path / "data.mdb")
+        return self._pages
 
-    def lookup(self, key: str) -> dict:
-        self._require_whole()
-        with _environment(self.folder).begin() as transaction:
-            return load_plain(transaction.get(key.encode()), f"{self.path}, {key}")
+    def locate(self, key: str) -> tuple[int, int] | None:
+        return self.pages().find(key.encode(errors="surrogateescape"))
 
-    def find_changed_file(self) -> str | None:
-        now = (self.folder / "data.mdb").stat().st_size
-        return f"{self.path}/data.mdb: {now:,} bytes, {self.size:,} before" if now < self.size else None
+    def load(self, key: str, place: tuple[int, int]) -> dict:
+        data, where = self.pages().read(place), f"{self.path}, {key}"
+        with reading_record(where):
+            return load_plain(data, where)
 
-    def _require_whole(self) -> None:
-        # LMDB maps its file: what is read beyond its end ends the process (SIGBUS)
-        if fault := self.find_changed_file():
-            raise UserError(f"{fault}; restore it, and start again")
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pages": None}
 
 
 class _H5(_KeyedStore):
@@ -189,44 +186,46 @@ class _H5(_KeyedStore):
         self._handle: tuple[int, Any] | None = None
 
     def handle(self) -> Any:
-        import h5py
-
         if self._handle is None or self._handle[0] != os.getpid():
-            try:
-                self._handle = (os.getpid(), h5py.File(self.path, "r"))
-            except OSError as e:
-                raise UserError(f"{self.path}: not read ({e}); is it whole?") from None
+            self._handle = (os.getpid(), _open_h5(self.path))
             self.size = self.path.stat().st_size
         return self._handle[1]
 
-    def lookup(self, key: str) -> dict:
-        with self._named_errors(key):
-            return self.read_record(key)
-
     @contextmanager
-    def _named_errors(self, key: str) -> Iterator[None]:
+    def reading(self, key: str) -> Iterator[None]:
+        """As `reading_record`, of the image `key`.
+
+        Raises:
+            UserError: the file has become shorter.
+        """
         try:
-            yield
-        except (OSError, RuntimeError, KeyError) as e:
-            now = self.path.stat().st_size
-            if now < self.size:
+            with reading_record(f"{self.path}, {key}"):
+                yield
+        except BadImage:
+            if (now := self.path.stat().st_size) < self.size:
                 raise UserError(
                     f"{self.path}: {now:,} bytes, {self.size:,} before; restore it, and start again"
                 ) from None
-            raise BadImage(f"{self.path}, {key}: not read ({e})") from None
+            raise
+
+    def locate(self, key: str) -> Any:
+        from finetune.stores.hdf5 import find_member
+
+        file = self.handle()
+        with self.reading(key):
+            return find_member(file, key)
+
+    def load(self, key: str, place: Any) -> dict:
+        from finetune.stores.hdf5 import check_dataset, find_member
+
+        with self.reading(key):
+            record: dict[str, Any] = dict.fromkeys(place)
+            for name in record.keys() & FIELDS:
+                record[name] = check_dataset(find_member(place, name), name)[()]
+            return record
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_handle": None}
-
-    def has_key(self, key: str) -> bool:
-        file = self.handle()
-        with self._named_errors(key):
-            return key in file
-
-    def read_record(self, key: str) -> dict:
-        """As of `lookup`; raises whatever h5py does."""
-        group = self.handle()[key]
-        return {name: group[name][()] for name in group}
 
 
 class _FlatH5(_H5):
@@ -240,47 +239,44 @@ class _FlatH5(_H5):
     CHECKED = 1000  # images whose boxes decide
 
     def __init__(self, path: Path):
+        from finetune.stores.hdf5 import check_flat
+
         super().__init__(path)
         file = self.handle()
-        boxes = "bbox" if "bbox" in file else "boxes"
-        missing = [name for name in ("features", boxes, "wh") if name not in file]
-        if missing:
-            raise UserError(f"{path}: no {', '.join(missing)}; it has {', '.join(sorted(file))}")
-        ids = [i.decode() if isinstance(i, bytes) else str(i) for i in file["image_id"][()]]
-        if any(len(file[name]) != len(ids) for name in ("features", boxes, "wh")):
-            raise UserError(
-                f"{path}: {len(ids)} values of image_id, but other datasets have more or fewer rows"
-            )
-        self.rows, self.boxes = {stem(name): row for row, name in enumerate(ids)}, boxes
-        # the right and bottom ends of the boxes tell which of `wh` is the width
-        reach = file[boxes][: self.CHECKED].reshape(-1, file[boxes].shape[1], 4)[..., 2:].max(1)
-        sizes = file["wh"][: self.CHECKED].reshape(-1, 2)
-        finite = np.isfinite(reach).all(1) & np.isfinite(sizes).all(1)
-        if not finite.all():
-            raise UserError(
-                f"{path}, {ids[int(np.argmin(finite))]}: {boxes} or wh not finite (NaN or infinite)"
-            )
-        orders = [order for order in ((0, 1), (1, 0)) if (reach <= sizes[:, order] + 1).all()]
-        if not orders:
+        with reading(path, H5, COPY):
+            self.boxes, ids = check_flat(file)
+            self.rows = {stem(name): row for row, name in enumerate(ids)}
+            if len(self.rows) < len(ids):
+                raise ValueError(
+                    f"{len(ids):,} values of image_id, of which {len(self.rows):,} are different"
+                )
+            # the right and bottom ends of the boxes tell which of `wh` is the width
+            reach = file[self.boxes][: self.CHECKED][..., 2:].max(1)
+            sizes = file["wh"][: self.CHECKED]
+        orders = ((0, 1), (1, 0))
+        fitting = [int((reach <= sizes[:, order] + 1).all(1).sum()) for order in orders]
+        if not any(fitting):
             raise UserError(
                 f"{path}: boxes lie outside their images, whether wh is width and height or the other way "
                 "round"
             )
-        self.order = orders[0]
+        self.order = orders[int(fitting[1] > fitting[0])]
 
-    def has_key(self, key: str) -> bool:
-        return key in self.rows
+    def locate(self, key: str) -> int | None:
+        return self.rows.get(key)
 
-    def read_record(self, key: str) -> dict:
-        row, file = self.rows[key], self.handle()
-        count = int(np.ravel(file["num_boxes"][row])[0]) if "num_boxes" in file else None
-        width, height = np.ravel(file["wh"][row])[list(self.order)]
-        return {
-            "features": file["features"][row][:count],
-            "boxes": file[self.boxes][row][:count],
-            "img_h": height,
-            "img_w": width,
-        }
+    def load(self, key: str, place: int) -> dict:
+        file = self.handle()
+        with self.reading(key):
+            width, height = file["wh"][place][list(self.order)]
+            record = {"features": file["features"][place], "boxes": file[self.boxes][place]}
+            record |= {"img_h": height, "img_w": width}
+            if "num_boxes" in file:
+                count = int(np.ravel(file["num_boxes"][place])[0])
+                rows = slice(max(0, count))  # a negative one would cut off the last
+                record |= {"features": record["features"][rows], "boxes": record["boxes"][rows]}
+                record["num_boxes"] = count
+            return record
 
 
 class _Folder(_KeyedStore):
@@ -293,7 +289,7 @@ class _Folder(_KeyedStore):
         super().__init__(path)
         self._names: list[np.ndarray] | None = None  # sorted, of each ending
 
-    def has_key(self, key: str) -> bool:
+    def locate(self, key: str) -> str | None:
         if self._names is None:
             found: list[list[bytes]] = [[] for _ in self.endings]
             with os.scandir(self.path) as entries:
@@ -304,7 +300,8 @@ class _Folder(_KeyedStore):
             # as arrays, which all processes share
             self._names = [np.array(sorted(names), np.bytes_) for names in found]
         name = os.fsencode(key)
-        return all(name in names[names.searchsorted(name) :][:1] for names in self._names)
+        is_there = all(name in names[names.searchsorted(name) :][:1] for names in self._names)
+        return key if is_there else None
 
 
 class _Npz(_Folder):
@@ -313,15 +310,12 @@ class _Npz(_Folder):
 
     endings = (".npz",)
 
-    def lookup(self, key: str) -> dict:
+    def load(self, key: str, place: str) -> dict:
         file = self.path / f"{key}.npz"
-        try:
-            with np.load(file, allow_pickle=False) as arrays:
-                record = dict(arrays)
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-            raise BadImage(f"{file}: not read ({e})") from None
-        if "norm_bb" in record:
-            record |= {"boxes": record["norm_bb"][:, :4], "img_h": 1.0, "img_w": 1.0}
+        with reading_record(str(file), "region features (npz)"):
+            record = parse_archive(read_file(file), FIELDS)
+            if "norm_bb" in record:
+                record |= {"boxes": record["norm_bb"][:, :4], "img_h": 1.0, "img_w": 1.0}
         return record
 
 
@@ -331,16 +325,18 @@ class _Npy(_Folder):
 
     endings = (".npy", "_info.npy")
 
-    def lookup(self, key: str) -> dict:
+    def load(self, key: str, place: str) -> dict:
         file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
-        try:
-            features = np.load(file, allow_pickle=False)
-            with open(info, "rb") as stream:
-                np.lib.format.read_magic(stream)
-                np.lib.format.read_array_header_1_0(stream)  # what follows is an array of one object, pickled
-                record = dict(load_plain(stream.read(), str(info)))
-        except (ValueError, TypeError, EOFError) as e:
-            raise BadImage(f"{info}: not read ({e})") from None
+        with reading_record(str(file), "region features (npy)"):
+            features = parse_array(read_file(file))
+        with reading_record(str(info), "what is known of regions (npy)"):
+            data = read_file(info)
+            shape, _, dtype, start = read_header(data)
+            if shape or dtype.kind != "O":  # what follows is an array of one object, pickled
+                raise ValueError(f"an array of {dtype} {shape} in place of a dict")
+            record = load_plain(data[start:], str(info))
+            if not isinstance(record, dict):
+                raise ValueError(f"{type(record).__name__} in place of a dict")
         return {"features": features, **{X101.get(name, name): value for name, value in record.items()}}
 
 
@@ -362,24 +358,34 @@ class _Tsv(_KeyedStore):
         "features",
     )
     OSCAR = 3
+    MAX_ID = 1000  # bytes
 
     def __init__(self, path: Path):
         super().__init__(path)
         self.offsets: dict[str, int] = {}
-        with open(path, "rb") as file:
-            offset = 0
-            for line in file:
-                self.offsets[stem(line.split(b"\t", 1)[0].decode())] = offset
+        with reading(path, "region features (TSV of LXMERT or OSCAR)", COPY), open(path, "rb") as file:
+            offset = number = 0
+            while line := file.readline(MAX_BYTES):
+                number += 1
+                key, tab, _ = line[: self.MAX_ID].partition(b"\t")
+                if tab:
+                    self.offsets[stem(key.decode())] = offset
+                elif line.strip():
+                    raise ValueError(f"line {number:,} does not begin with an id and a tab")
+                if len(line) == MAX_BYTES:
+                    raise ValueError(f"line {number:,} has {MAX_BYTES:,} bytes or more")
                 offset += len(line)
+            if not self.offsets:
+                raise ValueError("no line in it")
 
-    def has_key(self, key: str) -> bool:
-        return key in self.offsets
+    def locate(self, key: str) -> int | None:
+        return self.offsets.get(key)
 
-    def lookup(self, key: str) -> dict:
+    def load(self, key: str, place: int) -> dict:
         with open(self.path, "rb") as file:
-            file.seek(self.offsets[key])
-            cells = file.readline().decode(errors="replace").rstrip("\n").split("\t")
-        if not any(cells):
+            file.seek(place)
+            cells = file.readline(MAX_BYTES).decode(errors="replace").rstrip("\r\n").split("\t")
+        if stem(cells[0]) != key:
             raise UserError(f"{self.path}: ends before '{key}', which was in it; restore it, and start again")
         if len(cells) == self.OSCAR:
             return _of_oscar(cells, f"{self.path}, {key}")
@@ -393,7 +399,9 @@ class _Tsv(_KeyedStore):
 
 def _of_oscar(cells: list[str], where: str) -> dict:
     """A line of OSCAR's, as `to_regions` takes it."""
-    values, count = decode_floats(cells[2], where), int(cells[1])
+    values = decode_floats(cells[2], where)
+    with reading_record(where):
+        count = int(cells[1])
     if count < 1 or len(values) % count or len(values) // count <= OSCAR_BOX_DIM:
         raise BadImage(f"{where}: {len(values)} values for {count} regions")
     rows = values.reshape(count, -1)
@@ -405,36 +413,18 @@ def _of_oscar(cells: list[str], where: str) -> dict:
     }
 
 
-def _environment(path: Path) -> Any:
-    """The one LMDB environment of a process and a folder: LMDB refuses a second, and one that was open before
-    a fork."""
-    import lmdb
+def _open_h5(path: Path) -> Any:
+    import h5py
 
-    # opened again in each process: workers fork after the first has opened it
-    process, environment = _ENVIRONMENTS.get(path, (None, None))
-    if process != os.getpid():
-        if environment is not None:
-            environment.close()  # the parent keeps its own
-        try:
-            environment = lmdb.open(str(path), readonly=True, lock=False, readahead=False)
-        except lmdb.Error as e:
-            raise UserError(f"{path}: not read ({e}); is it whole?") from None
-        # before anything is read: beyond the end of a mapped file lies the end of the process
-        whole = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
-        size = (path / "data.mdb").stat().st_size
-        if size < whole:
-            environment.close()
-            raise UserError(f"{path}/data.mdb: {size:,} of {whole:,} bytes: it is cut off; copy it anew")
-        _ENVIRONMENTS[path] = (os.getpid(), environment)
-    return environment
+    with reading(path, H5, COPY):
+        return h5py.File(path, "r")
 
 
 def _is_flat(path: Path) -> bool:
     """Tell whether an H5 file holds M3P's arrays over all images, and not a group for each."""
     import h5py
 
-    try:
-        with h5py.File(path, "r") as file:
-            return isinstance(file.get("image_id"), h5py.Dataset)
-    except OSError as e:
-        raise UserError(f"{path}: not read ({e}); is it whole?") from None
+    from finetune.stores.hdf5 import find_member
+
+    with _open_h5(path) as file, reading(path, H5, COPY):
+        return isinstance(find_member(file, "image_id"), h5py.Dataset)
