@@ -138,7 +138,7 @@ class EpochBatches(StepDataset):
             except BadImage as error:
                 self.faults[number] = str(error)
                 log.warning("%s; another example takes its place", error)
-        self.check_replaced(len(self.faults))
+        self.check_replaced(len(self.faults), 0)
         return len(self.faults) > before
 
     def _is_new(self, epoch: int, number: int) -> bool:
@@ -152,8 +152,8 @@ class EpochBatches(StepDataset):
                 return False
         return True
 
-    def check_replaced(self, count: int) -> None:
-        """Raise UserError where so many examples are too many to be left out."""
+    def check_replaced(self, count: int, steps: int) -> None:
+        """Raise UserError where so many examples, each of which counts once, are too many to be left out."""
         limit = self.order.bad_limit
         if count > limit * len(self.examples):
             such = next(iter(self.faults.values()), "those in the warnings above")

@@ -95,6 +95,20 @@ class StepBatches(StepDataset):
     def find_changed_file(self) -> str | None:
         return next(filter(None, (s.source.find_changed_shard() for s in self.streams.values())), None)
 
+    def check_replaced(self, count: int, steps: int) -> None:
+        """Raise UserError where more than `bad_limit` of the image-text samples that were read, of a hundred
+        at least, could not be used."""
+        stream = self.streams.get("image_text")
+        if not isinstance(stream, _ImageTextStream):
+            return
+        num_read, limit = steps * stream.stream.batch + count, stream.config.bad_limit
+        if count > limit * max(num_read, 100):
+            such = next(iter(stream.warnings), "those in the warnings above")  # of loader processes
+            raise UserError(
+                f"{count / num_read:.1%} of the samples read are unusable (data.bad_limit={limit:g}), such "
+                f"as {such}; mend the data, or give a higher data.bad_limit="
+            )
+
     def __getitem__(self, step: int) -> dict[str, Any]:
         batch: dict[str, Any] = {"step": step, "samples": self.samples, "bad": 0}
         for name, stream in self.streams.items():
@@ -174,7 +188,7 @@ class _ImageTextStream(_Stream):
         super().__init__(*parts)
         self.size, self.augments = size, augments
         self.sample_bytes += 3 * size**2
-        self.num_read = self.num_bad = 0  # by this process
+        self.num_bad = 0  # met by this process
         self.warnings: set[str] = set()
 
     def read(self, step: int) -> dict[str, Any]:
@@ -208,7 +222,6 @@ class _ImageTextStream(_Stream):
         language, number = self.lanes.draw(draw.lane, step * self.draws_per_lane + draw.draw)
         for attempt in range(1, ATTEMPTS + 1):
             sample = self.source.sample(language, number)
-            self.num_read += 1
             try:
                 return self._decode_sample(sample, *pick)
             except (BadImage, BadCaption) as error:
@@ -245,8 +258,3 @@ class _ImageTextStream(_Stream):
         if message not in self.warnings:
             self.warnings.add(message)
             log.warning("%s; another sample takes its place", message)
-        if self.num_bad > self.config.bad_limit * max(self.num_read, 100):
-            share, limit = self.num_bad / self.num_read, self.config.bad_limit
-            raise UserError(
-                f"{share:.1%} of the samples read are unusable (data.bad_limit={limit:g}), such as {message}"
-            )

@@ -55,7 +55,8 @@ class DataConfig(Config):
     mask_probability: float = Field(0.15, ge=0, le=1)
     """Share of the words that are masked (BERT: 15 %; of these 80 % become the mask, 10 % another word)."""
     bad_limit: float = Field(0.01, ge=0, le=1)
-    """Share of unusable samples that is still normal; more end the run."""
+    """Share of the image-text samples read, by all workers since the run's first start, that may be unusable;
+    more end the run at its next line of progress."""
     retrieval: str | None = None
     """Retrieval set that each evaluation scores; null: the corpus's, if it has one."""
     dev: str | Literal[False] | None = None

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pretrain.batches import DataConfig, StepBatches
 from raylib.data.loading import to_device
+from raylib.distributed import all_reduce
 from raylib.errors import UserError
 from raylib.objectives import LossPart, Parts, PretrainingTerm, term
 from raylib.objectives.pretraining import ImageTextStep, UnifiedObjective, match_log_chances
@@ -76,12 +77,15 @@ class DevLosses:
     def __call__(self) -> dict[str, float]:
         """The means over the batches. All workers take part, and all return the same."""
         device, values = self.model.temperature.device, []
+        self.num_bad = 0
         with torch.no_grad(), autocast(device, self.bf16):
             batch = self._read(0, device)
             for number in range(NUM_BATCHES):
                 following = self._read(number + 1, device)
                 values.append(self._losses(batch, following))
                 batch = following
+        count = all_reduce(torch.tensor(self.num_bad, device=device))
+        self.batches.check_replaced(int(count), NUM_BATCHES + 1)
         # the device works through all batches before the host asks for a number
         names, rows = list(values[0]), torch.stack([torch.stack(list(row.values())) for row in values])
         means = [sum(column) / NUM_BATCHES for column in zip(*rows.tolist(), strict=True)]
@@ -103,6 +107,7 @@ class DevLosses:
     def _read(self, number: int, device: torch.device) -> dict[str, Any]:
         """A batch with its images encoded: once, though up to three losses read them."""
         batch = to_device(self.batches[number], device)
+        self.num_bad += batch["bad"]
         if any(entry.stream == "image_text" for entry in (self.others.terms | self.vlm.terms).values()):
             pairs = batch["image_text"]
             batch["image_text"] = {**pairs, "states": self.model.encode_images(pairs["images"])}

@@ -51,14 +51,11 @@ class Saver:
         describe: dict,
         meter: "Meter",
         steps: int,
-        total_replaced: int,
     ):
         self.runtime, self.engine, self.writer = runtime, engine, writer
         self.meter, self.steps = meter, steps
         self.engine_facts = {"workers": runtime.world_size, "engine": engine.name}
         self.describe = {**describe, **self.engine_facts}
-        # samples that others took the place of: on all workers, up to the last save
-        self.total_replaced = total_replaced
         self.save_seconds: float | None = None  # of the last save
 
     def state(self, losses: dict, evaluation: Evaluation, monitor: StepMonitor) -> dict[str, Any]:
@@ -68,7 +65,7 @@ class Saver:
             "evaluation": evaluation.scores,
             "evaluation_step": evaluation.step,
             "skipped_steps": monitor.counts.skipped,
-            "samples_replaced": self.total_replaced,
+            "samples_replaced": self.meter.total_replaced,
         }
 
     def summary(self, losses: dict, evaluation: Evaluation, monitor: StepMonitor) -> dict[str, Any]:
@@ -81,12 +78,11 @@ class Saver:
             "peak_memory_gb": peak_memory(self.runtime.device),
         }
 
-    def add_up(self) -> None:
-        """Add up what the workers have counted since the last time; all of them call it."""
-        self.total_replaced += int(
-            all_reduce(torch.tensor(self.meter.num_replaced, device=self.runtime.device))
-        )
-        self.meter.num_replaced = 0
+    def add_up(self) -> int:
+        """Add up what the workers have counted since they last met, all of which call it; returns how many
+        samples others took the place of."""
+        count = all_reduce(torch.tensor(self.meter.num_replaced, device=self.runtime.device))
+        return self.meter.add_replaced(int(count))
 
     def save(
         self,
@@ -188,8 +184,7 @@ class Evaluator:
             return True
         # weights are looked at before they are evaluated or kept, never after
         self.monitor.require_usable_weights(done)
-        self.saver.add_up()
-        self.progress.batches.check_replaced(self.saver.total_replaced)
+        self.progress.batches.check_replaced(self.saver.add_up(), done)
         if evaluates and not stops:
             save = partial(self.saver.save, done, losses, self.last, self.monitor, saves, True)
             scores = self.vote.evaluate(partial(self._evaluate, done), save, partial(self._leave, done))

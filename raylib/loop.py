@@ -41,15 +41,17 @@ class Meter:
     process, samples of all workers, tokens of this one, and, where the device's `peak` is known, FLOP of its
     first step.
 
-    seconds: of earlier starts. forward_seconds: see `time_forward`.
+    seconds: of earlier starts. forward_seconds: see `time_forward`. total_replaced: samples that others took
+    the place of, on all workers and in earlier starts too, as of the last time that the workers met;
+    num_replaced: on this one since then.
     """
 
-    def __init__(self, seconds: dict[str, float], peak: float | None = None):
+    def __init__(self, seconds: dict[str, float], peak: float | None = None, total_replaced: int = 0):
         self.seconds, self.peak = dict(seconds), peak
         self.last = time.perf_counter()
         self.samples = self.tokens = 0
-        # samples that others took the place of; when the first batch was there, by the clock on the wall
-        self.num_replaced, self.first_batch_time = 0, 0.0
+        self.total_replaced, self.num_replaced = total_replaced, 0
+        self.first_batch_time = 0.0  # when it was there, by the clock on the wall
         self.forward_seconds = 0.0
         self.flops_per_token: float | None = None
 
@@ -87,6 +89,11 @@ class Meter:
         self.tokens += batch.get("tokens", 0)
         self.num_replaced += batch.get("bad", 0)
         self.first_batch_time = self.first_batch_time or time.time()
+
+    def add_replaced(self, count: int) -> int:
+        """Add what all workers have replaced since they last met; returns the total."""
+        self.total_replaced, self.num_replaced = self.total_replaced + count, 0
+        return self.total_replaced
 
     @contextmanager
     def count_flops(self, batch: dict) -> Iterator[None]:
@@ -141,7 +148,7 @@ def fit(
     on_gpu, bf16 = device.type == "cuda", config.uses_bf16(device)
     if (note := config.set_precision(objective, device)) and runtime.rank == 0:
         print(note, flush=True)
-    meter = Meter(meta["times"], peak_flops(device) if bf16 else None)
+    meter = Meter(meta["times"], peak_flops(device) if bf16 else None, meta.get("samples_replaced", 0))
     engine = _build_engine(objective, runtime, config, optim, start, meta, rates)
     if runtime.world_size > 1:
         meter.time_forward(objective)
@@ -149,7 +156,7 @@ def fit(
     is_evaluation_due = meta.get("evaluation_due", False)
     metrics_log = MetricsLog(runtime.run, first, not is_evaluation_due) if runtime.rank == 0 else None
     progress = ProgressLog(describe["run"], config.steps, first, batches, meter, runtime, metrics_log)
-    saver = _build_saver(runtime, engine, describe, meter, config, meta)
+    saver = _build_saver(runtime, engine, describe, meter, config)
     losses, scores = (finite_values(meta.get(name, {})) for name in ("losses", "evaluation"))
     evaluation = Evaluation(meta.get("evaluation_step", first), scores)  # earlier versions do not say
     replay = _Replay(objective, batches, config, runtime)
@@ -207,17 +214,15 @@ def fit(
     }
 
 
-def _build_saver(
-    runtime: Runtime, engine: Engine, describe: dict, meter: Meter, config: FitConfig, meta: dict[str, Any]
-) -> Saver:
-    """Return the saver of checkpoints of `engine`, of a run that goes on from one of which `meta` tells."""
+def _build_saver(runtime: Runtime, engine: Engine, describe: dict, meter: Meter, config: FitConfig) -> Saver:
+    """Return the saver of checkpoints of `engine`."""
     device = runtime.device
     writer = CheckpointWriter(
         runtime.run, runtime.keep, runtime.rank, runtime.world_size, device, config.async_save
     )
     if device.type == "cuda":
         engine.before_update = writer.before_update
-    return Saver(runtime, engine, writer, describe, meter, config.steps, meta.get("samples_replaced", 0))
+    return Saver(runtime, engine, writer, describe, meter, config.steps)
 
 
 def _build_engine(

@@ -101,16 +101,23 @@ class ProgressLog:
     def log(self, step: int, lr: float, losses: dict[str, float], skipped: int) -> float:
         """Log step `step`: the means of the losses, how many steps have been skipped so far, and what the
         steps since the last line took. JSON has no NaN: a loss that is not finite is in the printed line
-        alone. Returns the share of the time in which the slowest worker waited for data."""
+        alone. Returns the share of the time in which the slowest worker waited for data.
+
+        Raises:
+            UserError: too many samples cannot be used.
+        """
         now, last, self.last = self.meter.copy(), self.last, self.meter.copy()
         worked = now.working_seconds - last.working_seconds
         waited = now.seconds.get("data", 0.0) - last.seconds.get("data", 0.0)
         memory = peak_memory(self.runtime.device)
         # one gather of what workers differ in: the slowest reader and the fullest memory count
         forward = now.forward_seconds - last.forward_seconds
-        local = torch.tensor([now.tokens - last.tokens, waited, memory, forward], dtype=torch.float64)
+        local = torch.tensor(
+            [now.tokens - last.tokens, waited, memory, forward, now.num_replaced], dtype=torch.float64
+        )
         found = all_gather(local.to(self.runtime.device), [len(local)] * self.runtime.world_size)
-        tokens, waits, memories, forwards = found.view(-1, 4).T.tolist()
+        tokens, waits, memories, forwards, replaced = found.view(-1, len(local)).T.tolist()
+        self.batches.check_replaced(self.meter.add_replaced(int(sum(replaced))), step)
         waiting = max(waits) / worked
         if not self.metrics_log:
             return waiting

@@ -90,6 +90,7 @@ MUTABLE_SETTINGS = (
     "checkpointing",
     "data.cache",
     "bad_limit",
+    "data.bad_limit",
     "data.verify",
     "verify",
 )

@@ -417,12 +417,19 @@ def test_unusable_sample_is_replaced_counted_and_logged(root, tmp_path, name, ca
     assert unusable not in torch.cat([batch["image_text"]["image_id"] for batch in loaded])
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_unusable_samples_stop_the_run(root, tmp_path, workers):
+@pytest.mark.parametrize(("workers", "such"), [(0, "k20"), (1, "those in the warnings above")])
+def test_too_many_unusable_samples_are_those_of_all_that_were_read(root, tmp_path, workers, such):
     config = broken(root, tmp_path, BAD["picture"], bad_limit=0.01)
-    with pytest.raises(UserError, match=r"of the samples read are unusable.*k20") as error:
-        list(BatchStream(StepBatches(config, 16, 1), 0, 40, workers))
+    batches = StepBatches(config, 16, 1)
+    count = sum(batch["bad"] for batch in BatchStream(batches, 0, 40, workers))
+    assert count > 0.01 * 40 * 8
+    with pytest.raises(UserError, match=rf"of the samples read are unusable.*{such}") as error:
+        batches.check_replaced(count, 40)
     assert "\n" not in str(error.value)
+    batches.check_replaced(count, 40 * 100)  # of a long run they are few
+    batches.check_replaced(1, 1)  # one of the first hundred
+    with pytest.raises(UserError):
+        batches.check_replaced(2, 1)
 
 
 def test_stream_without_usable_samples_ends(root, tmp_path):

@@ -12,12 +12,15 @@ import pytest
 import torch
 
 from raylib import distributed, loop
+from raylib.checkpoint import find_newest, read_meta
 from raylib.data.loading import StepDataset
 from raylib.distributed import all_reduce
 from raylib.engine import OptimConfig, TorchEngine
+from raylib.errors import UserError
 from raylib.loop import Meter
 from raylib.monitoring import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
 from raylib.runtime import LocalRuntime, peak_flops
+from tests import test_not_finite_run
 from tests.test_not_finite import Faulty, faulty_batch
 from tests.test_not_finite_run import Batches
 from tests.test_not_finite_run import run as train
@@ -167,6 +170,43 @@ def test_tokens_are_those_of_all_workers(tmp_path):
     # 8 samples a step are those of both
     assert line["tokens_per_second"] / line["samples_per_second"] == pytest.approx((10 + 15) / 8)
     assert 0 <= line["waiting"] <= 1 and line["memory_gb"] > 0 and line["eta_seconds"] == 0
+
+
+class Replacing(Batches):
+    """On each of two workers a sample of every other step is another than it should be."""
+
+    def __init__(self, faults, rank, world):
+        super().__init__(faults, rank, world)
+        self.checks = []
+
+    def __getitem__(self, step):
+        return super().__getitem__(step) | {"bad": step % 2}
+
+    def check_replaced(self, count, steps):
+        self.checks.append((count, steps))
+        if count > 9:
+            raise UserError(f"{count} of {steps}")
+
+
+def count_replaced(rank, world, folder):
+    """What each start of a run looks at that is stopped after 3 steps and goes on, and what it ends with."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
+    found = []
+    test_not_finite_run.Batches = lambda *arguments: found.append(Replacing(*arguments)) or found[-1]
+    settings = {"steps": 14, "log_every": 4, "save_every": 7}
+    train(Path(folder), {}, rank=rank, world=world, stop_after=3, **settings)
+    with pytest.raises(UserError) as error:
+        train(Path(folder), {}, rank=rank, world=world, **settings)
+    return [batches.checks for batches in found], str(error.value)
+
+
+def test_samples_replaced_are_those_of_all_workers_and_starts(tmp_path):
+    """They are looked at with each line of progress, and each save, where the workers meet in any case."""
+    for (first, then), error in run_workers(count_replaced, 2, str(tmp_path)):
+        assert first == [(2, 3), (2, 3)] and error == "12 of 12"
+        assert then == [(4, 4), (6, 7), (8, 8), (12, 12)]
+    newest = find_newest(tmp_path)
+    assert newest.name == "step_000007" and read_meta(newest)["samples_replaced"] == 6
 
 
 def test_flops_of_the_first_step_are_counted_and_change_nothing():

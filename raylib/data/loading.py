@@ -51,9 +51,9 @@ class StepDataset(Dataset):
     batch_bytes = 0
     image_tokens = 0
 
-    def check_replaced(self, count: int) -> None:
+    def check_replaced(self, count: int, steps: int) -> None:
         """Raise UserError where too many samples have given their place to others: `count`, of all workers,
-        since the first step."""
+        in the run's first `steps` steps."""
 
     def find_changed_file(self) -> str | None:
         """Say which of the files that are read has another size than it had; None: none."""
