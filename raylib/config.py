@@ -23,6 +23,7 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Field,
     ValidationError,
     ValidationInfo,
     WrapValidator,
@@ -147,6 +148,9 @@ def _check_folder_name(name: str) -> str:
     return name
 
 
+# of a model: no dimension is larger, nor two of them too large for PyTorch to count their product
+Size = Annotated[int, Field(gt=0, le=1 << 24)]
+SizeOrZero = Annotated[int, Field(ge=0, le=1 << 24)]
 FolderName = Annotated[str, AfterValidator(_check_folder_name)]  # of a run, in `runs`
 FolderNameOrNone = Annotated[str, AfterValidator(lambda name: name and _check_folder_name(name))]  # "": none
 ConfigT = TypeVar("ConfigT", bound=Config)

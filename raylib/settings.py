@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, FolderName, NameOrFile, UserFile, load_user_file, lookup
+from raylib.config import Config, FolderName, Size, SizeOrZero, NameOrFile, UserFile, load_user_file, lookup
 from raylib.errors import UserError
 
 if TYPE_CHECKING:
@@ -286,11 +286,11 @@ PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all 
 class SwinSizes(Config):
     """Sizes of a Swin Transformer; the defaults are Swin-B."""
 
-    width: PositiveInt = 128
+    width: Size = 128
     """Width of the first stage's states; it doubles from stage to stage."""
-    layers: tuple[PositiveInt, ...] = (2, 2, 18, 2)
+    layers: tuple[Size, ...] = Field((2, 2, 18, 2), max_length=8)
     """Layers of each stage."""
-    heads: tuple[PositiveInt, ...] = (4, 8, 16, 32)
+    heads: tuple[Size, ...] = Field((4, 8, 16, 32), max_length=8)
     """Attention heads of each stage."""
 
     @model_validator(mode="after")
@@ -314,32 +314,32 @@ class ModelConfig(Config):
     """Sizes of a unified model. The defaults are the paper's `base`: 12 image, 6 text and 6 unified
     layers."""
 
-    vocabulary: NonNegativeInt = 250002
+    vocabulary: SizeOrZero = 250002
     """Pieces of the vocabulary; 0: the tokenizer's."""
-    width: PositiveInt = 768
+    width: Size = 768
     """Width of hidden states of text and fusion."""
-    heads: PositiveInt = 12
+    heads: Size = 12
     """Attention heads; `width` is a multiple."""
-    feedforward: PositiveInt = 3072
+    feedforward: Size = 3072
     """Width of the feed-forward layers."""
-    text_layers: NonNegativeInt = 6
+    text_layers: SizeOrZero = 6
     """Layers of the text encoder."""
-    fusion_layers: NonNegativeInt = 6
+    fusion_layers: SizeOrZero = 6
     """Unified layers, in which text attends to images, or to another sentence (paper 2, section 3.1)."""
-    vision_layers: NonNegativeInt = 12
+    vision_layers: SizeOrZero = 12
     """Layers of the vision transformer; a Swin has its own."""
-    vision_width: PositiveInt | None = None
+    vision_width: Size | None = None
     """Width of the vision transformer; null: that of the text. Its heads are as wide as those of texts, and a
     linear map leads to `width`."""
-    vision_window: PositiveInt | None = None
+    vision_window: Size | None = None
     """Side in pixels of windows that never see each other; null: one window."""
-    image_size: PositiveInt = 256
+    image_size: Size = 256
     """Side of an image in pixels."""
-    patch: PositiveInt = 16
+    patch: Size = 16
     """Side of a patch in pixels."""
-    positions: PositiveInt = 512
+    positions: Size = 512
     """Longest text in tokens."""
-    embedding: PositiveInt = 256
+    embedding: Size = 256
     """Width of the embeddings of contrast and retrieval."""
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout of text and unified layers."""

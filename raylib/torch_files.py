@@ -1,14 +1,14 @@
-"""Files that `torch.save` wrote, read without PyTorch's unpickler, which allocates whatever a pickle tells it to.
+"""Files that `torch.save` wrote, read without PyTorch's unpickler, which allocates whatever a pickle says.
 
-    zip      NAME/data.pkl, the pickled object, whose tensors name their storages; NAME/data/KEY, a storage each
+    zip      NAME/data.pkl, the pickled object, whose tensors name their storages; NAME/data/KEY, these
     legacy   (before PyTorch 1.6) five pickles: a number that all such files have, a version, facts of the
              machine, the object, the storages' keys; then the storages, each after its number of elements
 
-1. `raylib.pickles` interprets the pickles. A tensor becomes a `TensorRecord`, which names a part of a storage;
-   what else a pickle names is refused.
+1. `raylib.pickles` interprets the pickles. A tensor becomes a `TensorRecord`, which names a part of a
+   storage; what else a pickle names is refused.
 2. The caller chooses what it wants of the object: a checkpoint may hold an optimizer's state too.
-3. The storages of what was chosen must lie in the file, and its tensors in them. Only then is memory allocated:
-   no more than these storages take in the file.
+3. The storages of what was chosen must lie in the file, and its tensors in them. Only then is memory
+   allocated: no more than these storages take in the file.
 """
 
 import math
@@ -29,7 +29,9 @@ MAX_DIMENSIONS = 32
 MAX_VIEWS = 8  # elements of all tensors together, for each element of their storages; a few are free
 FREE_ELEMENTS = 1 << 22
 MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy format
-LOCAL_HEADER = Struct("<4s22xHH")  # of a member of a zip: signature, lengths of the name and of the extra field
+LOCAL_HEADER = Struct(
+    "<4s22xHH"
+)  # of a member of a zip: signature, lengths of the name and of the extra field
 COUNT = Struct("<q")
 STORAGES = {
     "Float": torch.float32,
@@ -57,6 +59,7 @@ DTYPES = {f"torch.{name}Storage": dtype for name, dtype in STORAGES.items()} | {
         torch.uint64,
     )
 }
+DTYPES["torch.storage.UntypedStorage"] = torch.uint8
 
 
 class Storage(NamedTuple):
@@ -81,12 +84,9 @@ class TensorRecord(NamedTuple):
         return math.prod(self.size)
 
 
-class Record:
-    """A stand-in for an object of a class that the caller knows: its fields, and no methods. `values`: what
-    its class was called with."""
-
-    def __init__(self, *values: Any):
-        self.values = values
+class Record(dict[str, Any]):
+    """The fields of an object of a class that the caller knows, and no methods. "values": what its class was
+    called with."""
 
 
 def read_torch(
@@ -115,38 +115,38 @@ def read_torch(
 class _TorchMachine(Machine):
     """Knows what PyTorch's pickles name."""
 
-    def __init__(self, data: bytes, at: int = 0, classes: Collection[str] = ()):
-        super().__init__(data, at)
-        self.classes = classes
-        self.calls = {**CALLS, **{name: _make_record(name) for name in classes}}
+    def __init__(self, data: bytes, classes: Collection[str] = ()):
+        super().__init__(data)
+        self.calls = {**CALLS, **dict.fromkeys(classes, _make_record)}
+        self.storages: list[Storage] = []
 
-    def push_name(self, name: str) -> None:
-        if name in DTYPES:
-            self.stack.append(DTYPES[name])
-        else:
-            super().push_name(name)
+    def find(self, name: str) -> Any:
+        return DTYPES[name] if name in DTYPES else super().find(name)
 
-    def push_persistent(self, identity: object) -> None:
-        if not (isinstance(identity, tuple) and len(identity) >= 5 and identity[0] in ("storage", b"storage")):
+    def resolve(self, identity: Any) -> Storage:
+        if not (
+            isinstance(identity, tuple) and len(identity) >= 5 and identity[0] in ("storage", b"storage")
+        ):
             raise Refused("it names something that is no storage")
         _, dtype, key, _, count, *view = identity
         if not isinstance(dtype, torch.dtype) or type(count) is not int or count < 0:
             raise Refused("a storage without a type or a size")
         if any(part is not None for part in view):
             raise Refused("a storage that is part of another")
-        self.stack.append(Storage(str(key), dtype, count * dtype.itemsize))
+        self.storages.append(Storage(str(key), dtype, count * dtype.itemsize))
+        return self.storages[-1]
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         # a state dict carries versions of its modules, which nothing here asks for
-        if isinstance(target, Record) and type(state) is dict and all(type(name) is str for name in state):
-            vars(target).update(state)
+        if isinstance(target, Record) and type(state) is dict:
+            target.update(state)
         elif type(target) is not dict:
             raise Refused("it gives a state to what has none")
 
 
-def _make_record(name: str) -> Callable[..., Record]:
-    return lambda *values: Record(*values)
+def _make_record(*values: Any) -> Record:
+    return Record(values=values)
 
 
 def _rebuild(
@@ -156,7 +156,12 @@ def _rebuild(
         raise Refused("a tensor with a conjugate or negative view")
     counts = (offset, *size, *stride) if type(size) is tuple and type(stride) is tuple else (None,)
     is_sized = all(type(n) is int and 0 <= n < 1 << 62 for n in counts)
-    if not isinstance(storage, Storage) or not is_sized or len(size) != len(stride) or len(size) > MAX_DIMENSIONS:
+    if (
+        not isinstance(storage, Storage)
+        or not is_sized
+        or len(size) != len(stride)
+        or len(size) > MAX_DIMENSIONS
+    ):
         raise Refused("a tensor without storage, size and stride")
     return TensorRecord(storage, dtype or storage.dtype, offset, size, stride)
 
@@ -297,8 +302,6 @@ def _records(value: Any) -> Iterator[TensorRecord]:
     elif isinstance(value, list | tuple) and not isinstance(value, Storage):
         for item in value:
             yield from _records(item)
-    elif isinstance(value, Record):
-        yield from _records([value.values, vars(value)])
 
 
 def _with_tensors(value: Any, tensors: dict[TensorRecord, Tensor]) -> Any:
@@ -309,8 +312,6 @@ def _with_tensors(value: Any, tensors: dict[TensorRecord, Tensor]) -> Any:
         return {name: _with_tensors(item, tensors) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_with_tensors(item, tensors) for item in value)
-    if isinstance(value, Record):
-        vars(value).update(_with_tensors(vars(value), tensors))
     return value
 
 
@@ -333,9 +334,7 @@ def _require_room(records: list[TensorRecord], size: int) -> None:
         raise Refused(f"its tensors have {elements:,} elements, in {num_bytes:,} bytes")
 
 
-def _read_tensors(
-    file: BinaryIO, records: list[TensorRecord], find: "Find"
-) -> dict[TensorRecord, Tensor]:
+def _read_tensors(file: BinaryIO, records: list[TensorRecord], find: "Find") -> dict[TensorRecord, Tensor]:
     """Read each storage once, in the order of the file."""
     places = {record.storage.key: find(record.storage.key) for record in records}
     size = os.fstat(file.fileno()).st_size
@@ -366,4 +365,4 @@ def _read_into(file: BinaryIO, buffer: memoryview) -> None:
 
 
 Find = Callable[[str], tuple[int, int]]  # a storage's key -> its first byte in the file, its bytes
-LEAVES = (TensorRecord, torch.dtype, Record)  # what may stand in a value besides plain ones
+LEAVES = (TensorRecord, torch.dtype)  # what may stand in a value besides plain ones

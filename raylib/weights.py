@@ -1,30 +1,155 @@
-"""Files of weights, of every backbone and of whatever else is kept as tensors: read in one place."""
+"""Files of weights, of every backbone and of whatever else is kept as tensors: read, and put into models, in
+one place.
+
+1. `read_tensors` reads a file, safetensors or PyTorch's own. What is damaged, something else, or not finite
+   is one line that names it.
+2. `limit_model` bounds what a model takes whose sizes a file says, by the size of its weights.
+3. `load_state` puts tensors into a model that has them all, and names those that do not fit.
+"""
 
 from pathlib import Path
-from pickle import UnpicklingError
+from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
-from raylib.errors import UserError
+from raylib.errors import reading
 from raylib.finite import require_finite_file
+from raylib.torch_files import TensorRecord, read_torch
+
+ADVICE = "take an undamaged copy, of the weights alone"
+# keys under which checkpoints have a model's state beside an optimizer's and others
+NESTED = ("model", "state_dict", "model_state_dict", "module")
+LISTED = 12  # names in a line
+ENDINGS = (".bin", ".pt", ".pth", ".th", ".tar", ".safetensors")  # of files of weights
+# A model may be so many times as large as the weights that it starts from, and so much larger: an image
+# encoder, heads, embeddings of regions start from random numbers.
+MODEL_FACTOR, FREE_BYTES, MAX_TENSORS = 4, 1 << 29, 50_000
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights, .safetensors or PyTorch's own. Nothing that is pickled in it is run.
+def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """Read a file of weights, .safetensors or PyTorch's own; of a checkpoint with more, the model's state.
+    Nothing that is pickled in it is run.
 
     Raises:
-        UserError: it is cut off, or holds other things; a tensor is not finite (it is named).
+        UserError: it is damaged, or holds other things; a tensor is not finite (it is named).
     """
-    try:
-        safe = path.suffix == ".safetensors"
-        tensors = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError) as e:
-        reason = (str(e).splitlines() or [type(e).__name__])[0]
-        raise UserError(
-            f"{path}: not to be read as tensors ({reason}); take an undamaged copy, of the weights alone"
-        ) from None
+    if path.suffix == ".safetensors":
+        return read_safetensors(path, device=device)[0]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give a file of weights")
+    with reading(path, "weights (PyTorch)", ADVICE):
+        tensors = read_torch(path, _choose_state)
     require_finite_file(path, tensors)
-    return tensors
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
+
+
+def read_safetensors(
+    path: Path | str, what: str = "weights (safetensors)", advice: str = ADVICE, device: str = "cpu"
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors of a safetensors file, and its metadata. what, advice: of the line of an error.
+
+    Raises:
+        UserError: it is damaged, or something else; a tensor is not finite (it is named).
+    """
+    with reading(path, what, advice), safe_open(path, "pt", device) as file:
+        tensors, metadata = file.get_tensors(), file.metadata() or {}
+    require_finite_file(path, tensors)
+    return tensors, metadata
+
+
+def _choose_state(value: Any) -> dict[str, TensorRecord]:
+    """The state dict in what a file of PyTorch's holds."""
+    for _ in range(2):  # {"state_dict": {"module": ...}}
+        inner = [value[key] for key in NESTED if isinstance(value, dict) and isinstance(value.get(key), dict)]
+        if not inner:
+            break
+        value = inner[0]
+    if not isinstance(value, dict) or not value:
+        raise ValueError(f"{_describe(value)}, where names and their tensors should be")
+    for name, tensor in value.items():
+        if not isinstance(name, str) or not isinstance(tensor, TensorRecord):
+            raise ValueError(f"{name!r} is {_describe(tensor)}, where only tensors should be")
+    return value
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, TensorRecord):
+        return "a tensor"
+    return f"of type {type(value).__name__}" if value or value == 0 else f"an empty {type(value).__name__}"
+
+
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str) -> None:
+    """Load tensors into a model that has these and no others.
+
+    path: where they come from.
+    Raises:
+        UserError: a tensor is missing, left over, of another shape or kind of numbers; names it.
+    """
+    own = model.state_dict()
+    misfits = [f"missing {name}" for name in own if name not in tensors]
+    misfits += [f"unused {name}" for name in tensors if name not in own]
+    misfits += [
+        misfit for name in own if name in tensors and (misfit := describe_misfit(name, tensors[name], own[name]))
+    ]
+    require_no_misfits(path, misfits)
+    model.load_state_dict(dict(tensors))
+
+
+def describe_misfit(name: str, value: Tensor, own: Tensor) -> str | None:
+    """Return in words why a tensor read as `name` cannot take the place of a model's `own`; None: it can."""
+    if value.shape != own.shape:
+        return f"{name} is {tuple(value.shape)}, wanted {tuple(own.shape)}"
+    if value.is_floating_point() != own.is_floating_point():
+        found, wanted = (str(x.dtype).removeprefix("torch.") for x in (value, own))
+        return f"{name} holds {found}, wanted {wanted}"
+    return None
+
+
+def require_no_misfits(path: Path | str, misfits: list[str]) -> None:
+    """Raise `UserError` naming the first of `misfits`, if there are any."""
+    if misfits:
+        more = f"; and {len(misfits) - LISTED} more" if len(misfits) > LISTED else ""
+        raise UserError(f"{path} does not fit the model: {'; '.join(misfits[:LISTED])}{more}")
+
+
+@contextmanager
+def limit_model(where: Path | str, *weights: Path | str | None) -> Iterator[None]:
+    """Let the block make a model whose sizes a file says, and that starts from other files: not many times as
+    large as these. A damaged size would ask for all memory before the first tensor is found not to fit.
+
+    Args:
+        where: the sizes come from.
+        weights: files of weights, or folders of them.
+    Raises:
+        UserError: the model becomes larger.
+    """
+    num_bytes = sum(file.stat().st_size for path in weights if path for file in _files_of(Path(path)))
+    with _ModelLimit(where, MODEL_FACTOR * num_bytes + FREE_BYTES):
+        yield
+
+
+def _files_of(path: Path) -> Iterable[Path]:
+    if not path.is_dir():
+        return [path]
+    return (file for file in path.iterdir() if file.suffix in ENDINGS and file.is_file())
+
+
+class _ModelLimit(TorchDispatchMode):
+    """Counts the tensors that are made, and their bytes in float32."""
+
+    def __init__(self, where: Path | str, num_bytes: int):
+        super().__init__()
+        self.where, self.num_bytes, self.num_tensors = where, num_bytes, MAX_TENSORS
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # the sizes of `empty`, `zeros`, `randn` and their like; what works on a tensor is as large as that
+        if args and isinstance(args[0], list | tuple) and all(type(n) is int for n in args[0]):
+            self.num_bytes -= 4 * math.prod(args[0])
+            self.num_tensors -= 1
+            if self.num_bytes < 0 or self.num_tensors < 0:
+                raise UserError(
+                    f"{self.where}: its sizes are those of a model many times as large as its weights; take "
+                    "an undamaged copy of both"
+                )
+        return func(*args, **(kwargs or {}))

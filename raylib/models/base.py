@@ -32,7 +32,7 @@ from raylib.models.vision import PixelStats, normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
 from raylib.saving import Files, write_files
-from raylib.weights import read_tensors
+from raylib.weights import limit_model, load_state, read_tensors
 
 DESCRIPTION_KEY = "polyglance"  # in an export's config.json: what a model of ours says of itself
 RUN_KEY = "polyglance_run"  # in an export's: how its run read texts and images
@@ -264,10 +264,10 @@ class Backbone(nn.Module, ABC):
         if kind not in (cls.stored_kinds or (cls.kind,)):
             raise UserError(f"{folder}: not a Polyglance model of kind {cls.kind}; {advice}")
         sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE_KEY)}
-        model = cls.from_sizes(sizes, kind, folder)
-        # what was put in has weights of its own, so it goes in before these are loaded
-        if tuning := description.get("tuning"):
-            peft.insert_stored(model, tuning)
+        with limit_model(folder / "config.json", folder):
+            model = cls.from_sizes(sizes, kind, folder)
+            # what was put in has weights of its own, so it goes in before these are loaded
+            peft.insert_stored(model, description.get("tuning"), folder / "config.json")
         return load_weights(model, folder)
 
     @classmethod
@@ -433,13 +433,7 @@ def load_weights(model: M, folder: Path) -> M:
     Raises:
         UserError: a key is missing, left over, of another shape or not finite; it is named.
     """
-    weights = read_weights(folder)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as e:
-        raise UserError(
-            f"{folder}/model.safetensors does not fit the model: {' '.join(str(e).split())}"
-        ) from None
+    load_state(model, read_weights(folder), folder / "model.safetensors")
     return model
 
 

@@ -17,7 +17,6 @@ import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -25,8 +24,6 @@ from torch import Tensor
 
 from raylib.config import validate
 from raylib.errors import UserError
-from raylib.fileio import read_json_object
-from raylib.finite import require_finite_file
 from raylib.models.hf_weights import (
     WeightMapper,
     copy_swin,
@@ -34,15 +31,19 @@ from raylib.models.hf_weights import (
     copy_vision,
     load_text,
     load_vision,
+    read_config,
+    read_sizes,
     text_sizes,
 )
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, ModelConfig, UnifiedModel
 from raylib.models.vision import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from raylib.weights import limit_model, read_tensors
 
 PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # that CCLM was trained with
 # that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
 IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
+VISION_FOLDER = "an image encoder's folder"
 HEAD_WIDTH = 64  # an attention head of XLM-R and BERT is so wide
 UNUSED_CCLM_TEXT = [
     r"(itm|bbox)_head\.",
@@ -104,23 +105,16 @@ def read_published(path: Path) -> Published:
     Raises:
         UserError: no checkpoint of tensors, or not one of CCLM; a tensor that is not finite.
     """
-    try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as e:
-        raise UserError(
-            f"{path}: no checkpoint of tensors ({' '.join(str(e).split())[:200]}); give a published file"
-        ) from None
-    weights = stored.get("model", stored) if isinstance(stored, dict) else {}
+    weights = read_tensors(path)
     # the names of a text encoder's layers are what both formats have and no other file has
     layers = [
-        int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d+)\.", k))
+        int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d{1,4})\.", k))
     ]
     if not layers:
         raise UserError(
             f"{path}: no text_encoder.encoder.layer; give a published CCLM checkpoint, or an XLM-R or BERT "
             "folder"
         )
-    require_finite_file(path, weights)
     text: dict[str, Tensor] = {}
     vision: dict[str, Tensor] = {}
     above = 1 + max(layers)
@@ -139,7 +133,7 @@ def read_published(path: Path) -> Published:
         name = re.sub(r"^mlm_head\.", "cls.", name)
         text[
             re.sub(
-                r"^cross_encoder\.encoder\.layer\.(\d+)", lambda m: f"encoder.layer.{above + int(m[1])}", name
+                r"^cross_encoder\.encoder\.layer\.(\d{1,4})", lambda m: f"encoder.layer.{above + int(m[1])}", name
             )
         ] = value
     # X2-VLM's text encoder is a RoBERTa, whose texts start behind the padding; CCLM's is a BERT with XLM-R's
@@ -153,7 +147,7 @@ def published_sizes(file: Published, vision: dict) -> ModelConfig:
     vision: of the image encoder (`vit_sizes`, `swin_sizes`), or of the one in its place.
     """
     # a layer with cross-attention is of the unified encoder, wherever the file has it
-    blocks = {int(m[1]) for k in file.text if (m := re.match(r"encoder\.layer\.(\d+)\.", k))}
+    blocks = {int(m[1]) for k in file.text if (m := re.match(r"encoder\.layer\.(\d{1,4})\.", k))}
     cross = {n for n in blocks if f"encoder.layer.{n}.crossattention.self.query.weight" in file.text}
     mapper = WeightMapper(file.text, file.path)
     vocabulary, width = mapper("embeddings.word_embeddings.weight").shape
@@ -195,8 +189,8 @@ def vit_sizes(file: Published) -> dict:
             f"{file.path}: no vision_encoder.blocks, so no ViT; give one in its place: vision=VIT_FOLDER"
         )
     mapper = WeightMapper(file.vision, file.path)
-    width, _, patch, _ = mapper("patch_embed.proj.weight").shape
-    side = round((mapper("pos_embed").shape[1] - 1) ** 0.5)
+    width, _, patch, _ = mapper("patch_embed.proj.weight", (None, 3, None, None)).shape
+    side = round((mapper("pos_embed", (1, None, width)).shape[1] - 1) ** 0.5)
     return {"vision_layers": len(layers), "vision_width": width, "patch": patch, "image_size": side * patch}
 
 
@@ -207,7 +201,8 @@ def swin_sizes(file: Published) -> dict:
         if m := re.match(r"layers\.(\d+)\.blocks\.\d+\.attn\.relative_position_bias_table$", name):
             stages.setdefault(int(m[1]), []).append(value)
     tables = [stages[number] for number in sorted(stages)]
-    width, _, patch, _ = WeightMapper(file.vision, file.path)("patch_embed.proj.weight").shape
+    mapper = WeightMapper(file.vision, file.path)
+    width, _, patch, _ = mapper("patch_embed.proj.weight", (None, 3, None, None)).shape
     swin = validate(
         SwinSizes,
         {"width": width, "layers": [len(t) for t in tables], "heads": [t[0].shape[1] for t in tables]},
@@ -224,12 +219,14 @@ def fill(model: UnifiedModel, file: Published, with_vision: bool) -> None:
     Raises:
         UserError: tensors missing, left over or of another shape (they are listed).
     """
-    mapper = WeightMapper(file.text, file.path)
+    # a number by itself in some files
+    text = {name: x.reshape(1) if name == "temp" and x.dim() == 0 else x for name, x in file.text.items()}
+    mapper = WeightMapper(text, file.path)
     copy_text(mapper, model, file.first, tuple(range(model.num_layers)))
     with torch.no_grad():
         mapper.copy_layer(model.text_projection, "text_proj")
         mapper.copy_layer(model.image_projection, "vision_proj")
-        model.temperature.copy_(mapper("temp").reshape(1))
+        mapper.copy(model.temperature, "temp")
     mapper.assert_all_used(UNUSED_CCLM_TEXT)
     if with_vision:
         names = SWIN_NAMES if file.is_swin else VIT_NAMES
@@ -280,7 +277,9 @@ class Cclm(UnifiedModel):
         vision_sizes = cls.folder_sizes(vision) if vision else None
         if path.is_file():
             file = read_published(path)
-            model = cls(published_sizes(file, vision_sizes or cls.file_sizes(file)))
+            sizes = published_sizes(file, vision_sizes or cls.file_sizes(file))
+            with limit_model(path, path, vision):
+                model = cls(sizes)
             fill(model, file, with_vision=not vision)
         else:
             sizes = text_sizes(path)
@@ -290,7 +289,8 @@ class Cclm(UnifiedModel):
                 "fusion_layers": 6,
                 **(vision_sizes or cls.random_vision),
             }
-            model = cls(validate(ModelConfig, sizes, str(path)))
+            with limit_model(path / "config.json", path, vision):
+                model = cls(validate(ModelConfig, sizes, str(path)))
             load_text(model, path, layers=layers)
         if vision:
             load_vision(model, vision)
@@ -317,7 +317,7 @@ class Cclm(UnifiedModel):
     def folder_sizes(folder: Path) -> dict[str, Any]:
         """Of a folder's image encoder."""
         names = ("num_hidden_layers", "hidden_size", "patch_size", "image_size")
-        layers, width, patch, size = _read_sizes(folder, *names)
+        layers, width, patch, size = read_sizes(read_config(folder), folder, names, VISION_FOLDER)
         sizes = {"vision_layers": layers, "vision_width": width, "patch": patch, "image_size": size}
         return {**sizes, "pixel_mean": 127.5, "pixel_std": 127.5}
 
@@ -371,24 +371,15 @@ class CclmSwin(Cclm):
 
     @staticmethod
     def folder_sizes(folder: Path) -> dict[str, Any]:
-        names = ("embed_dim", "depths", "num_heads", "patch_size", "image_size", "window_size")
-        width, layers, heads, patch, size, window = _read_sizes(folder, *names)
+        config, where = read_config(folder), f"{folder}/config.json"
+        names = ("embed_dim", "patch_size", "image_size", "window_size")
+        width, patch, size, window = read_sizes(config, folder, names, VISION_FOLDER)
+        read_sizes(config, folder, (), VISION_FOLDER, "depths", "num_heads")
+        sizes = {"width": width, "layers": config["depths"], "heads": config["num_heads"]}
         # `SwinEncoder` has windows as wide as the last stage's grid
-        if window != size // (patch * 2 ** (len(layers) - 1)):
+        if window != size // (patch * validate(SwinSizes, sizes, where).merges):
             raise UserError(
                 f"{folder}/config.json: windows of {window} patches at {size} pixels; give a Swin whose "
                 "windows are as wide as its last stage's grid, as 7 at 224 or 12 at 384 pixels"
             )
-        sizes = {"width": width, "layers": layers, "heads": heads}
         return {"swin": sizes, "patch": patch, "image_size": size, **IMAGENET}
-
-
-def _read_sizes(folder: Path, *names: str) -> list:
-    """Values of a folder's config.json."""
-    try:
-        config = read_json_object(folder / "config.json")
-        return [config[name] for name in names]
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"{folder}/config.json: no {', '.join(names)} ({e}); give an image encoder's folder"
-        ) from None

@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config
+from raylib.config import Config, Size
 from raylib.errors import UserError, require
 from raylib.models.base import RetrievalBackbone
 from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
@@ -27,6 +28,7 @@ from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD
 from raylib.packed import Ragged, upload
 from raylib.settings import Checkpointing
+from raylib.weights import limit_model, load_state
 
 FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
 
@@ -34,28 +36,34 @@ FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
 class ClipImageSizes(Config):
     """Of CLIP's image tower. The defaults are ViT-L/14's."""
 
-    hidden_size: int = 1024
-    intermediate_size: int = 4096
-    num_hidden_layers: int = 24
-    num_attention_heads: int = 16
-    patch_size: int = 14
+    hidden_size: Size = 1024
+    intermediate_size: Size = 4096
+    num_hidden_layers: Size = 24
+    num_attention_heads: Size = 16
+    patch_size: Size = 14
     hidden_act: str = "quick_gelu"
 
 
 class MClipConfig(Config):
     """The defaults are XLM-R-large and ViT-L/14, paper 4's base model."""
 
-    vocabulary: int = 250002
-    width: int = 1024
-    heads: int = 16
-    feedforward: int = 4096
-    text_layers: int = 24
-    positions: int = 512
-    embedding: int = 768
-    image_size: int = 224
+    vocabulary: Size = 250002
+    width: Size = 1024
+    heads: Size = 16
+    feedforward: Size = 4096
+    text_layers: Size = 24
+    positions: Size = 512
+    embedding: Size = 768
+    image_size: Size = 224
     image: ClipImageSizes = ClipImageSizes()
     dropout: float = 0.1
     eps: float = 1e-5
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MClipConfig":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        return self
 
 
 class ClipConfig(Config):
@@ -168,7 +176,7 @@ class MClip(DualEncoder):
                 f"{path} maps texts to {len(projection)} numbers, {vision} images to "
                 f"{tower_sizes['projection_dim']}; give the CLIP that it was made for"
             )
-        layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("encoder.layer."))
+        layers = count_layers(weights, path)
         positions = mapper("embeddings.position_embeddings.weight")[FIRST_POSITION:]
         # its config.json names XLM-R alone: the sizes are those of the tensors
         config = MClipConfig(
@@ -177,7 +185,7 @@ class MClip(DualEncoder):
             heads=words.shape[1] // 64,
             text_layers=layers,
             positions=len(positions),
-            feedforward=len(mapper("encoder.layer.0.intermediate.dense.bias")),
+            feedforward=len(mapper("encoder.layer.0.intermediate.dense.bias", (None,))),
             embedding=len(projection),
             image_size=tower_sizes["image_size"],
             image=ClipImageSizes(**{k: tower_sizes[k] for k in ClipImageSizes.model_fields}),
@@ -186,7 +194,7 @@ class MClip(DualEncoder):
         with torch.no_grad():
             mapper.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
             # all texts are of one type: its vector becomes part of the positions
-            token_type = mapper("embeddings.token_type_embeddings.weight")[0]
+            token_type = mapper("embeddings.token_type_embeddings.weight", (None, model.width))[0]
             model.embedding.position.weight.copy_(positions + token_type)
             mapper.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
             for layer, block in enumerate(model.text.blocks):

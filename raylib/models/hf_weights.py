@@ -7,21 +7,22 @@ from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised whe
 """
 
 import logging
+import math
 import re
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from raylib.errors import UserError, hub_hint
+from raylib.errors import UserError, hub_hint, reading
 from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models.attention import Attention, Block
 from raylib.models.swin import SwinEncoder, interpolate_bias
 from raylib.models.vision import VisionBlock, VisionEncoder, interpolate
-from raylib.weights import read_tensors
+from raylib.weights import describe_misfit, read_tensors, require_no_misfits
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import UnifiedModel
@@ -37,11 +38,27 @@ class WeightMapper:
         self.used: set[str] = set()
         self.misfits: list[str] = []
 
-    def __call__(self, name: str) -> Tensor:
+    def __call__(self, name: str, shape: tuple[int | None, ...] = (None, None)) -> Tensor:
+        """Return a tensor of `shape`, where None stands for any size from 1 on.
+
+        Raises:
+            UserError: it is missing, or another.
+        """
         self.used.add(name)
         if name not in self.weights:
             raise UserError(f"{self.folder}: tensor '{name}' is missing")
-        return self.weights[name]
+        value = self.weights[name]
+        fits = len(shape) == value.dim() and all(
+            size == wanted or (wanted is None and size) for size, wanted in zip(value.shape, shape, strict=True)
+        )
+        if not fits or not value.is_floating_point():
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            kind = str(value.dtype).removeprefix("torch.")
+            raise UserError(
+                f"{self.folder} does not fit the model: {name} is {tuple(value.shape)} of {kind}, wanted "
+                f"({wanted}) of floating-point numbers"
+            )
+        return value
 
     def copy(self, to: Tensor, *names: str) -> None:
         """Copy the tensors `names`, one below the other, into `to`; what is wrong is kept for
@@ -50,11 +67,14 @@ class WeightMapper:
         # what does not fit is noted, not raised: a user who has the wrong file sees all of it at once
         absent = [f"missing {name}" for name in names if name not in self.weights]
         if not absent:
-            value = torch.cat([self.weights[name] for name in names])
-            if value.shape == to.shape:
+            parts = [self.weights[name] for name in names]
+            is_joint = len({part.shape[1:] for part in parts}) == 1 and all(part.dim() for part in parts)
+            value = torch.cat(parts) if len(parts) > 1 and is_joint else parts[0]
+            misfit = describe_misfit(" + ".join(names), value, to)
+            if misfit is None and (is_joint or len(parts) == 1):
                 to.copy_(value)
                 return
-            absent = [f"{' + '.join(names)} is {tuple(value.shape)}, wanted {tuple(to.shape)}"]
+            absent = [misfit or f"{' + '.join(names)} are of different shapes"]
         self.misfits += absent
 
     def copy_layer(self, layer: nn.Linear | nn.LayerNorm, name: str) -> None:
@@ -77,9 +97,7 @@ class WeightMapper:
         unexpected = (
             k for k in self.weights if k not in self.used and not any(re.match(p, k) for p in unused)
         )
-        misfits = self.misfits + [f"unused {k}" for k in unexpected]
-        if misfits:
-            raise UserError(f"{self.folder} does not fit the model: {'; '.join(misfits)}")
+        require_no_misfits(self.folder, self.misfits + [f"unused {k}" for k in unexpected])
 
 
 # tensors that a checkpoint may have and a model of ours does not: heads of its pretraining and its tasks
@@ -92,6 +110,7 @@ UNUSED_TEXT = [
 ]
 # second names of the word embedding and its bias
 TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
+MAX_SIZE = 1 << 24  # of a model, in any dimension
 UNUSED_VISION = [r"pooler\.", r"classifier\."]
 SIZES = {  # ours -> those of config.json
     "vocabulary": "vocab_size",
@@ -103,10 +122,29 @@ SIZES = {  # ours -> those of config.json
 TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")  # model types of text encoders
 VISION_SIZES = {"vision_layers": "num_hidden_layers", "patch": "patch_size", "image_size": "image_size"}
 
+TEXT_FOLDER = "an XLM-R or BERT folder"
+
 log = logging.getLogger(__name__)
 
 
-def encoder_sizes(config: dict, folder: Path | str, accepts: str = "an XLM-R or BERT folder") -> dict:
+def read_sizes(config: dict, folder: Path | str, names: Sequence[str], accepts: str, *lists: str) -> list[int]:
+    """Return the whole numbers of these names in a folder's config.json, which has `lists` too.
+
+    Raises:
+        UserError: it does not say them, or something else; says what to give.
+    """
+    if missing := _missing(config, *names, *lists):
+        raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
+    for name in names:
+        if type(config[name]) is not int or not 0 < config[name] <= MAX_SIZE:
+            raise UserError(
+                f"{folder}/config.json: {name} is {config[name]!r:.40}, where a whole number from 1 to "
+                f"{MAX_SIZE:,} is wanted; give {accepts}"
+            )
+    return [config[name] for name in names]
+
+
+def encoder_sizes(config: dict, folder: Path | str, accepts: str = TEXT_FOLDER) -> dict:
     """Our names for the sizes of a text encoder's config.json, and its "layers", "positions".
 
     Raises:
@@ -118,7 +156,9 @@ def encoder_sizes(config: dict, folder: Path | str, accepts: str = "an XLM-R or 
             f"{folder}: model_type {config['model_type']} is none of {', '.join(TEXT_ENCODERS)}; name its "
             "file: backbone=FILE.py"
         )
-    if missing := _missing(config, *SIZES.values(), "num_hidden_layers", "max_position_embeddings"):
+    counts = [key for name, key in SIZES.items() if name != "eps"]
+    read_sizes(config, folder, [*counts, "num_hidden_layers", "max_position_embeddings"], accepts)
+    if missing := _missing(config, SIZES["eps"]):
         raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
     return {name: config[key] for name, key in SIZES.items()} | {
         "layers": config["num_hidden_layers"],
@@ -142,12 +182,9 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
     }
     if vision:
         vit = read_config(Path(vision))
-        if missing := _missing(vit, *VISION_SIZES.values(), "hidden_size", "num_attention_heads"):
-            raise UserError(f"{vision}/config.json: no {', '.join(sorted(missing))}; give a ViT folder")
-        vit_shape, text_shape = (
-            (vit["hidden_size"], vit["num_attention_heads"]),
-            (sizes["width"], sizes["heads"]),
-        )
+        read_sizes(vit, vision, list(VISION_SIZES.values()), "a ViT folder")
+        vit_shape = tuple(read_sizes(vit, vision, ["hidden_size", "num_attention_heads"], "a ViT folder"))
+        text_shape = (sizes["width"], sizes["heads"])
         if vit_shape != text_shape:
             raise UserError(
                 f"{vision}: width and heads {vit_shape}, those of {folder} are {text_shape}; "
@@ -171,7 +208,7 @@ def load_text(model: "UnifiedModel", folder: Path | str, layers: tuple[int, ...]
     weights, config = read_folder(Path(folder))
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
     mapper = WeightMapper(weights, folder)
-    stored = 1 + max(int(m[1]) for k in weights if (m := re.match(r"encoder\.layer\.(\d+)\.", k)))
+    stored = count_layers(weights, folder)
     text, fusion = len(model.text.blocks), len(model.fusion.blocks)
     blocks = text + fusion
     if layers is None:
@@ -200,9 +237,10 @@ def copy_text(mapper: WeightMapper, model: "UnifiedModel", first: int, layers: t
     """
     with torch.no_grad():
         mapper.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
-        positions = mapper("embeddings.position_embeddings.weight")[first:]
-        token_type = mapper("embeddings.token_type_embeddings.weight")[0]
         position_table = model.embedding.position.weight
+        rows = (None, position_table.shape[1])
+        positions = mapper("embeddings.position_embeddings.weight", rows)[first:]
+        token_type = mapper("embeddings.token_type_embeddings.weight", rows)[0]
         if len(positions) < len(position_table):
             raise UserError(
                 f"{mapper.folder}: {len(positions)} positions, the model wants {len(position_table)}; "
@@ -237,12 +275,15 @@ def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
     """The image encoder, a ViT, from tensors named as in `transformers`."""
     vision = cast(VisionEncoder, model.vision)
     with torch.no_grad():
-        vision.cls.copy_(mapper("embeddings.cls_token").view(-1))
-        vision.position.copy_(
-            interpolate(mapper("embeddings.position_embeddings")[0], len(vision.position) - 1)
-        )
+        width = len(vision.cls)
+        vision.cls.copy_(mapper("embeddings.cls_token", (1, 1, width)).reshape(-1))
+        positions = mapper("embeddings.position_embeddings", (1, None, width))[0]
+        if math.isqrt(len(positions) - 1) ** 2 != len(positions) - 1 or len(positions) < 2:
+            raise UserError(f"{mapper.folder}: {len(positions)} positions, not those of a square of patches")
+        vision.position.copy_(interpolate(positions, len(vision.position) - 1))
         # a convolution's kernel (d, 3, P, P) as a matrix over patches, whose pixels are (P, P, 3)
-        kernel = mapper("embeddings.patch_embeddings.projection.weight")
+        shape = (width, 3, vision.patch, vision.patch)
+        kernel = mapper("embeddings.patch_embeddings.projection.weight", shape)
         vision.patch_embedding.weight.copy_(kernel.permute(0, 2, 3, 1).reshape(len(kernel), -1))
         mapper.copy(vision.patch_embedding.bias, "embeddings.patch_embeddings.projection.bias")
         for i, block in enumerate(cast(Iterable[VisionBlock], vision.blocks)):
@@ -324,12 +365,26 @@ def _copy_masked_head(mapper: WeightMapper, model: "UnifiedModel") -> None:
     mapper.copy(head.bias, f"{lm}.bias")
 
 
+def count_layers(weights: Iterable[str], folder: Path | str) -> int:
+    """Return how many layers a text encoder's tensors are of, by their names.
+
+    Raises:
+        UserError: there is none.
+    """
+    layers = [int(m[1]) for name in weights if (m := re.match(r"encoder\.layer\.(\d{1,4})\.", name))]
+    if not layers:
+        raise UserError(f"{folder}: no encoder.layer.0 among its tensors; give {TEXT_FOLDER}")
+    return 1 + max(layers)
+
+
 def first_position(config: dict) -> int:
     """Row of the position embeddings that a sentence starts at: RoBERTa numbers positions from pad + 1."""
     if config.get("model_type") == "bert":
         return 0
     # configs of today's `transformers` write null where a number was not given
     padding = config.get("pad_token_id")
+    if padding is not None and (type(padding) is not int or not 0 <= padding < 100):
+        raise UserError(f"config.json: pad_token_id is {padding!r:.40}, where a small number is wanted")
     return 2 if padding is None else padding + 1
 
 
@@ -360,14 +415,36 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
     """
     config = read_config(folder)
     # a large checkpoint lies in several files, and an index says in which
-    index = next(folder.glob("*.index.json"), None)
-    names = sorted(set(read_json_object(index)["weight_map"].values())) if index else None
+    index = min(folder.glob("*.index.json"), default=None)
+    shards = _read_index(index) if index else {}
     weights: dict[str, Tensor] = {}
-    for name in names or ["model.safetensors"]:
+    for name in shards or ["model.safetensors"]:
         file = folder / name
-        if not names and not file.is_file() and (folder / "pytorch_model.bin").is_file():
+        if not shards and not file.is_file() and (folder / "pytorch_model.bin").is_file():
             file = folder / "pytorch_model.bin"
         if not file.is_file():
             raise UserError(f"{folder}: no {name}; give a checkpoint folder in Hugging Face format")
-        weights |= read_tensors(file)
+        shard = read_tensors(file)
+        if lacking := sorted(shards.get(name, set()) - shard.keys()):
+            raise UserError(
+                f"{file}: no tensor {lacking[0]}, which {index.name} says is in it ({len(lacking)} are not); "
+                "take both files from the same place"
+            )
+        weights |= shard
     return weights, config
+
+
+def _read_index(path: Path) -> dict[str, set[str]]:
+    """The files that an index of weights names, in order -> the tensors in each."""
+    what = "an index of weights: an object weight_map, a file for each tensor"
+    places = read_json_object(path, ("weight_map",), what)["weight_map"]
+    shards: dict[str, set[str]] = {}
+    with reading(path, what):
+        if not isinstance(places, dict) or not places:
+            raise ValueError(f"weight_map is {type(places).__name__}")
+        for tensor, name in places.items():
+            # a file of the folder, whatever a stranger's index says
+            if not isinstance(name, str) or PurePath(name).name != name or name.startswith("."):
+                raise ValueError(f"{tensor} in {name!r:.60}, which is no name of a file beside it")
+            shards.setdefault(name, set()).add(tensor)
+    return dict(sorted(shards.items()))

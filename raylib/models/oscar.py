@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config, validate
+from raylib.config import Config, Size, validate
 from raylib.models.hf_weights import (
     UNUSED_TEXT,
     WeightMapper,
@@ -43,6 +43,7 @@ from raylib.models.layers import TextEmbedding, init_weights
 from raylib.models.single_stream import SingleStreamBackbone
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows, select_mask
 from raylib.precision import LayerNorm
+from raylib.weights import limit_model
 
 # numbers behind a region's features that are taken: x1, y1, x2, y2, width, height, as shares of the image;
 # the last that readers give, the area, is left out
@@ -66,15 +67,15 @@ class OscarConfig(Config):
     regions; None: there is none.
     """
 
-    vocabulary: PositiveInt = 30522
-    width: PositiveInt = 768
-    heads: PositiveInt = 12
-    feedforward: PositiveInt = 3072
-    layers: PositiveInt = 12
-    positions: PositiveInt = 512
+    vocabulary: Size = 30522
+    width: Size = 768
+    heads: Size = 12
+    feedforward: Size = 3072
+    layers: Size = 12
+    positions: Size = 512
     dropout: float = 0.1
     eps: float = 1e-12
-    features: PositiveInt | None = 2048
+    features: Size | None = 2048
     region_eps: float | None = 1e-12
 
     @model_validator(mode="after")
@@ -155,7 +156,8 @@ class Oscar(SingleStreamBackbone):
         weights, description = _read(path)
         # only old folders, OSCAR's among them, do not say whose they are: BERT's
         first = first_position(description) if "model_type" in description else 0
-        model = cls(_sizes(weights, description, first, path))
+        with limit_model(path / "config.json", path):
+            model = cls(_sizes(weights, description, first, path))
         mapper = WeightMapper(weights, path)
         with torch.no_grad():
             _fill(model, mapper, first)
@@ -284,7 +286,7 @@ def _sizes(weights: dict[str, Tensor], description: dict, first: int, path: Path
     }
     # a text encoder has seen no regions: what embeds them is made when a run says how wide theirs are
     if REGIONS in weights:
-        sizes["features"] = weights[REGIONS].shape[-1] - REGION_BOX_DIM
+        sizes["features"] = WeightMapper(weights, path)(REGIONS).shape[-1] - REGION_BOX_DIM
     if description.get("use_img_layernorm"):
         sizes["region_eps"] = description.get("img_layer_norm_eps", 1e-12)
     return validate(OscarConfig, sizes, f"{path}/config.json")
@@ -293,8 +295,9 @@ def _sizes(weights: dict[str, Tensor], description: dict, first: int, path: Path
 def _fill(model: Oscar, mapper: WeightMapper, first: int) -> None:
     # The type of texts becomes part of the positions, and tags are of what their type differs by. XLM-R has
     # one type: tags are then of the same, which a difference of rows 0 and -1 comes to.
-    embedding, types = model.embedding, mapper(TYPES)
-    mapper.weights[POSITIONS] = mapper(POSITIONS)[first:] + types[0]
+    embedding, rows = model.embedding, (None, model.width)
+    types = mapper(TYPES, rows)
+    mapper.weights[POSITIONS] = mapper(POSITIONS, rows)[first:] + types[0]
     mapper.weights[TYPES] = types[-1] - types[0]
     mapper.copy(embedding.word.weight, "embeddings.word_embeddings.weight")
     mapper.copy(embedding.position.weight, POSITIONS)

@@ -22,16 +22,17 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import PositiveInt, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from raylib.config import Config, validate
+from raylib.config import Config, Size, validate
 from raylib.errors import UserError
 from raylib.models.base import RegionBackbone
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.single_stream_weights import read_single_stream
 from raylib.packed import Ragged, first_tokens, join_rows, select_mask, upload
 from raylib.precision import LayerNorm
+from raylib.weights import limit_model
 
 # Numbers behind a region's features, as readers give them: x1, y1, x2, y2, width, height, area, as shares of
 # the image. A layout takes all, or some of them.
@@ -173,16 +174,16 @@ class SingleStreamConfig(Config):
     """
 
     layout: Literal["uc2", "m3p", "muniter", "xuniter"] = "uc2"
-    vocabulary: PositiveInt = 250002
-    width: PositiveInt = 768
-    heads: PositiveInt = 12
-    feedforward: PositiveInt = 3072
-    layers: PositiveInt = 12
-    positions: PositiveInt = 512
+    vocabulary: Size = 250002
+    width: Size = 768
+    heads: Size = 12
+    feedforward: Size = 3072
+    layers: Size = 12
+    positions: Size = 512
     dropout: float = 0.1
     eps: float = 1e-12
     embedding_eps: float = 1e-12
-    features: PositiveInt | None = 2048
+    features: Size | None = 2048
     locations: Literal[5, 7] = 7
     unit_length: bool = False
     first: Literal["text", "regions"] = "text"
@@ -190,7 +191,7 @@ class SingleStreamConfig(Config):
     part_norms: bool = True
     whole_image: bool = False
     pooler: Literal["first", "product"] = "first"
-    pooled: PositiveInt | None = None
+    pooled: Size | None = None
     activation: Literal["tanh", "relu"] = "tanh"
 
     @model_validator(mode="after")
@@ -255,7 +256,8 @@ class SingleStream(SingleStreamBackbone):
         cls.check_no_vision(vision)
         weights = read_single_stream(cls.kind, Path(path))
         sizes = {**LAYOUTS[cls.kind].model_dump(), **weights.sizes}
-        model = cls(validate(SingleStreamConfig, sizes, weights.where))
+        with limit_model(weights.where, path):
+            model = cls(validate(SingleStreamConfig, sizes, weights.where))
         weights.fill(model)
         return model
 

@@ -12,7 +12,6 @@ Token types become part of what they are added to: a text's of its positions, a 
 location.
 """
 
-import pickle
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +21,6 @@ from torch import Tensor
 
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
-from raylib.finite import require_finite_file
 from raylib.models.attention import Block
 from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
 from raylib.models.single_stream_names import (
@@ -34,13 +32,12 @@ from raylib.models.single_stream_names import (
     text_names,
     volta_names,
 )
-from raylib.weights import read_tensors
+from raylib.weights import ENDINGS, read_tensors
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
 
 HEAD_WIDTH = 64  # width of an attention head in every published model
-ENDINGS = (".bin", ".pt", ".pth", ".tar", ".safetensors")
 HUGGING_FACE = ("model.safetensors", "pytorch_model.bin", "*.index.json")  # what its folders hold
 # VOLTA has one layer norm epsilon for all, and a ReLU after UC2's pooler, which had been trained with tanh
 AS_IN_VOLTA = {"uc2": {"eps": 1e-5, "activation": "relu"}}
@@ -101,34 +98,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
             f"{path}: {found}; give one file ({', '.join(ENDINGS)}), or an XLM-R or BERT folder with its "
             "config.json"
         )
-    weights = _read_file(files[0])
-    require_finite_file(files[0], weights)
-    return weights, description
-
-
-def _read_file(file: Path) -> dict[str, Tensor]:
-    if file.suffix == ".safetensors":
-        return read_tensors(file)
-    # never unpickled: a file from elsewhere could run anything
-    try:
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as e:
-        raise UserError(
-            f"{file}: not read ({str(e).splitlines()[0]}); only tensors and plain values are: if it is a "
-            "checkpoint with other objects, save its weights alone"
-        ) from None
-    for key in ("model", "model_state_dict"):  # M3P's, VOLTA's checkpoints with their optimizer
-        if isinstance(weights, dict) and isinstance(weights.get(key), dict):
-            weights = weights[key]
-    if (
-        not isinstance(weights, dict)
-        or not weights
-        or not all(isinstance(value, Tensor) for value in weights.values())
-    ):
-        raise UserError(
-            f"{file}: no state dict, which has names and tensors alone; save the model's weights alone"
-        )
-    return weights
+    return read_tensors(files[0]), description
 
 
 def _find_format(
@@ -195,11 +165,10 @@ def _sizes_of_tensors(
 ) -> dict[str, Any]:
     """The sizes of the model in `weights`, but for those that a layout says."""
 
-    # a tensor that is missing here would otherwise be a KeyError, before anything could be listed
+    mapper = WeightMapper(weights, path)
+
     def shape(name: str) -> tuple[int, ...]:
-        if f"{name}.weight" not in weights:
-            raise UserError(f"{path} does not fit the model: missing {name}.weight")
-        return weights[f"{name}.weight"].shape
+        return mapper(f"{name}.weight").shape
 
     vocabulary, width = shape(names.word)
     # layers are counted by their query maps; VOLTA numbers attention and feed-forward apart, so by no number
@@ -227,8 +196,10 @@ def _fill(model: "SingleStream", mapper: WeightMapper, names: Names) -> None:
     mapper.copy(embedding.word.weight, f"{names.word}.weight")
     # Token types are constants: a text's goes into its positions, a region's into the bias of the norm after
     # which it would be added. Nothing is looked up for them any more.
-    positions = mapper(f"{names.position}.weight")[names.first :]
-    embedding.position.weight.copy_(positions + _type_vector(mapper, names.text_type))
+    width = model.config.width
+    rows = (len(embedding.position.weight) + names.first, width)
+    positions = mapper(f"{names.position}.weight", rows)[names.first :]
+    embedding.position.weight.copy_(positions + _type_vector(mapper, names.text_type, width))
     mapper.copy_layer(embedding.norm, names.norm)
     for i, block in enumerate(model.encoder.blocks):
         _fill_block(block, mapper, names, i)
@@ -240,7 +211,7 @@ def _fill(model: "SingleStream", mapper: WeightMapper, names: Names) -> None:
     if model.config.part_norms:
         mapper.copy_layer(regions.feature_norm, names.feature_norm)
         mapper.copy_layer(regions.location_norm, names.location_norm)
-        regions.location_norm.bias.add_(_type_vector(mapper, names.region_type))
+        regions.location_norm.bias.add_(_type_vector(mapper, names.region_type, width))
     mapper.copy_layer(regions.norm, names.region_norm)
     mapper.copy_layer(model.pooler, names.pooler)
     if names.region_pooler:
@@ -256,5 +227,10 @@ def _fill_block(block: Block, mapper: WeightMapper, names: Names, i: int) -> Non
     mapper.copy_layer(block.output_norm, layer_part_name(names.output_norm, i))
 
 
-def _type_vector(mapper: WeightMapper, kind: Type | None) -> Tensor | float:
-    return mapper(f"{kind.name}.weight")[kind.row] if kind else 0.0
+def _type_vector(mapper: WeightMapper, kind: Type | None, width: int) -> Tensor | float:
+    if kind is None:
+        return 0.0
+    types = mapper(f"{kind.name}.weight", (None, width))
+    if not -len(types) <= kind.row < len(types):
+        raise UserError(f"{mapper.folder}: {kind.name}.weight has {len(types)} rows, row {kind.row} is wanted")
+    return types[kind.row]

@@ -23,6 +23,7 @@ from raylib.models.vision import VisionEncoder
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
 from raylib.precision import LayerNorm
 from raylib.settings import ModelConfig
+from raylib.weights import limit_model
 
 TINY = ModelConfig(
     vocabulary=12000,
@@ -125,7 +126,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         Raises:
             UserError: no such folders, or they do not fit.
         """
-        model = cls(validate(ModelConfig, text_sizes(path, vision), f"{path}/config.json"))
+        with limit_model(path / "config.json", path, vision):
+            model = cls(validate(ModelConfig, text_sizes(path, vision), f"{path}/config.json"))
         load_text(model, path)
         if vision:
             load_vision(model, vision)
