@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, FolderName, Size, SizeOrZero, NameOrFile, UserFile, load_user_file, lookup
+from raylib.config import Config, FolderName, NameOrFile, Size, SizeOrZero, UserFile, load_user_file, lookup
 from raylib.errors import UserError
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.pickles import Machine, Name, Refused, refuse_call, require_plain
+from raylib.pickles import OPCODES, Machine, Name, Refused, refuse_call, require_plain
 
 MAX_PICKLE = 1 << 26  # bytes of a pickle: a tensor takes about 300, an optimizer's state of it as many
 MAX_DIMENSIONS = 32
@@ -33,6 +33,7 @@ LOCAL_HEADER = Struct(
     "<4s22xHH"
 )  # of a member of a zip: signature, lengths of the name and of the extra field
 COUNT = Struct("<q")
+NEWOBJ, BINPERSID = 0x81, ord("Q")  # opcodes: an object of a class, something outside of the pickle
 STORAGES = {
     "Float": torch.float32,
     "Double": torch.float64,
@@ -118,12 +119,16 @@ class _TorchMachine(Machine):
     def __init__(self, data: bytes, classes: Collection[str] = ()):
         super().__init__(data)
         self.calls = {**CALLS, **dict.fromkeys(classes, _make_record)}
+        self.opcodes = {**OPCODES, NEWOBJ: Machine.call, BINPERSID: lambda _: self.push_storage()}
         self.storages: list[Storage] = []
 
     def find(self, name: str) -> Any:
-        return DTYPES[name] if name in DTYPES else super().find(name)
+        if name not in DTYPES and name not in self.calls:
+            raise Refused(f"it wants {name[:100]}, and only tensors and plain values are read")
+        return DTYPES[name] if name in DTYPES else Name(name)
 
-    def resolve(self, identity: Any) -> Storage:
+    def push_storage(self) -> None:
+        identity = self.stack.pop()
         if not (
             isinstance(identity, tuple) and len(identity) >= 5 and identity[0] in ("storage", b"storage")
         ):
@@ -134,7 +139,7 @@ class _TorchMachine(Machine):
         if any(part is not None for part in view):
             raise Refused("a storage that is part of another")
         self.storages.append(Storage(str(key), dtype, count * dtype.itemsize))
-        return self.storages[-1]
+        self.stack.append(self.storages[-1])
 
     def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
@@ -150,7 +155,7 @@ def _make_record(*values: Any) -> Record:
 
 
 def _rebuild(
-    storage: object, offset: object, size: object, stride: object, *rest: object, dtype: Any = None
+    storage: Any, offset: Any, size: Any, stride: Any, *rest: Any, dtype: Any = None
 ) -> TensorRecord:
     if len(rest) > 2 and rest[2]:
         raise Refused("a tensor with a conjugate or negative view")
@@ -166,20 +171,20 @@ def _rebuild(
     return TensorRecord(storage, dtype or storage.dtype, offset, size, stride)
 
 
-def _rebuild_with_dtype(storage: object, *rest: object) -> TensorRecord:
-    *rest, dtype = rest[:6]
+def _rebuild_with_dtype(storage: Any, *rest: Any) -> TensorRecord:
+    *others, dtype = rest[:6]
     if not isinstance(dtype, torch.dtype):
         raise Refused("a tensor without a type")
-    return _rebuild(storage, *rest, dtype=dtype)
+    return _rebuild(storage, *others, dtype=dtype)
 
 
-def _rebuild_parameter(data: object, *_: object) -> object:
+def _rebuild_parameter(data: Any, *_: Any) -> object:
     if not isinstance(data, TensorRecord):
         raise Refused("a parameter without a tensor")
     return data
 
 
-def _rebuild_subclass(function: object, *rest: object) -> object:
+def _rebuild_subclass(function: Any, *rest: Any) -> object:
     """A tensor with attributes, which nothing here asks for."""
     arguments = rest[1] if len(rest) > 1 else None
     if not isinstance(function, Name) or function.name not in CALLS or type(arguments) is not tuple:
@@ -187,7 +192,7 @@ def _rebuild_subclass(function: object, *rest: object) -> object:
     return CALLS[function.name](*arguments)
 
 
-def _make_dict(pairs: object = ()) -> dict:
+def _make_dict(pairs: Any = ()) -> dict:
     is_pairs = type(pairs) in (list, tuple) and all(
         type(pair) in (list, tuple) and len(pair) == 2 and type(pair[0]) in (str, int) for pair in pairs
     )
@@ -196,17 +201,17 @@ def _make_dict(pairs: object = ()) -> dict:
     return dict(pairs)
 
 
-def _make_list(items: object = ()) -> list:
+def _make_list(items: Any = ()) -> list:
     if type(items) not in (list, tuple):
         raise Refused("a set, or a size, of no items")
     return list(items)
 
 
-def _make_size(items: object = ()) -> tuple:
+def _make_size(items: Any = ()) -> tuple:
     return tuple(_make_list(items))
 
 
-def _make_device(*place: object) -> str:
+def _make_device(*place: Any) -> str:
     return ":".join(map(str, place))
 
 
@@ -230,7 +235,11 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any, "Find"]:
     members: dict[str, zipfile.ZipInfo] = {}
-    with zipfile.ZipFile(file) as archive:
+    try:
+        archive = zipfile.ZipFile(file)
+    except zipfile.BadZipFile:  # its list of members is at its end
+        raise Refused("it is cut off, as after an unfinished download") from None
+    with archive:
         for member in archive.infolist():
             if member.filename in members:
                 raise Refused(f"two members of one name, {member.filename}")
@@ -270,7 +279,7 @@ def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any,
 
 def _read_legacy(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any, "Find"]:
     machine = _TorchMachine(file.read(MAX_PICKLE), classes=classes)
-    if machine.run() != MAGIC or machine.run() != VERSION:
+    if machine.data[:1] != b"\x80" or machine.run() != MAGIC or machine.run() != VERSION:
         raise Refused("no file of PyTorch's")
     facts = machine.run()
     if type(facts) is not dict or facts.get("little_endian") is not True:
@@ -346,7 +355,7 @@ def _read_tensors(file: BinaryIO, records: list[TensorRecord], find: "Find") -> 
     for key, (start, num_bytes) in sorted(places.items(), key=lambda item: item[1]):
         content = torch.empty(num_bytes, dtype=torch.uint8)
         file.seek(start)
-        _read_into(file, memoryview(content.numpy()))
+        _read_into(file, content.numpy().data)
         storages[key] = content.untyped_storage()
     return {
         record: torch.empty(0, dtype=record.dtype).set_(
@@ -356,7 +365,7 @@ def _read_tensors(file: BinaryIO, records: list[TensorRecord], find: "Find") -> 
     }
 
 
-def _read_into(file: BinaryIO, buffer: memoryview) -> None:
+def _read_into(file: Any, buffer: memoryview) -> None:
     while buffer:  # the system reads 2 GB at once
         count = file.readinto(buffer)
         if not count:

@@ -7,19 +7,24 @@ one place.
 3. `load_state` puts tensors into a model that has them all, and names those that do not fit.
 """
 
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from raylib.errors import reading
+from raylib.errors import UserError, reading
 from raylib.finite import require_finite_file
 from raylib.torch_files import TensorRecord, read_torch
 
 ADVICE = "take an undamaged copy, of the weights alone"
 # keys under which checkpoints have a model's state beside an optimizer's and others
 NESTED = ("model", "state_dict", "model_state_dict", "module")
+CUT_OFF = "incomplete metadata"  # of safetensors, where a file is not as long as its header says
 LISTED = 12  # names in a line
 ENDINGS = (".bin", ".pt", ".pth", ".th", ".tar", ".safetensors")  # of files of weights
 # A model may be so many times as large as the weights that it starts from, and so much larger: an image
@@ -36,8 +41,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path, device=device)[0]
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give a file of weights")
+    _require_file(path)
     with reading(path, "weights (PyTorch)", ADVICE):
         tensors = read_torch(path, _choose_state)
     require_finite_file(path, tensors)
@@ -52,10 +56,21 @@ def read_safetensors(
     Raises:
         UserError: it is damaged, or something else; a tensor is not finite (it is named).
     """
-    with reading(path, what, advice), safe_open(path, "pt", device) as file:
-        tensors, metadata = file.get_tensors(), file.metadata() or {}
+    _require_file(path)
+    with reading(path, what, advice):
+        try:
+            with safe_open(path, "pt", device) as file:
+                tensors, metadata = file.get_tensors(), file.metadata() or {}
+        except SafetensorError as e:
+            cut = "it is cut off, as after an unfinished download, or damaged" if CUT_OFF in str(e) else e
+            raise ValueError(cut) from e
     require_finite_file(path, tensors)
     return tensors, metadata
+
+
+def _require_file(path: Path | str) -> None:
+    if not Path(path).is_file():  # a pipe would never end
+        raise UserError(f"{path}: no such file; give a file of weights")
 
 
 def _choose_state(value: Any) -> dict[str, TensorRecord]:
@@ -90,7 +105,9 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str
     misfits = [f"missing {name}" for name in own if name not in tensors]
     misfits += [f"unused {name}" for name in tensors if name not in own]
     misfits += [
-        misfit for name in own if name in tensors and (misfit := describe_misfit(name, tensors[name], own[name]))
+        misfit
+        for name in own
+        if name in tensors and (misfit := describe_misfit(name, tensors[name], own[name]))
     ]
     require_no_misfits(path, misfits)
     model.load_state_dict(dict(tensors))

@@ -423,7 +423,7 @@ def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
             Oscar.import_weights(path)
     monkeypatch.chdir(tmp_path)
     write(folder, {"bert.x": Code()})
-    with pytest.raises(UserError, match="good/pytorch_model.bin: not to be read as tensors"):
+    with pytest.raises(UserError, match="pytorch_model.bin: not to be read .*it wants posix.mkdir"):
         Oscar.import_weights(folder)
     assert not (tmp_path / "ran").exists()
     (folder / "pytorch_model.bin").unlink()
@@ -431,7 +431,9 @@ def test_oscar_wrong_folders_are_named(tmp_path, monkeypatch):
         Oscar.import_weights(folder)
     with pytest.raises(UserError, match="width 16 is not a multiple of heads 3"):
         Oscar.import_weights(write(folder, make_weights(), num_attention_heads=3))
-    with pytest.raises(UserError, match=r"token_type_embeddings.weight is \(16,\), wanted \(32,\)"):
+    with pytest.raises(
+        UserError, match=r"token_type_embeddings.weight is \(2, 16\) of float64, wanted \(any, 32\)"
+    ):
         Oscar.import_weights(write(folder, make_weights(), hidden_size=32))
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match="no hidden_size, .*; give an OSCAR, BERT or XLM-R folder"):

@@ -9,8 +9,8 @@ from struct import pack
 import numpy as np
 import pytest
 
-from finetune.stores.pickles import CALLS, load_plain
 from raylib.errors import UserError
+from raylib.pickles import CALLS, load_plain
 from tests.fuzz.reader import same
 
 DTYPES = ("?", "i1", "<i2", ">i4", "<i8", "u1", ">u2", "u4", "u8", "<f2", ">f4", "f4", "f8")
@@ -168,7 +168,7 @@ class Plain:
 
 
 def test_what_a_pickle_may_call_is_ours():
-    assert all(call.__module__ == "finetune.stores.pickles" for call in CALLS.values())
+    assert all(call.__module__ == "raylib.pickles" for call in CALLS.values())
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,9 @@ from finetune.formats import (
     stream_list,
     stream_members,
 )
-from finetune.stores.pickles import load_plain
 from raylib.errors import UserError
 from raylib.fileio import read_json
+from raylib.pickles import load_plain
 
 LABELS = ("contradiction", "neutral", "entailment")
 UNLABELLED = "-"  # annotators did not agree

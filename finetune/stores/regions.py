@@ -18,11 +18,11 @@ import numpy as np
 from finetune.stores import Regions, decode_floats, folders_of, may_hold, reading_record, stem, to_regions
 from finetune.stores.arrays import MAX_BYTES, parse_archive, parse_array, read_file, read_header
 from finetune.stores.lmdb_pages import LmdbPages
-from finetune.stores.pickles import load_plain
 from raylib.cache import open_once
 from raylib.data.images import BadImage
 from raylib.errors import UserError, reading
 from raylib.fileio import unicode_forms
+from raylib.pickles import load_plain
 
 OSCAR_BOX_DIM = 6  # x1, y1, x2, y2, width, height behind each region's features
 X101 = {"bbox": "boxes", "image_height": "img_h", "image_width": "img_w"}  # its names -> those of the others

@@ -264,10 +264,11 @@ class Backbone(nn.Module, ABC):
         if kind not in (cls.stored_kinds or (cls.kind,)):
             raise UserError(f"{folder}: not a Polyglance model of kind {cls.kind}; {advice}")
         sizes = {k: v for k, v in description.items() if k not in ("model_type", "tuning", CODE_KEY)}
+        tuning = peft.check_stored(description.get("tuning"), folder / "config.json")
         with limit_model(folder / "config.json", folder):
             model = cls.from_sizes(sizes, kind, folder)
             # what was put in has weights of its own, so it goes in before these are loaded
-            peft.insert_stored(model, description.get("tuning"), folder / "config.json")
+            peft.insert_stored(model, tuning)
         return load_weights(model, folder)
 
     @classmethod

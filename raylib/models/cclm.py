@@ -108,7 +108,9 @@ def read_published(path: Path) -> Published:
     weights = read_tensors(path)
     # the names of a text encoder's layers are what both formats have and no other file has
     layers = [
-        int(m[1]) for k in weights if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d{1,4})\.", k))
+        int(m[1])
+        for k in weights
+        if (m := re.match(r"text_encoder\.(?:\w+\.)?encoder\.layer\.(\d{1,4})\.", k))
     ]
     if not layers:
         raise UserError(
@@ -123,6 +125,10 @@ def read_published(path: Path) -> Published:
             name = name.removeprefix("vision_encoder.")
             # timm and Microsoft project queries, keys and values by one map, `transformers` by three
             if ".attn.qkv." in name:
+                if not value.dim() or len(value) % 3:
+                    raise UserError(
+                        f"{path} does not fit the model: vision_encoder.{name} has no three parts"
+                    )
                 parts = zip(("query", "key", "value"), value.chunk(3), strict=True)
                 vision |= {name.replace(".qkv.", f".{part}."): third for part, third in parts}
             else:
@@ -133,7 +139,9 @@ def read_published(path: Path) -> Published:
         name = re.sub(r"^mlm_head\.", "cls.", name)
         text[
             re.sub(
-                r"^cross_encoder\.encoder\.layer\.(\d{1,4})", lambda m: f"encoder.layer.{above + int(m[1])}", name
+                r"^cross_encoder\.encoder\.layer\.(\d{1,4})",
+                lambda m: f"encoder.layer.{above + int(m[1])}",
+                name,
             )
         ] = value
     # X2-VLM's text encoder is a RoBERTa, whose texts start behind the padding; CCLM's is a BERT with XLM-R's
@@ -277,9 +285,9 @@ class Cclm(UnifiedModel):
         vision_sizes = cls.folder_sizes(vision) if vision else None
         if path.is_file():
             file = read_published(path)
-            sizes = published_sizes(file, vision_sizes or cls.file_sizes(file))
+            config = published_sizes(file, vision_sizes or cls.file_sizes(file))
             with limit_model(path, path, vision):
-                model = cls(sizes)
+                model = cls(config)
             fill(model, file, with_vision=not vision)
         else:
             sizes = text_sizes(path)

@@ -20,9 +20,9 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from raylib.config import Config, Size
-from raylib.errors import UserError, require
+from raylib.errors import UserError, reading, require
 from raylib.models.base import RetrievalBackbone
-from raylib.models.hf_weights import WeightMapper, copy_block, read_folder
+from raylib.models.hf_weights import WeightMapper, copy_block, count_layers, read_folder
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD
@@ -75,6 +75,14 @@ class ClipConfig(Config):
     def image_size(self) -> int:
         return self.clip["vision_config"].get("image_size", 224)
 
+    @model_validator(mode="after")
+    def _fits(self) -> "ClipConfig":
+        tower = self.clip.get("vision_config")
+        size = tower.get("image_size", 224) if isinstance(tower, dict) else None
+        if type(size) is not int or size <= 0:
+            raise ValueError("no vision_config with the image_size of CLIP")
+        return self
+
 
 class DualEncoder(RetrievalBackbone, SplitModule):
     """Shared by both: an image is one vector from the start. Images pass their tower in pieces."""
@@ -87,6 +95,12 @@ class DualEncoder(RetrievalBackbone, SplitModule):
     @property
     def image_size(self) -> int:
         return self.config.image_size
+
+    @classmethod
+    def from_sizes(cls, sizes: dict[str, Any], kind: str, folder: Path) -> Self:
+        # `transformers` makes the towers, and raises whatever it likes at sizes that it does not take
+        with reading(folder / "config.json", "sizes of CLIP"):
+            return super().from_sizes(sizes, kind, folder)
 
     def embed_images(self, states: Ragged, *, normalize: bool) -> Tensor:
         return F.normalize(states.values, dim=-1) if normalize else states.values
@@ -179,7 +193,7 @@ class MClip(DualEncoder):
         layers = count_layers(weights, path)
         positions = mapper("embeddings.position_embeddings.weight")[FIRST_POSITION:]
         # its config.json names XLM-R alone: the sizes are those of the tensors
-        config = MClipConfig(
+        sizes = dict(
             vocabulary=len(words),
             width=words.shape[1],
             heads=words.shape[1] // 64,
@@ -188,9 +202,10 @@ class MClip(DualEncoder):
             feedforward=len(mapper("encoder.layer.0.intermediate.dense.bias", (None,))),
             embedding=len(projection),
             image_size=tower_sizes["image_size"],
-            image=ClipImageSizes(**{k: tower_sizes[k] for k in ClipImageSizes.model_fields}),
+            image={k: tower_sizes[k] for k in ClipImageSizes.model_fields},
         )
-        model = cls(config)
+        with limit_model(path, path, vision):
+            model = cls.from_sizes(sizes, cls.kind, path)
         with torch.no_grad():
             mapper.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
             # all texts are of one type: its vector becomes part of the positions
@@ -297,13 +312,11 @@ class Clip(DualEncoder):
                 f"{path}: its config.json is of '{description.get('model_type')}', not of clip; give a CLIP "
                 "folder"
             )
-        model = cls(ClipConfig(clip=description))
+        with limit_model(path / "config.json", path):
+            model = cls.from_sizes({"clip": description}, cls.kind, path)
         # an index that older versions stored, and that follows from the sizes
         weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
-        try:
-            model.towers.load_state_dict(weights)
-        except RuntimeError as e:
-            raise UserError(f"{path}: no whole CLIP ({' '.join(str(e).split())[:300]})") from None
+        load_state(model.towers, weights, path)
         return model
 
     @property
@@ -350,16 +363,14 @@ def _make_tower(sizes: dict[str, Any]) -> nn.Module:
 def _load_tower(folder: Path) -> Any:
     """The image half of a CLIP folder; what is of its text half is left out."""
     weights, description = read_folder(folder)
-    sizes = description.get("vision_config", description)
-    # 512: CLIP's, if its config.json says nothing
-    width = description.get("projection_dim", sizes.get("projection_dim", 512))
-    tower = _make_tower({**sizes, "projection_dim": width})
+    with limit_model(folder / "config.json", folder), reading(folder / "config.json", "sizes of CLIP"):
+        sizes = description.get("vision_config", description)
+        # 512: CLIP's, if its config.json says nothing
+        width = description.get("projection_dim", sizes.get("projection_dim", 512))
+        tower = _make_tower({**sizes, "projection_dim": width})
     # a folder of CLIP holds both towers, one of its image tower alone has the same names
     parts = ("vision_model.", "visual_projection.")
     weights = {name: value for name, value in weights.items() if name.startswith(parts)}
     weights.pop("vision_model.embeddings.position_ids", None)
-    try:
-        tower.load_state_dict(weights)
-    except RuntimeError as e:
-        raise UserError(f"{folder}: no image tower of CLIP ({' '.join(str(e).split())[:300]})") from None
+    load_state(tower, weights, folder)
     return tower

@@ -7,14 +7,15 @@ appendix B.2.3). A head that generates answers (`raylib.models.decoder`) sees th
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
 from raylib import checkpoint
-from raylib.config import user_files, validate
+from raylib.config import Config, Size, user_files, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
@@ -36,6 +37,7 @@ from raylib.packed import Ragged, TokenSegments
 from raylib.precision import exact_linear
 from raylib.saving import Files
 from raylib.settings import FitConfig, stored_fit
+from raylib.weights import limit_model
 
 
 class Classifier(nn.Module):
@@ -56,6 +58,27 @@ class Classifier(nn.Module):
         # never in bf16, whose numbers near 8 are 1/16 apart: of labels that tie, the first is predicted
         with torch.autocast(hidden.device.type, enabled=False):
             return exact_linear(self.output, hidden.to(self.output.weight.dtype))
+
+
+class StoredModel(Config):
+    """The config.json of a `FinetuneModel`; "answers": of each label, <s>, tokens, </s>."""
+
+    takes_urls = ("labels", "backbone")  # they are names, whatever they look like
+
+    backbone: str
+    sizes: dict[str, Any]
+    labels: tuple[str, ...] = Field(min_length=1)
+    num_images: int = Field(gt=0, le=16)
+    head_dropout: float = Field(ge=0, le=1)
+    regions: Size | None = None
+    answers: tuple[Annotated[list[NonNegativeInt], Field(min_length=2)], ...] | None = None
+    decoder: DecoderConfig = DecoderConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> "StoredModel":
+        if self.answers is not None and len(self.answers) != len(self.labels):
+            raise ValueError(f"{len(self.answers)} answers for {len(self.labels)} labels")
+        return self
 
 
 class FinetuneModel(nn.Module):
@@ -193,13 +216,17 @@ class FinetuneModel(nn.Module):
     @classmethod
     def from_pretrained(cls, folder: Path, name: str = "") -> "FinetuneModel":
         """The model that `save` wrote into `folder`; `name` as of `stored_backbone`."""
-        values = read_description(folder)
+        values, where = read_description(folder), folder / "config.json"
         kind = stored_backbone(values, folder, name)
-        backbone = cast(FusionBackbone, kind.from_sizes(values["sizes"], values["backbone"], folder))
-        decoder = validate(DecoderConfig, values.get("decoder", {}), str(folder / "config.json"))
-        model = cls.from_description({**values, "decoder": decoder.model_dump()}, backbone)
-        # what was put in has weights of its own, so it goes in before these are loaded
-        if tuning := values.get("tuning"):
+        stored = {key: values[key] for key in StoredModel.model_fields if key in values}
+        described = validate(StoredModel, stored, str(where)).model_dump()
+        tuning = peft.check_stored(values.get("tuning"), where)
+        with limit_model(where, folder):
+            backbone = cast(
+                FusionBackbone, kind.from_sizes(described["sizes"], described["backbone"], folder)
+            )
+            model = cls.from_description(described, backbone)
+            # what was put in has weights of its own, so it goes in before these are loaded
             peft.insert_stored(model, tuning)
         return load_weights(model, folder)
 

@@ -49,7 +49,8 @@ class WeightMapper:
             raise UserError(f"{self.folder}: tensor '{name}' is missing")
         value = self.weights[name]
         fits = len(shape) == value.dim() and all(
-            size == wanted or (wanted is None and size) for size, wanted in zip(value.shape, shape, strict=True)
+            size == wanted or (wanted is None and size)
+            for size, wanted in zip(value.shape, shape, strict=True)
         )
         if not fits or not value.is_floating_point():
             wanted = ", ".join("any" if size is None else str(size) for size in shape)
@@ -127,7 +128,9 @@ TEXT_FOLDER = "an XLM-R or BERT folder"
 log = logging.getLogger(__name__)
 
 
-def read_sizes(config: dict, folder: Path | str, names: Sequence[str], accepts: str, *lists: str) -> list[int]:
+def read_sizes(
+    config: dict, folder: Path | str, names: Sequence[str], accepts: str, *lists: str
+) -> list[int]:
     """Return the whole numbers of these names in a folder's config.json, which has `lists` too.
 
     Raises:
@@ -427,7 +430,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
         shard = read_tensors(file)
         if lacking := sorted(shards.get(name, set()) - shard.keys()):
             raise UserError(
-                f"{file}: no tensor {lacking[0]}, which {index.name} says is in it ({len(lacking)} are not); "
+                f"{file}: no tensor {lacking[0]}, which the index says is in it ({len(lacking)} are not); "
                 "take both files from the same place"
             )
         weights |= shard

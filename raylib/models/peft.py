@@ -9,6 +9,7 @@ Every module keeps the name of what it takes the place of, so layers are found a
 are peft's, have `base_layer` in theirs.
 """
 
+import inspect
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from raylib.errors import UserError, require
+from raylib.errors import UserError, reading, require
 from raylib.fileio import atomic_file
 from raylib.finite import require_finite_file
 from raylib.lock import make_folder
@@ -30,6 +31,7 @@ from raylib.models.layers import TextEmbedding
 if TYPE_CHECKING:
     from raylib.models.base import Backbone
 
+MAX_SETTING = 1 << 24  # of a method: no vocabulary has more ids, and no layer is wider
 NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
 
 
@@ -220,6 +222,23 @@ def insert(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
     INSERT[method](backbone, **settings)
     backbone.to(weight)
     backbone.tuning = {**backbone.tuning, method: dict(settings)}
+
+
+def check_stored(description: Any, where: Path | str) -> dict[str, dict[str, Any]]:
+    """Return what a stored model says was inserted, {method: settings}; {} of None.
+
+    where: it is said.
+    Raises:
+        UserError: no such methods, or settings.
+    """
+    with reading(where, "a model's tuning, {method: settings}"):
+        for method, settings in (description or {}).items():
+            call = inspect.signature(INSERT[method]).bind(None, **settings)
+            for value in call.kwargs.values():
+                numbers = value if type(value) is list else [value]
+                if not all(type(n) in (int, float) and 0 <= n <= MAX_SETTING for n in numbers):
+                    raise ValueError(f"{method}: {settings}")
+    return description or {}
 
 
 def insert_stored(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:

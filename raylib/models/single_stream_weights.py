@@ -232,5 +232,7 @@ def _type_vector(mapper: WeightMapper, kind: Type | None, width: int) -> Tensor 
         return 0.0
     types = mapper(f"{kind.name}.weight", (None, width))
     if not -len(types) <= kind.row < len(types):
-        raise UserError(f"{mapper.folder}: {kind.name}.weight has {len(types)} rows, row {kind.row} is wanted")
+        raise UserError(
+            f"{mapper.folder}: {kind.name}.weight has {len(types)} rows, row {kind.row} is wanted"
+        )
     return types[kind.row]

@@ -15,7 +15,7 @@ bytes account for: all that is announced is compared with what is left of the da
 import codecs
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from struct import Struct
 from struct import error as StructError
 from typing import Any, Literal
@@ -35,7 +35,7 @@ MEMOIZE, BINGET, SHORT_BINUNICODE, BININT1, NONE, BININT, BINPUT, STOP = b"\x94h
 UINT1, UINT2, INT4, UINT4, UINT8, FLOAT8 = map(Struct, ("<B", "<H", "<i", "<I", "<Q", ">d"))
 
 
-class _Refused(ValueError):
+class Refused(ValueError):
     """A pickle that is none, or asks for more than plain values; the message says why."""
 
 
@@ -46,7 +46,12 @@ def load_plain(data: bytes, what: str) -> Any:
         UserError: no whole pickle, or one that asks for more than plain values and arrays of numbers.
     """
     with reading(what, "a pickle of plain values"):
-        return _Machine(data).run()
+        machine = Machine(data)
+        value = machine.run()
+        if left := len(data) - machine.at:
+            raise Refused(f"{left} bytes after its end")
+        require_plain(value, len(data))
+        return value
 
 
 class _Type:
@@ -57,7 +62,7 @@ class _Type:
 
     def make(self) -> np.dtype:
         if not self.order or self.code not in NUMBERS:
-            raise _Refused(f"a dtype {self.order or '?'}{self.code}, and only numbers are read")
+            raise Refused(f"a dtype {self.order or '?'}{self.code}, and only numbers are read")
         return np.dtype(self.order + self.code)
 
 
@@ -68,7 +73,7 @@ class _Hollow:
         self.value: Any = self
 
 
-class _Named:
+class Name:
     """A function, or type, of `CALLS` that a pickle names."""
 
     def __init__(self, name: str):
@@ -77,7 +82,7 @@ class _Named:
 
 def _require(condition: Any, reason: str) -> None:
     if not condition:
-        raise _Refused(reason)
+        raise Refused(reason)
 
 
 def _to_bytes(value: Any) -> bytes:
@@ -96,7 +101,7 @@ def _text(data: bytes, encoding: str = "utf-8") -> str:
     try:
         return data.decode(encoding, "surrogatepass" if encoding == "utf-8" else "strict")
     except ValueError as e:
-        raise _Refused(f"a string that is none: {e}") from None
+        raise Refused(f"a string that is none: {e}") from None
 
 
 def _to_array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np.ndarray:
@@ -109,7 +114,7 @@ def _to_array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np
     fits = min(shape, default=0) >= 0 and math.prod(filter(None, shape)) <= max(len(content), 1 << 32)
     fits = fits and math.prod(shape) * kind.itemsize == len(content)
     if not fits:
-        raise _Refused(f"{len(content):,} bytes for an array of {kind} {shape}")
+        raise Refused(f"{len(content):,} bytes for an array of {kind} {shape}")
     return np.frombuffer(content, kind).reshape(shape, order=order)
 
 
@@ -117,7 +122,7 @@ def _to_array(data: Any, dtype: Any, shape: Any, order: Literal["C", "F"]) -> np
 
 
 def _make_hollow(subtype: Any, *_: Any) -> _Hollow:
-    _require(isinstance(subtype, _Named) and subtype.name == "numpy.ndarray", "an array of another type")
+    _require(isinstance(subtype, Name) and subtype.name == "numpy.ndarray", "an array of another type")
     return _Hollow()
 
 
@@ -148,15 +153,15 @@ def _make_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
     try:
         return text.encode("latin-1")
     except ValueError:
-        raise _Refused("bytes of characters that are none") from None
+        raise Refused("bytes of characters that are none") from None
 
 
-def _not_called(*_: Any) -> None:
-    raise _Refused("it calls numpy.ndarray")
+def refuse_call(*_: Any) -> None:
+    raise Refused("it calls numpy.ndarray")
 
 
 CALLS: dict[str, Callable[..., Any]] = {
-    "numpy.ndarray": _not_called,
+    "numpy.ndarray": refuse_call,
     "numpy.dtype": _make_type,
     "_codecs.encode": _make_bytes,
     "__builtin__.bytes": _make_bytes,
@@ -168,36 +173,42 @@ for core in ("core", "_core"):  # of NumPy 1 and 2
     CALLS[f"numpy.{core}.numeric._frombuffer"] = _make_from_buffer
 
 
-class _Machine:
-    """A stack, as a pickle expects it. What an opcode does with it is its entry of `OPCODES`."""
+class Machine:
+    """A stack, as a pickle expects it. What an opcode does with it is its entry of `OPCODES`. Files with
+    other kinds of objects have a machine of their own (`raylib.torch_files`), with other `opcodes`, `calls`,
+    `find` and `build`.
+
+    at: where in `data` the next pickle begins.
+    """
+
+    calls: Mapping[str, Callable[..., Any]] = CALLS  # what a pickle may call, by name
 
     def __init__(self, data: bytes):
         self.data, self.at = data, 0
+        self.opcodes = OPCODES
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # the stacks below each mark
         self.memo: dict[int, Any] = {}
 
     def run(self) -> Any:
-        """Run the opcodes to their end; return the value that is left."""
+        """Run the opcodes of the next pickle to their end; return the value that is left, which
+        `require_plain` checks."""
+        self.stack, self.below, self.memo = [], [], {}
         try:
             self.run_to_end()
             (value,) = self.stack
         except (IndexError, StructError):
             is_short = self.at >= len(self.data)
-            raise _Refused("it ends early" if is_short else "its opcodes do not fit") from None
+            raise Refused("it ends early" if is_short else "its opcodes do not fit") from None
         except ValueError as e:
-            raise e if isinstance(e, _Refused) else _Refused("its opcodes do not fit") from None
-        left = len(self.data) - self.at
-        _require(
-            left == 0 and not self.below, f"{left} bytes after its end" if left else "its opcodes do not fit"
-        )
-        _require_plain(value, len(self.data))
+            raise e if isinstance(e, Refused) else Refused("its opcodes do not fit") from None
+        _require(not self.below, "its opcodes do not fit")
         return value
 
     def run_to_end(self) -> None:
         # a record of features has some 200 opcodes: the commonest are written out here, which takes a third
         # of a call's time; the others are functions
-        opcodes, data, at, stack, memo = OPCODES, self.data, self.at, self.stack, self.memo
+        opcodes, data, at, stack, memo = self.opcodes, self.data, self.at, self.stack, self.memo
         for _ in range(MAX_STEPS):
             opcode = data[at]
             at += 1
@@ -227,10 +238,10 @@ class _Machine:
             else:
                 self.at = at
                 if opcode not in opcodes:
-                    raise _Refused(_describe_opcode(opcode, at - 1))
+                    raise Refused(_describe_opcode(opcode, at - 1))
                 opcodes[opcode](self)
                 at, stack = self.at, self.stack
-        raise _Refused(f"more than {MAX_STEPS:,} opcodes")
+        raise Refused(f"more than {MAX_STEPS:,} opcodes")
 
     # ---- reading
 
@@ -238,7 +249,7 @@ class _Machine:
         """The next `count` bytes."""
         end = self.at + count
         if count < 0 or end > len(self.data):
-            raise _Refused(f"it ends early: {count:,} bytes are to follow, {len(self.data) - self.at:,} do")
+            raise Refused(f"it ends early: {count:,} bytes are to follow, {len(self.data) - self.at:,} do")
         chunk, self.at = self.data[self.at : end], end
         return chunk
 
@@ -254,7 +265,7 @@ class _Machine:
     def take_decimal(self, end: bytes = b"") -> int:
         line = self.take_line()
         if len(line) > MAX_DIGITS or not NUMBER.fullmatch(line):
-            raise _Refused(f"a number {line[:20]!r}")
+            raise Refused(f"a number {line[:20]!r}")
         return int(line.removesuffix(end))
 
     # ---- the stack
@@ -280,23 +291,26 @@ class _Machine:
 
     def recall(self, number: int) -> None:
         if number not in self.memo:
-            raise _Refused(f"it recalls {number}, which is nothing")
+            raise Refused(f"it recalls {number}, which is nothing")
         value = self.memo[number]
         self.stack.append(value.value if type(value) is _Hollow else value)
 
     def name(self, module: Any, name: Any) -> None:
-        found = f"{module}.{name}"
-        if found not in CALLS:
-            raise _Refused(f"it wants {found[:100]}, and only plain values and arrays are read")
-        self.stack.append(_Named(found))
+        self.stack.append(self.find(f"{module}.{name}"))
+
+    def find(self, name: str) -> Any:
+        """Return what a name in a pickle stands for."""
+        if name not in self.calls:
+            raise Refused(f"it wants {name[:100]}, and only plain values and arrays are read")
+        return Name(name)
 
     def call(self) -> None:
         arguments, function = self.stack.pop(), self.stack.pop()
-        _require(type(function) is _Named and type(arguments) is tuple, "it calls what is no function")
+        _require(type(function) is Name and type(arguments) is tuple, "it calls what is no function")
         try:
-            self.stack.append(CALLS[function.name](*arguments))
+            self.stack.append(self.calls[function.name](*arguments))
         except TypeError:  # of the number of arguments: each is looked at
-            raise _Refused(f"it calls {function.name} with {len(arguments)} arguments") from None
+            raise Refused(f"it calls {function.name} with {len(arguments)} arguments") from None
 
     def build(self) -> None:
         """Give a dtype, or an array, its state."""
@@ -332,24 +346,25 @@ def _pairs(items: list[Any]) -> dict[Any, Any]:
 LEAVES = frozenset((type(None), bool, int, float))
 
 
-def _require_plain(value: Any, size: int) -> None:
-    """Raise _Refused unless `value` holds finished values alone, is no deeper than `MAX_DEPTH`, and no larger
-    where all references to one value are counted than its `size` bytes account for: others will walk it."""
+def require_plain(value: Any, size: int, leaves: Collection[type] = ()) -> None:
+    """Raise Refused unless `value` holds finished values alone, is no deeper than `MAX_DEPTH`, and no larger
+    where all references to one value are counted than its `size` bytes account for: others will walk it.
+    leaves: types of what else may be in there, and is not looked into."""
     pending, steps, room = [(value, 0)], 0, 4 * size + 1024
     while pending:
         node, depth = pending.pop()
-        if (kind := type(node)) in LEAVES:
+        if (kind := type(node)) in LEAVES or kind in leaves:
             continue
         if kind is str or kind is bytes:
             room -= len(node)
-        elif kind is dict or kind is list or kind is tuple:
+        elif issubclass(kind, dict) or kind is list or kind is tuple:
             steps += len(node)
             depth += 1
-            pending += [(child, depth) for child in (node.values() if kind is dict else node)]
+            pending += [(child, depth) for child in (node.values() if isinstance(node, dict) else node)]
         elif isinstance(node, np.ndarray | np.generic):
             room -= node.nbytes
         else:
-            raise _Refused("a function, or an array, that is not finished, where a value should be")
+            raise Refused("a function, or an array, that is not finished, where a value should be")
         _require(depth <= MAX_DEPTH and steps <= MAX_STEPS and room >= 0, "values in each other without end")
 
 
@@ -366,26 +381,26 @@ def _describe_opcode(opcode: int, at: int) -> str:
 # ---- the opcodes
 
 
-def _push(value: Any) -> Callable[[_Machine], None]:
+def _push(value: Any) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(value)
 
 
-def _push_new(make: Callable[[], Any]) -> Callable[[_Machine], None]:
+def _push_new(make: Callable[[], Any]) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(make())
 
 
-def _push_number(layout: Struct) -> Callable[[_Machine], None]:
+def _push_number(layout: Struct) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(machine.take_number(layout))
 
 
-def _push_sized(layout: Struct, convert: Callable[[bytes], Any]) -> Callable[[_Machine], None]:
+def _push_sized(layout: Struct, convert: Callable[[bytes], Any]) -> Callable[[Machine], None]:
     return lambda machine: machine.stack.append(convert(machine.take(machine.take_number(layout))))
 
 
-def _push_last(count: int) -> Callable[[_Machine], None]:
+def _push_last(count: int) -> Callable[[Machine], None]:
     """A tuple of the last `count` values."""
 
-    def push(machine: _Machine) -> None:
+    def push(machine: Machine) -> None:
         items = tuple(machine.stack[-count:])
         _require(len(items) == count, "its opcodes do not fit")
         machine.stack[-count:] = [items]
@@ -393,35 +408,35 @@ def _push_last(count: int) -> Callable[[_Machine], None]:
     return push
 
 
-def _push_marked(make: Callable[[list[Any]], Any]) -> Callable[[_Machine], None]:
-    def push(machine: _Machine) -> None:
+def _push_marked(make: Callable[[list[Any]], Any]) -> Callable[[Machine], None]:
+    def push(machine: Machine) -> None:
         value = make(machine.pop_to_mark())  # which also changes what the stack is
         machine.stack.append(value)
 
     return push
 
 
-def _push_int_line(machine: _Machine) -> None:
+def _push_int_line(machine: Machine) -> None:
     is_bool = machine.data[machine.at : machine.at + 3] in (b"00\n", b"01\n")
     number = machine.take_decimal()
     machine.stack.append(bool(number) if is_bool else number)
 
 
-def _push_float_line(machine: _Machine) -> None:
+def _push_float_line(machine: Machine) -> None:
     line = machine.take_line()
     try:
         machine.stack.append(float(line[:MAX_DIGITS]))
     except ValueError:
-        raise _Refused(f"a number {line[:20]!r}") from None
+        raise Refused(f"a number {line[:20]!r}") from None
 
 
-def _push_string_line(machine: _Machine) -> None:
+def _push_string_line(machine: Machine) -> None:
     line = machine.take_line()
     _require(len(line) >= 2 and line[:1] == line[-1:] and line[:1] in (b'"', b"'"), "a string without quotes")
     try:
         machine.stack.append(_python2_string(codecs.escape_decode(line[1:-1])[0]))
     except ValueError as e:
-        raise _Refused(f"a string that is none: {e}") from None
+        raise Refused(f"a string that is none: {e}") from None
 
 
 def _to_integer(data: bytes) -> int:
@@ -429,31 +444,31 @@ def _to_integer(data: bytes) -> int:
     return int.from_bytes(data, "little", signed=True)
 
 
-def _start(machine: _Machine) -> None:
+def _start(machine: Machine) -> None:
     _require(machine.take_number(UINT1) <= 5, "a protocol later than 5")
 
 
-def _start_frame(machine: _Machine) -> None:
+def _start_frame(machine: Machine) -> None:
     size = machine.take_number(UINT8)
     _require(size <= len(machine.data) - machine.at, f"it ends early: {size:,} bytes are to follow")
 
 
-def _append_one(machine: _Machine) -> None:
+def _append_one(machine: Machine) -> None:
     value = machine.stack.pop()
     machine.append([value])
 
 
-def _set_one(machine: _Machine) -> None:
+def _set_one(machine: Machine) -> None:
     value, key = machine.stack.pop(), machine.stack.pop()
     machine.set_items([key, value])
 
 
-def _name_of_stack(machine: _Machine) -> None:
+def _name_of_stack(machine: Machine) -> None:
     name, module = machine.stack.pop(), machine.stack.pop()
     machine.name(module, name)
 
 
-OPCODES: dict[int, Callable[[_Machine], None]] = {
+OPCODES: dict[int, Callable[[Machine], None]] = {
     # how it is written
     0x80: _start,
     0x95: _start_frame,
@@ -479,7 +494,7 @@ OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x8E: _push_sized(UINT8, bytes),
     0x96: _push_sized(UINT8, bytes),
     # tuples, lists, dicts
-    ord("("): _Machine.push_mark,
+    ord("("): Machine.push_mark,
     ord(")"): _push(()),
     0x85: _push_last(1),
     0x86: _push_last(2),
@@ -501,6 +516,6 @@ OPCODES: dict[int, Callable[[_Machine], None]] = {
     # arrays
     ord("c"): lambda machine: machine.name(_text(machine.take_line()), _text(machine.take_line())),
     0x93: _name_of_stack,
-    ord("R"): _Machine.call,
-    ord("b"): _Machine.build,
+    ord("R"): Machine.call,
+    ord("b"): lambda machine: machine.build(),
 }
