@@ -120,15 +120,17 @@ def open_text(path: Path, has_lines: bool = False) -> Iterator[TextIO]:
 
 def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator[tuple[str, Any]]:
     """Yield (key, or place in the array; value) of each member of the JSON object or array in `file`, in
-    memory that does not grow with it. `member`: of the array that has this name in the object.
+    memory that does not grow with it. `member`: of the array that has this name in the object; "": of an
+    array alone.
 
     Raises:
         UserError: neither an object nor an array, no such array, or broken JSON, too deep, or an item too
             large; names `path`, and after which member.
     """
-    reader, last, name = _JsonText(path, file, ITEM if member is None else None), "the beginning", "item"
-    if reader.first not in ("{", "["):
-        raise unreadable(path, "JSON", "take an undamaged copy", ValueError("no object or array"))
+    reader, last, name = _JsonText(path, file, None if member else ITEM), "the beginning", "item"
+    if reader.first not in (("[",) if member == "" else ("{", "[")):
+        error = ValueError("no list" if member == "" else "no object or list")
+        raise unreadable(path, "JSON", "take an undamaged copy", error)
     try:
         options = {"use_float": True, "buf_size": CHUNK}
         if reader.first == "{" and member is None:
@@ -139,7 +141,7 @@ def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator
             last = f"{name} {key!r:.80}"
             reader.end_item()
             yield str(key), value
-        if member is not None and last == "the beginning":  # no such array, or an empty one
+        if member and last == "the beginning":  # no such array, or an empty one
             file.seek(0)
             events = ijson.parse(_JsonText(path, file), buf_size=CHUNK)
             if not any((prefix, event) == (member, "start_array") for prefix, event, _ in events):

@@ -195,7 +195,7 @@ def test_stream_json_yields_what_json_loads(tmp_path, monkeypatch, chunk):
     assert list(stream_json(tmp_path, io.StringIO(text), "none")) == []
     assert list(stream_json(tmp_path, io.StringIO("[3, 4]"))) == [("0", 3), ("1", 4)]
     for broken, words in (
-        ("", r"not to be read as JSON \(no object or array\); take an undamaged copy"),
+        ("", r"not to be read as JSON \(no object or list\); take an undamaged copy"),
         ('{"a": 1, "b": tru}', "after key 'a': lexical error"),
         ("[7, 8", "after item 1: parse error: premature EOF"),
     ):

@@ -155,7 +155,7 @@ def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
         UserError: no such list, or broken (says after which member); a member that is no object.
     """
     with open_text(path) as file:
-        for number, record in stream_json(path, file, name or None):
+        for number, record in stream_json(path, file, name):
             where = f"{path}, {name}[{number}]" if name else f"{path}, item {number}"
             yield where, as_object(record, where)
 
