@@ -21,13 +21,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finetune.batches import read_usable_inputs
-from finetune.formats import Example
+from finetune.formats import Example, get_field, get_optional, parse_score, shorten, stream_jsonl
 from finetune.stores.images import PrecomputedFeatures, SharedFeatures, VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.distributed import raise_on_all_workers, world_size
-from raylib.errors import require
+from raylib.errors import UserError, require
 from raylib.fileio import atomic_file
 from raylib.lock import make_folder
 from raylib.metrics import MILLION, ItemClusters
@@ -220,10 +220,20 @@ def _merge(parts: list[Path], out: Path) -> None:
 
 
 def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a predictions file, one at a time."""
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
+    """The lines of a predictions file, one at a time.
+
+    Raises:
+        UserError: a line that is none of a prediction; names it, and the field.
+    """
+    for where, line in stream_jsonl(path):
+        get_field(line, "prediction", str, where)
+        for answer in get_field(line, "labels", dict, where).values():
+            parse_score(answer, where)
+        if any(type(image) is not str for image in get_optional(line, "images", list, where, ())):
+            raise UserError(f"{where}: field 'images' is {shorten(line['images'])}; wanted names")
+        line["kind"] = get_optional(line, "kind", str, where, "")
+        get_optional(line, "error", str, where, "")
+        yield line
 
 
 def score(

@@ -3,8 +3,8 @@
   image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
                .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or
                        list}}
-               Paths are relative to the file. Captions are English; of a {language: ...} only "en" is read.
-               They may be called otherwise: see `raylib.data.sources`.
+               Paths are relative to the file, below whose folder images lie (a link may lead there). Captions
+               are English; of a {language: ...} only "en" is read. They may be called otherwise: see `raylib.data.sources`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
                lines English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English,
                else the first is.
@@ -15,17 +15,12 @@ caption, text that is not UTF-8) is skipped and counted by a `Tally`: one in a h
 more is an error.
 """
 
-import contextlib
-import gzip
 import io
 import json
 import logging
-import lzma
 import re
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +31,7 @@ from raylib.display import file_progress
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file
 from raylib.text import BadCaption, clean_captions, parse_captions
-from raylib.textfile import stream_json
+from raylib.textfile import open_bytes, stream_json
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
 LIMIT = 0.01  # share of bad samples that is still normal
@@ -129,16 +124,17 @@ def read_text(path: Path, tally: Tally, language: str = "") -> Iterator[tuple[st
 
 def read_lines(path: Path, tally: Tally) -> Iterator[str]:
     """Lines of a UTF-8 file, also .gz and .xz, without their ends and a byte order mark."""
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open}
-    try:
-        with open(path, "rb") as stored, openers.get(path.suffix, contextlib.nullcontext)(stored) as file:
-            for number, line in enumerate(file_progress(stored, file, f"read {path.name}")):
-                try:
-                    yield line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
-                except UnicodeDecodeError:
-                    tally.skip("lines that are not UTF-8")
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path}: cannot be read ({error}); fetch it anew") from error
+    with open_bytes(path, has_lines=True) as (file, stored):
+        for number, line in enumerate(file_progress(stored, file, f"read {path.name}")):
+            try:
+                text = line.decode("utf-8" if number else "utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError:
+                tally.skip("lines that are not UTF-8")
+                continue
+            if "\0" in text:
+                tally.skip("lines with zero bytes")
+            else:
+                yield text
 
 
 def read_json_lines(path: Path, tally: Tally) -> Iterator[dict]:
@@ -146,7 +142,7 @@ def read_json_lines(path: Path, tally: Tally) -> Iterator[dict]:
     for line in read_lines(path, tally):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict):
             yield record
@@ -156,25 +152,23 @@ def read_json_lines(path: Path, tally: Tally) -> Iterator[dict]:
 
 def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
     """Records of a JSON list of objects, a chunk of the file in memory at a time."""
-    try:
+    with open_bytes(path, is_text=True) as (content, stored):
         # bytes that are not UTF-8 become U+FFFD, and so spoil their own record only
-        text = partial(io.TextIOWrapper, encoding="utf-8-sig", errors="replace")
-        with open(path, "rb") as stored, text(stored) as file:
-            if file.read(1) != "[":
-                raise UserError(f"{path}: does not begin with '[': not ALBEF's list of records")
-            file.seek(0)
-            records = stream_json(path, file)
-            for _, record in file_progress(stored, records, f"read {path.name}"):
-                if not isinstance(record, dict):
-                    tally.skip("records that are no JSON object")
-                elif "\ufffd" in str(record):
-                    tally.skip("captions that are not UTF-8")
-                else:
-                    yield record
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: half a surrogate pair after {tally.good} samples; mend it") from None
+        records = stream_json(path, io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace"), "")
+        for _, record in file_progress(stored, records, f"read {path.name}"):
+            if not isinstance(record, dict):
+                tally.skip("records that are no JSON object")
+            elif _is_damaged(record):
+                tally.skip("captions that are not UTF-8")
+            else:
+                yield record
+
+
+def _is_damaged(record: dict) -> bool:
+    try:
+        return "\ufffd" in str(record)
+    except RecursionError:
+        return True
 
 
 def _english(record: dict) -> list[str]:

@@ -1,6 +1,5 @@
 """Zero-shot image-text retrieval with the unimodal encoders, per language: set, scores, table."""
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from raylib.data.sources import Source
 from raylib.display import markdown_table, progress
 from raylib.distributed import gather_objects, raise_on_all_workers, rank, world_size
 from raylib.errors import UserError
-from raylib.fileio import find_file, write_json
+from raylib.fileio import find_file, read_json, write_json
 from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models import find_model, find_tokenizer
@@ -69,17 +68,17 @@ def read_retrieval_set(folder: Path | str) -> Iterator[RetrievalItem]:
 
 
 def _from_folder(folder: Path) -> Iterator[RetrievalItem]:
-    try:
-        records = json.loads((folder / "captions.json").read_text(encoding="utf-8-sig"))
-    except ValueError as e:
-        raise UserError(f"{folder}/captions.json: not UTF-8 JSON ({e})") from None
+    what, advice = "JSON: a list of images and captions", "take an undamaged copy"
+    records = read_json(folder / "captions.json", what, advice)
+    if not isinstance(records, list) or not records:
+        raise UserError(f"{folder}/captions.json: no {what.removeprefix('JSON: a ')}; {advice}")
     for i, record in enumerate(records):
         where = f"{folder}/captions.json, record {i}"
         if not isinstance(record, dict) or not isinstance(record.get("image"), str):
             raise UserError(f'{where}: wanted {{"image": PATH, "captions": {{LANGUAGE: TEXT}}}}')
         path = find_file(folder, record["image"])
         if path is None:
-            raise UserError(f"{where}: no image {record['image']}")
+            raise UserError(f"{where}: no image {record['image']!a:.200}")
         try:
             captions = parse_captions(record, None)
         except BadCaption as error:
@@ -112,7 +111,7 @@ def _clean(captions: dict[str, Any], where: str) -> dict[str, list[str]]:
     for language, texts in captions.items():
         if not is_language_code(language):
             raise UserError(
-                f"{where}: captions in {language!r}, which is no language code such as 'de' or 'zh-Hans'"
+                f"{where}: captions in {language!r:.40}, which is no language code such as 'de' or 'zh-Hans'"
             )
         try:
             out[language] = clean_captions(texts)

@@ -9,7 +9,6 @@ that annotation files name (IGLUE's .jsonl and .json files, or one name a line),
 images too; names without an image are counted.
 """
 
-import json
 import multiprocessing
 import os
 import re
@@ -30,10 +29,12 @@ from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.display import markdown_table, percent, progress
-from raylib.errors import UserError
-from raylib.fileio import nfc, write_json
+from raylib.errors import UserError, reading
+from raylib.fileio import nfc, read_json, write_json
 from raylib.provenance import provenance
 from raylib.runtime import available_cpus
+from raylib.strict_json import parse_json
+from raylib.textfile import open_text
 
 SIDE, LOW = 32, 8  # pixels a side that are transformed; lowest frequencies a side that are kept
 # standard deviation of the grey levels, of 255, below which an image is all but one colour and has no hash
@@ -190,15 +191,17 @@ def read_names(path: Path) -> set[str]:
     Raises:
         UserError: not to be read, or no name in it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        if path.suffix == ".json":
-            names = set(_named(json.loads(text)))
-        else:
-            names = set(_named(list(map(json.loads, lines))) if path.suffix == ".jsonl" else lines)
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: not to be read as a list of images ({e})") from None
+    names: set[str] = set()
+    if path.suffix == ".json":
+        names.update(_named(read_json(path, "JSON that names images", "take an undamaged copy")))
+    else:
+        with open_text(path, has_lines=True) as file:
+            for number, line in enumerate(file, 1):
+                if path.suffix == ".jsonl" and line.strip():
+                    with reading(f"{path}:{number}", "a line of JSON that names images"):
+                        names.update(_named(parse_json(line)))
+                elif line.strip():
+                    names.add(line.strip())
     if not names:
         raise UserError(
             f"{path}: no names of images in it; fields like img_path, imageId and left_img are looked for"
@@ -209,7 +212,7 @@ def read_names(path: Path) -> set[str]:
 def _named(value: Any) -> Iterator[str]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            if FIELDS.match(key) and isinstance(inner, str | int):
+            if FIELDS.match(key) and type(inner) in (str, int):
                 yield str(inner)
             elif key == "identifier" and isinstance(inner, str) and (pair := PAIR.match(inner)):
                 yield from (f"{pair[1]}-img0", f"{pair[1]}-img1")

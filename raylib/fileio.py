@@ -364,8 +364,11 @@ def unicode_forms(name: str) -> tuple[str, ...]:
 
 
 def find_file(folder: Path, name: str) -> Path | None:
-    """Find the file `name` (perhaps with folders) below `folder`, in whichever normal form the disk has
-    it."""
+    """Find the file `name` (perhaps with folders) below `folder`, in whichever normal form the disk has it;
+    None, too, of a name that leads out of the folder."""
+    top = os.path.abspath(folder)
+    if os.path.commonpath((top, os.path.normpath(os.path.join(top, name)))) != top:
+        return None
     if os.path.isfile(folder / name):
         return folder / name
     if name.isascii():

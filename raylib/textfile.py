@@ -45,7 +45,7 @@ HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 @contextmanager
 def open_bytes(
     path: Path, is_text: bool = False, has_lines: bool = False
-) -> Iterator[tuple[io.BufferedReader, BinaryIO]]:
+) -> "Iterator[tuple[io.BufferedReader[_Counted], BinaryIO]]":
     """Yield (the content of a file, the file that lies on the disk); .gz, .xz and .zip are decompressed. Only
     seek(0) works on the content.
 
@@ -59,19 +59,25 @@ def open_bytes(
     """
     with ExitStack() as stack:
         try:
-            if stat.S_ISFIFO(os.stat(path).st_mode) and not path.is_relative_to("/dev"):
-                raise UserError(f"{path}: a pipe, where a file is needed; give a file")
+            kind = stat.S_IFMT(os.stat(path).st_mode)
+            # a pipe may be waited for for ever, and a device never end
+            if kind not in (stat.S_IFREG, stat.S_IFDIR) and not path.is_relative_to("/dev"):
+                raise UserError(f"{path}: a pipe or a device, where a file is needed; give a file")
             stored = stack.enter_context(open(path, "rb"))
-            content: IO[bytes] | gzip.GzipFile | lzma.LZMAFile = stored
+            packed: IO[bytes] | gzip.GzipFile | lzma.LZMAFile = stored
             if path.suffix in PACKED:
-                content = _unpack(path, stored)
-                stack.push(content)
+                packed = _unpack(path, stored)
+                stack.push(packed)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
         except OSError as e:
             raise error_line(e, path) or e from None
-        counted = _Counted(path, content, os.fstat(stored.fileno()).st_size, is_text, has_lines)
-        yield io.BufferedReader(counted, BUFFER), stored
+        counted = _Counted(path, packed, os.fstat(stored.fileno()).st_size, is_text, has_lines)
+        content = io.BufferedReader(counted, BUFFER)
+        head = content.peek(HEAD)[:HEAD]
+        if head.startswith(LFS_POINTER) or WEB_PAGE.match(head):
+            raise unreadable(path, "text", "download it again", ValueError("a web page"))
+        yield content, stored
 
 
 def _unpack(path: Path, stored: BinaryIO) -> gzip.GzipFile | lzma.LZMAFile | IO[bytes]:
@@ -109,9 +115,6 @@ def open_text(path: Path, has_lines: bool = False) -> Iterator[TextIO]:
             bytes in it), not to be decompressed, a bomb.
     """
     with open_bytes(path, is_text=True, has_lines=has_lines) as (content, _):
-        head = content.peek(HEAD)[:HEAD]
-        if head.startswith(LFS_POINTER) or WEB_PAGE.match(head):
-            raise unreadable(path, "text", "download it again", ValueError("a web page"))
         try:
             yield io.TextIOWrapper(content, encoding="utf-8-sig")
         except UnicodeDecodeError as e:
@@ -127,7 +130,7 @@ def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator
         UserError: neither an object nor an array, no such array, or broken JSON, too deep, or an item too
             large; names `path`, and after which member.
     """
-    reader, last, name = _JsonText(path, file, None if member else ITEM), "the beginning", "item"
+    reader, last, name = _JsonText(path, file, member or ""), "the beginning", "item"
     if reader.first not in (("[",) if member == "" else ("{", "[")):
         error = ValueError("no list" if member == "" else "no object or list")
         raise unreadable(path, "JSON", "take an undamaged copy", error)
@@ -141,11 +144,13 @@ def stream_json(path: Path, file: TextIO, member: str | None = None) -> Iterator
             last = f"{name} {key!r:.80}"
             reader.end_item()
             yield str(key), value
-        if member and last == "the beginning":  # no such array, or an empty one
+        if member and (last == "the beginning" or reader.mentions > 1):
+            # no such array, or an empty one; or two, of which no two readers need take the same
             file.seek(0)
             events = ijson.parse(_JsonText(path, file), buf_size=CHUNK)
-            if not any((prefix, event) == (member, "start_array") for prefix, event, _ in events):
-                raise UserError(f"{path}: no list '{member}'")
+            found = sum((prefix, event) == (member, "start_array") for prefix, event, _ in events)
+            if found != 1:
+                raise UserError(f"{path}: {'two lists' if found else 'no list'} '{member}'; wanted one")
     except ijson.JSONError as e:
         # a byte string's words, where the text is no UTF-8
         reason = str(e).removeprefix("b'").partition("\n")[0]
@@ -156,8 +161,10 @@ class _JsonText:
     """A text file as a stream of UTF-8 bytes for the parser: what decoding it finds wrong stays the text
     file's to tell. The parser's memory grows with the square of the depth, and with the longest string."""
 
-    def __init__(self, path: Path, file: TextIO, largest: int | None = None):
-        self.path, self.file, self.largest, self.head = path, file, largest, ""
+    def __init__(self, path: Path, file: TextIO, member: str = ""):
+        self.path, self.file, self.head = path, file, ""
+        self.largest = None if member else ITEM  # of an item: before the list, anything may stand
+        self.key, self.mentions, self.tail = f'"{member}"', 0, ""
         self.depth = self.size = self.unquoted = 0  # since the last item; without a quotation mark
         self.in_string = False  # where the next text begins
         while not self.head and (chunk := file.read(CHUNK)):
@@ -176,6 +183,9 @@ class _JsonText:
             text += more
         self._check_size(text)
         self._check_depth(text)
+        if self.largest is None:
+            self.mentions += (self.tail + text).count(self.key)
+            self.tail = text[-len(self.key) + 1 :]
         # the parser would make a "?" of it
         if HALF_PAIR.search(text) and any(found[1] for found in ESCAPES.finditer(text)):
             raise UserError(f"{self.path}: half a surrogate pair (\\ud800 to \\udfff) in its JSON; mend it")

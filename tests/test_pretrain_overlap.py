@@ -176,7 +176,10 @@ def test_overlap_command_wrong_arguments_are_one_line_errors(corpus, tmp_path, c
         ([corpus, tmp_path / "empty"], "no image in it"),
         ([corpus, tmp_path / "broken"], "none of its 1 images decodes"),
         ([corpus, corpus, "--json", tmp_path / "none" / "out.json"], "No such file or directory"),
-        ([corpus, corpus, "--names", tmp_path / "bad.jsonl"], "not to be read as a list of images"),
+        (
+            [corpus, corpus, "--names", tmp_path / "bad.jsonl"],
+            "bad.jsonl:1: not to be read as a line of JSON that names images",
+        ),
         ([corpus, corpus, "--distance", 64], "give a number from 0 to 32"),
     ):
         assert main(["overlap", *map(str, arguments)]) == 2

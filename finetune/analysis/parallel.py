@@ -6,7 +6,6 @@
 3. `find_named`: what an item names in every language, where nothing is asked for.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 from finetune.build import read_split, test_split
 from finetune.config import FinetuneConfig
-from finetune.formats import Captioned, Example
+from finetune.formats import Captioned, Example, get_field, get_objects, stream_jsonl
 from finetune.stores import stem
 from raylib.display import save_figure
 from raylib.errors import UserError
@@ -174,17 +173,16 @@ def read_scenes(path: Path, images: set[str]) -> dict[str, list[SceneObject]]:
             f"nothing says where in an image an object stands: {path} is not there, as with emoji scenes"
         )
     scenes: dict[str, list[SceneObject]] = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                if record["id"] in images:
-                    objects = ({k: o[k] for k in SceneObject._fields} for o in record["objects"])
-                    scenes[record["id"]] = [SceneObject(**fields) for fields in objects]
-            except (ValueError, KeyError, TypeError):
-                raise UserError(
-                    f"{path}, line {number}: no scene; write the folder again with raylib.sample.scenes"
-                ) from None
+    for where, record in stream_jsonl(path):
+        if (image := get_field(record, "id", str, where)) in images:
+            objects = get_objects(record, "objects", where)
+            scenes[image] = [
+                SceneObject(
+                    get_field(each, "label", str, place),
+                    *(get_field(each, name, int, place) for name in SceneObject._fields[1:]),
+                )
+                for place, each in objects
+            ]
     return scenes
 
 

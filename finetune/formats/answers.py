@@ -81,6 +81,8 @@ def read_vqa_v2(path: Path, annotations: str) -> Iterator[Example]:
         yield Example(
             str(number), (get_field(record, "question", str, where),), (f"{image:012d}",), scores, kind
         )
+    for _ in annotation_stream:  # a file that is cut off says so at its end
+        pass
 
 
 def _scores(annotation: dict, where: str) -> dict[str, float]:
