@@ -4,7 +4,8 @@
                .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or
                        list}}
                Paths are relative to the file, below whose folder images lie (a link may lead there). Captions
-               are English; of a {language: ...} only "en" is read. They may be called otherwise: see `raylib.data.sources`.
+               are English; of a {language: ...} only "en" is read.
+               They may be called otherwise: see `raylib.data.sources`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
                lines English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English,
                else the first is.
