@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -374,3 +375,17 @@ def test_every_package_is_distributed():
     }
     assert set(settings["packages"]) == found | {"polyglance"}
     assert settings["package-dir"] == {"polyglance": "raylib/api"}
+
+
+@pytest.mark.parametrize("form", ["{file}", "{file}:Any", {"file": "{file}"}, {"file": "{file}:Any", "a": 1}])
+def test_load_runs_no_code_that_an_export_names(library, tmp_path, form):
+    """It may be a stranger's; a run of one's own has copies of one's own files."""
+    folder = shutil.copytree(library / "runs" / "sample_xgqa", tmp_path / "export")
+    code, settings = folder / "mine.py", json.loads((folder / "config.json").read_text())
+    code.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    value = json.loads(json.dumps(form).replace("{file}", str(code)))
+    settings["polyglance_run"] = {"task": "xgqa", "strategies": {"mine": value}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"strategies.mine names code \(.*mine.py"):
+        polyglance.load(folder)
+    assert not (tmp_path / "ran").exists()

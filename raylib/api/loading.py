@@ -9,7 +9,7 @@ from finetune.config import FinetuneConfig
 from finetune.formats.answers import LABELS
 from finetune.strategies.base import Context
 from raylib.api.model import Model
-from raylib.config import load_config, validate
+from raylib.config import load_config, user_files, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
 from raylib.launch import no_log
@@ -58,6 +58,7 @@ def load_model(
         config = load_config(FinetuneConfig, run / "config.json") if "task" in settings else None
     else:  # an export has of them what says how it reads
         settings = {} if is_foreign(path) else read_json_object(path / "config.json").get(RUN_KEY, {})
+        _refuse_code(settings, path / "config.json")
         config = validate(FinetuneConfig, settings, str(path / "config.json")) if "task" in settings else None
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,6 +105,21 @@ def _with_prompts(config: FinetuneConfig, tokenizer: Tokenizer, network: Any) ->
         if strategy.changes_texts or strategy._user_class:
             tokenizer = strategy.build(context).wrap_tokenizer(tokenizer, network)
     return tokenizer
+
+
+def _refuse_code(settings: dict[str, Any], file: Path) -> None:
+    """Refuse strategies in a user's own file, which an export never has: it may come from a stranger, and its
+    settings would run what they name.
+
+    Raises:
+        UserError: there is one.
+    """
+    strategies = settings.get("strategies")
+    for name, value in strategies.items() if isinstance(strategies, dict) else ():
+        code = value.get("file") if isinstance(value, dict) else value
+        if code and user_files(str(code).partition(":")[0]):
+            place = f"{RUN_KEY}.strategies.{name}"
+            raise UserError(f"{file}: {place} names code ({code}), which no export has; it is not run")
 
 
 def _is_bf16(dtype: torch.dtype | str | None, fit: FitConfig | None, device: torch.device) -> bool:
