@@ -343,7 +343,7 @@ def connect_to_ray(quiet: bool = False) -> bool:
         is_local = address == "local"
         if is_local:
             _make_private_token()
-        with ray_on_loopback() if is_local else nullcontext():
+        with private_ray() if is_local else nullcontext():
             context: Any = ray.init(
                 address=address,
                 log_to_driver=not quiet,
@@ -370,24 +370,28 @@ def connect_to_ray(quiet: bool = False) -> bool:
 
 
 @contextmanager
-def ray_on_loopback() -> Iterator[None]:
-    """Let all servers of a Ray cluster that is started in the block listen on 127.0.0.1. Ray has this for
-    systems whose firewalls ask about each server, and no other way to it: `ray.init` takes the machine's
-    outer address even if it is told 127.0.0.1."""
+def private_ray() -> Iterator[None]:
+    """Let all servers of a Ray cluster that is started in the block listen on 127.0.0.1, and none report to
+    Ray's makers how it is used, unless RAY_USAGE_STATS_ENABLED says so.
+
+    Ray has the first for systems whose firewalls ask about each server, and no other way to it: `ray.init`
+    takes the machine's outer address even if it is told 127.0.0.1."""
     from ray._private import ray_constants
 
-    variable, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
-    stored = os.environ.get(variable)
-    # this process read the variable when it imported Ray; those that it starts do now
-    os.environ[variable], ray_constants.ENABLE_RAY_CLUSTER = "0", False
+    usage = "RAY_USAGE_STATS_ENABLED"
+    private = {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0", usage: os.environ.get(usage, "0")}
+    stored = {name: os.environ[name] for name in private if name in os.environ}
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    # this process read the first when it imported Ray; those that it starts do now
+    os.environ |= private
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
         yield
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before
-        if stored is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = stored
+        for name in private:
+            del os.environ[name]
+        os.environ |= stored
 
 
 def _check_address(address: str) -> None:

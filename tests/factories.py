@@ -184,11 +184,11 @@ def search_cluster(num_cpus: int) -> Iterator[None]:
     """A local Ray cluster, started as a search starts its own."""
     import ray
 
-    from raylib.launch import RAY_ENV, ray_on_loopback
+    from raylib.launch import RAY_ENV, private_ray
 
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)
-    with ray_on_loopback():
+    with private_ray():
         ray.init(
             address="local",
             num_cpus=num_cpus,

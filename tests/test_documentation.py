@@ -1,5 +1,6 @@
 """Links, anchors, images and commands of the documentation name what is there."""
 
+import importlib
 import re
 import runpy
 import shlex
@@ -118,3 +119,16 @@ def check_command(words: list[str], where: str) -> None:
             f"recipe={n}" for n in {**FINETUNE, **PRETRAIN}
         }, where
         override(SearchConfig(recipe="tiny"), own)
+
+
+def test_documentation_of_security_has_the_limits_of_the_code():
+    text = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- limits -->")[2].partition("<!-- /limits -->")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.strip().splitlines()[2:]]
+    assert len(rows) > 10
+    units = {"KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+    for _, limit, place in rows:
+        module, _, name = place.rpartition(".")
+        number, _, unit = limit.partition(" ")
+        value = getattr(importlib.import_module(module), name)
+        assert int(number.replace(",", "")) * units.get(unit, 1) == value, f"{place} is {value:,}"

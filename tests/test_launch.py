@@ -2,6 +2,7 @@
 attempt may mend."""
 
 import errno
+import os
 import signal
 import socket
 import threading
@@ -159,6 +160,23 @@ def test_token_of_rays_clusters_is_this_users_alone(before, tmp_path, monkeypatc
     assert text == "kept" if before else len(text) == 64
     launch._make_private_token()
     assert token.read_text() == text
+
+
+@pytest.mark.parametrize("given", [None, "1"])
+def test_local_cluster_is_private_while_it_starts(given, monkeypatch):
+    """Its processes inherit the environment; others that start later must not."""
+    from ray._private import ray_constants, services
+
+    loopback, usage = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_USAGE_STATS_ENABLED"
+    monkeypatch.delenv(loopback, raising=False)
+    monkeypatch.setenv(usage, given or "")
+    if given is None:
+        monkeypatch.delenv(usage)
+    before = dict(os.environ)
+    with launch.private_ray():
+        assert services.get_node_ip_address() == "127.0.0.1"
+        assert (os.environ[loopback], os.environ[usage]) == ("0", given or "0")
+    assert dict(os.environ) == before and ray_constants.ENABLE_RAY_CLUSTER
 
 
 def test_keys_of_trackers_are_handed_to_rays_other_clusters_alone():

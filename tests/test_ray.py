@@ -24,7 +24,7 @@ from pretrain.train import run
 from raylib import checkpoint
 from raylib.config import dump_config
 from raylib.errors import UserError
-from raylib.launch import launch, ray_on_loopback
+from raylib.launch import launch, private_ray
 from raylib.monitoring import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -36,7 +36,7 @@ def cluster():
     import ray
 
     options = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 10**8}
-    with ray_on_loopback():
+    with private_ray():
         ray.init(address="local", **options)
     yield
     ray.shutdown()
