@@ -9,6 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from raylib.display import hide_secrets
+
 # of one kernel
 LOCAL_FILE_SYSTEMS = ("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs")
 SHARED_FILE_SYSTEMS = ("nfs", "nfs4", "ceph")  # whose locks all machines see
@@ -31,7 +33,7 @@ def this_command() -> str:
     program, *words = sys.argv
     path = Path(program)
     words.insert(0, f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name)
-    text = " ".join(words)
+    text = hide_secrets(" ".join(words))
     return text if len(text) <= COMMAND_LENGTH else f"{text[:COMMAND_LENGTH]}..."
 
 
