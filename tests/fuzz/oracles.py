@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 
-def load_json(data: Path | bytes) -> Any:
+def load_json(data: Path | bytes, finite: bool = True) -> Any:
     """JSON in UTF-8, -16 or -32, as the standard library reads it; a key twice in an object with
-    different values, and a number that is not finite, are refused, as the product refuses them."""
+    different values, and, where it must be `finite`, a number that is not, are refused, as the product
+    refuses them."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -21,7 +22,7 @@ def load_json(data: Path | bytes) -> Any:
 
     def number(text: str) -> float:
         value = float(text)
-        assert abs(value) < float("inf"), f"{text} is not finite"
+        assert not finite or abs(value) < float("inf"), f"{text} is not finite"
         return value
 
     raw = data if isinstance(data, bytes) else data.read_bytes()
@@ -104,3 +105,30 @@ def typed(record: dict[str, Any], key: str, *kinds: type) -> Any:
     """`record[key]`, which is exactly of one of these types."""
     assert type(record[key]) in kinds, f"{key}: {record[key]!r}"
     return record[key]
+
+
+def has_shape(value: Any, shape: Any) -> bool:
+    """Tell whether a JSON value has the types of `shape`: a type, or several in a tuple; [shape] a list of
+    such, {str: shape} an object of such, {"name": shape, "name?": shape} one with, and perhaps with, these. A
+    float may be an int; a bool is none."""
+    if isinstance(shape, tuple):
+        return any(has_shape(value, one) for one in shape)
+    if isinstance(shape, list):
+        return type(value) is list and all(has_shape(one, shape[0]) for one in value)
+    if isinstance(shape, dict):
+        if type(value) is not dict:
+            return False
+        if str in shape:
+            return all(has_shape(one, shape[str]) for one in value.values())
+        return all(
+            has_shape(value[name.rstrip("?")], inner) if name.rstrip("?") in value else name.endswith("?")
+            for name, inner in shape.items()
+        )
+    if shape is None or shape is Any:
+        return value is None or shape is Any
+    return type(value) is shape or (shape is float and type(value) is int)
+
+
+def is_plain_name(name: Any) -> bool:
+    """Tell whether a name can only be that of something in its folder."""
+    return type(name) is str and name not in ("", ".", "..") and not {"/", "\0"} & set(name)
