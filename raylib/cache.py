@@ -26,14 +26,15 @@ from raylib.data.index import FileBytes
 from raylib.data.loading import prefetch, to_device, to_host
 from raylib.display import progress
 from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
-from raylib.errors import NotFinite, UserError
-from raylib.fileio import file_lock, read_json
+from raylib.errors import NotFinite, UserError, reading
+from raylib.fileio import file_lock, read_json_object
 from raylib.finite import is_finite
 from raylib.lock import make_folder
 from raylib.packed import Ragged
 from raylib.runtime import free_memory
 
 T = TypeVar("T")
+STORED_DTYPES = {"float32": 4, "float16": 2}  # bytes of a number
 # no part of the data beside them: opening an LMDB writes the first, opening a shard the second
 WRITTEN_BY_READERS = ("lock.mdb", ".index.bin")
 
@@ -106,7 +107,11 @@ def file_fingerprint(path: str | Path) -> tuple:
 
 class EncoderStates:
     """The folder that `write_encoder_states` made. May be sent to loader processes: files are opened where
-    they are first read."""
+    they are first read.
+
+    Raises:
+        UserError: the folder is damaged, or another's; names the file.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -114,40 +119,59 @@ class EncoderStates:
         self.rows: dict[str, tuple[int, int, int]] = {}  # name -> (worker that wrote it, first token, tokens)
         self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
         for worker in range(len(list(folder.glob("index-*.json")))):
-            index = read_json(folder / f"index-{worker}.json")
-            self.shapes.append((index["tokens"], index["width"], index["dtype"]))
-            self.rows |= {name: (worker, *row) for name, row in index["rows"].items()}
+            path, what, advice = folder / f"index-{worker}.json", "an index of states", self._advice
+            index = read_json_object(path, ("tokens", "width", "dtype", "rows"), what, advice)
+            with reading(path, what, advice):
+                shape, rows = _parse_states_index(index, folder / f"states-{worker}.bin")
+                # `read` puts items of several workers into one array
+                others = {other[1:] for other in (*self.shapes, shape) if other[0]}
+                if len(others) > 1:
+                    raise ValueError(f"width and dtype {shape[1:]}, where another worker has others")
+            self.shapes.append(shape)
+            self.rows |= {name: (worker, *row) for name, row in rows.items()}
             self.faults |= index.get("faults", {})
         self._files: dict[int, FileBytes] = {}
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_files": {}}
 
+    @property
+    def _advice(self) -> str:
+        return f"delete {self.folder}, they are made again"
+
+    def _find(self, names: Sequence[str]) -> list[tuple[int, int, int]]:
+        """Rows of items."""
+        try:
+            return [self.rows[name] for name in names]
+        except KeyError as error:
+            raise UserError(f"{self.folder}: no states of {error.args[0]}; {self._advice}") from None
+
     def read(self, names: Sequence[str]) -> Ragged:
         """States of the items `names`, row after row: (T, d), as they were stored.
 
         Raises:
-            UserError: those of an item are not finite; names file and item.
+            UserError: there are none of an item, or they are not finite; names file and item.
         """
         # checked as a whole first, which costs one pass; item by item only to name the one at fault
-        lengths = [self.rows[name][2] for name in names]
-        values = self._read([self.rows[name] for name in names])
+        rows = self._find(names)
+        lengths = [row[2] for row in rows]
+        values = self._read(rows)
         if not is_finite(values):
             parts = values.split(lengths)
             bad = next(name for name, part in zip(names, parts, strict=True) if not is_finite(part))
             raise UserError(
                 f"{self.folder}/states-{self.rows[bad][0]}.bin: states of {bad} are not finite (NaN or "
-                f"infinite); delete {self.folder}, they are made again"
+                f"infinite); {self._advice}"
             )
         return Ragged(values, torch.tensor(lengths))
 
     def read_first(self, names: Sequence[str]) -> Tensor:
         """The first state of each item, such as its CLS: (n, d), as stored."""
-        return self._read([(*self.rows[name][:2], 1) for name in names])
+        return self._read([(worker, first, 1) for worker, first, _ in self._find(names)])
 
     def size(self, names: Sequence[str]) -> tuple[int, int]:
         """Count the tokens and the bytes of the states of these items."""
-        rows = [self.rows[name] for name in names]
+        rows = self._find(names)
         row_bytes = [width * np.dtype(dtype).itemsize for _, width, dtype in self.shapes]
         return sum(row[2] for row in rows), sum(row[2] * row_bytes[row[0]] for row in rows)
 
@@ -164,6 +188,36 @@ class EncoderStates:
             self._files[worker].read_into(buffer[place:end], first * row_bytes)
             place = end
         return torch.from_numpy(values)
+
+
+def _parse_states_index(
+    index: dict[str, Any], states: Path
+) -> tuple[tuple[int, int, str], dict[str, tuple[int, int]]]:
+    """Return ((tokens, width, dtype) of a worker's `states`, {name: (first token, tokens)}).
+
+    Raises:
+        ValueError: they are of other types, or do not lie in the file.
+    """
+    tokens, width, dtype, rows = (index[name] for name in ("tokens", "width", "dtype", "rows"))
+    faults = index.get("faults", {})
+    if not all(type(count) is int and count >= 0 for count in (tokens, width)) or dtype not in STORED_DTYPES:
+        raise ValueError(f"tokens {tokens!r}, width {width!r}, dtype {dtype!r}")
+    if not isinstance(rows, dict) or not isinstance(faults, dict):
+        raise ValueError(f"rows are {type(rows).__name__}, faults {type(faults).__name__}")
+    if wrong := [name for name, fault in faults.items() if not isinstance(fault, str)]:
+        raise ValueError(f"fault of {wrong[0]!r}: {type(faults[wrong[0]]).__name__}")
+    wanted = tokens * width * STORED_DTYPES[dtype]
+    if (size := states.stat().st_size) != wanted:
+        raise ValueError(f"{states.name} has {size:,} bytes, and should have {wanted:,}")
+    for name, row in rows.items():
+        match row:
+            case [int() as first, int() as count] if (
+                0 <= first and 0 < count <= tokens - first and (type(first) is type(count) is int)
+            ):
+                pass
+            case _:
+                raise ValueError(f"row of {name!r}: {str(row)[:40]}, of {tokens} tokens")
+    return (tokens, width, dtype), {name: (first, count) for name, (first, count) in rows.items()}
 
 
 class ItemStates:

@@ -20,8 +20,8 @@ from raylib.cache import write_sharded
 from raylib.data.index import FileBytes
 from raylib.data.loading import to_host
 from raylib.display import progress
-from raylib.errors import NotFinite, UserError, hub_hint
-from raylib.fileio import read_json
+from raylib.errors import NotFinite, UserError, hub_hint, reading
+from raylib.fileio import read_json_object
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
@@ -90,8 +90,14 @@ class StoredStates:
         self.rows: dict[str, tuple[str, int, int]] = {}  # id -> (shard, first token, tokens)
         for index in sorted(folder.glob("index-*.json")):
             worker = index.stem.removeprefix("index-")
-            for name, (number, *row) in read_json(index).items():
-                self.rows[name] = f"states-{worker}-{number}.safetensors", *row
+            what, advice = "an index of the teacher's states", f"delete {folder}, they are made again"
+            rows = read_json_object(index, (), what, advice)
+            with reading(index, what, advice):
+                for name, row in rows.items():
+                    # of a number alone: a text could lead out of the folder
+                    if not isinstance(row, list) or [type(part) for part in row] != [int] * 3 or min(row) < 0:
+                        raise ValueError(f"row of {name!r}: {str(row)[:40]}")
+                    self.rows[name] = f"states-{worker}-{row[0]}.safetensors", row[1], row[2]
         self._open: dict[str, _Shard] = {}
 
     def __getstate__(self) -> dict:
