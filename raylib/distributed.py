@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # for a worker to take part in an exchange
 LOOPBACK = "127.0.0.1"
-_stores: dict[int, dist.TCPStore] = {}  # by port: those that this process serves
+_stores: dict[int, dist.TCPStore] = {}  # by port: those that this process serves, until their group is formed
 
 
 def join_workers(backend: str) -> None:
@@ -56,13 +56,14 @@ def join_workers(backend: str) -> None:
             port = int(os.environ["MASTER_PORT"])
             store = serve_store(port) if rank == 0 else dist.TCPStore(LOOPBACK, port, timeout=TIMEOUT)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+    _stores.clear()  # the group has it, and ends it: another one must not find its keys
 
 
 def keep_to_loopback() -> None:
     """Let gloo and NCCL listen on this machine's loopback interface, unless the environment names another:
     by themselves they take the address of the host's name, and the first card of the network."""
-    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        os.environ.setdefault(variable, "lo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("NCCL_SOCKET_IFNAME", "=lo")  # without "=" it may be another whose name begins so
 
 
 def serve_store(port: int = 0) -> dist.TCPStore:

@@ -157,6 +157,21 @@ def test_store_listens_on_loopback_and_serves_one_port_once():
     assert store.get("a") == b"b"
 
 
+def test_store_ends_with_its_group(monkeypatch):
+    """The next group at that port, of another training in this process, begins with none of its keys."""
+    port = serve_store().port
+    place = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in place.items():
+        monkeypatch.setenv(name, str(value))
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "lo")
+    for _ in range(2):
+        join_workers("gloo")
+        assert listening(os.getpid(), port)
+        dist.destroy_process_group()
+        assert not listening(os.getpid(), port)
+
+
 def test_store_at_a_port_that_is_taken_is_one_line():
     with socket.create_server(("127.0.0.1", 0)) as holder:
         port = holder.getsockname()[1]
@@ -187,4 +202,5 @@ def test_workers_of_several_machines_meet_where_all_reach_it(variables, is_here,
         monkeypatch.setenv(name, value)
     join_workers("gloo")
     assert joined == ["store at 29500" if is_here else None]
-    assert (os.environ.get("GLOO_SOCKET_IFNAME") == "lo") == is_here
+    interfaces = [os.environ.get(f"{library}_SOCKET_IFNAME") for library in ("GLOO", "NCCL")]
+    assert interfaces == (["lo", "=lo"] if is_here else [None, None])
