@@ -21,7 +21,7 @@ from raylib.fileio import find_file, read_json, write_json
 from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models import find_model, find_tokenizer
-from raylib.models.finetuned import find_fit
+from raylib.models.finetuned import find_fit, hold_model
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
@@ -251,7 +251,7 @@ def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
     """Scores of a model folder, run or checkpoint on the retrieval set `data` (see `Retrieval`), with what
     made them: hashes of the model's config.json and of weights, tokenizer and set, seconds, captions a
     second, peak memory, `raylib.provenance`."""
-    began, folder = time.perf_counter(), find_model(model)
+    began, folder = time.perf_counter(), find_model(hold_model(model))
     unified, device = UnifiedModel.from_pretrained(folder).eval(), local_device()
     unified.to(device)
     config, fit = unified.config, find_fit(Path(model), folder) or FitConfig(bf16=False)

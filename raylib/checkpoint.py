@@ -18,8 +18,10 @@ folder of its own, `runs/NAME/best`: they are read as they are; a run that goes 
 from then on.
 """
 
+import fcntl
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +43,7 @@ from raylib.fileio import (
 )
 from raylib.finite import is_finite, require_finite_values
 from raylib.lock import require_owned
+from raylib.processes import is_same_file, try_lock
 from raylib.strict_json import Count, MemberName, PlainName, check_shape
 
 # what engines of earlier versions wrote, pickled
@@ -289,9 +292,10 @@ def register(run: Path, name: str, keep: int) -> None:
     kept = [each for each in names if each in stay or (best and each == best.checkpoint)]
     # the registry first: a crash between the two leaves folders that nobody looks at, never names without one
     _write_registry(run, Registry(kept, best))
-    for each in names:
-        if each not in kept:
-            remove_folder(run / FOLDER / each)
+    # those too that an earlier call has left to a command that was reading them
+    for folder in (run / FOLDER).glob("step_*"):
+        if folder.name not in kept:
+            _remove_unless_held(folder)
 
 
 def _is_scheduled(run: Path, name: str) -> bool:
@@ -391,6 +395,39 @@ def remove_folder(folder: Path) -> None:
         folder.rename(trash)
     if trash.is_dir():
         shutil.rmtree(trash)
+
+
+_held: dict[Path, int] = {}  # open files of checkpoints that this process reads, which others may remove
+
+
+def hold_checkpoint(folder: Path) -> bool:
+    """Let a run that is under way leave a checkpoint in its place until this process ends; returns whether it
+    is still there."""
+    path = folder / "meta.json"
+    if folder in _held and is_same_file(_held[folder], path):
+        return True
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    if try_lock(descriptor, fcntl.LOCK_SH) is False or not is_same_file(descriptor, path):
+        os.close(descriptor)  # it is being removed
+        return False
+    _held[folder] = descriptor
+    return True
+
+
+def _remove_unless_held(folder: Path) -> None:
+    try:
+        descriptor = os.open(folder / "meta.json", os.O_RDWR)  # NFS wants it so for such a lock
+    except OSError:
+        remove_folder(folder)
+        return
+    try:
+        if try_lock(descriptor) is not False:
+            remove_folder(folder)
+    finally:
+        os.close(descriptor)
 
 
 def _not_finite_of(folder: Path) -> str | None:

@@ -21,7 +21,7 @@ from raylib.distributed import barrier
 from raylib.errors import MachineError, UserError
 from raylib.fileio import copy_atomically, read_json_object, write_atomically
 from raylib.lock import add_ray_job, hold_run, stored_owner, watch_file, work_for
-from raylib.notice import STOP_SECONDS, Interrupted, known_grace, stop_line
+from raylib.notice import JOB_CONFIG, STOP_SECONDS, Interrupted, known_grace, stop_line
 from raylib.provenance import DataFile, record_identity
 from raylib.ray_run import train_on_ray
 from raylib.runtime import LocalRuntime, Reporter, Runtime, set_deterministic
@@ -348,9 +348,7 @@ def connect_to_ray(quiet: bool = False) -> bool:
                 address=address,
                 log_to_driver=not quiet,
                 logging_level=logging.WARNING,
-                runtime_env={
-                    "env_vars": {k: v for k, v in os.environ.items() if _is_for_workers(k, is_local)}
-                },
+                runtime_env=_worker_environment(address),
             )
     except Exception as e:  # of many kinds: no connection, another version, a token
         reason = " ".join(str(e).split())[:300] or type(e).__name__
@@ -367,6 +365,27 @@ def connect_to_ray(quiet: bool = False) -> bool:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
     return True
+
+
+def _worker_environment(address: str) -> dict[str, Any]:
+    """Return Ray's runtime environment of all processes of this one's job: what is for them of its variables,
+    and RAY_ADDRESS. Actors of Ray Train look which others live, and on a machine with several clusters they
+    would ask whichever was started last."""
+    variables = {k: v for k, v in os.environ.items() if _is_for_workers(k, address == "local")}
+    if address.startswith("ray://"):
+        return {"env_vars": variables}
+    if JOB_CONFIG in os.environ:  # submitted: it may have a hook of its own, and Ray allows one
+        return {"env_vars": {**variables, "RAY_ADDRESS": address}}
+
+    # by its code, not by name: such a process imports nothing of ours
+    def set_address() -> None:
+        import os
+
+        import ray
+
+        os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+
+    return {"env_vars": variables, "worker_process_setup_hook": set_address}
 
 
 @contextmanager

@@ -145,6 +145,12 @@ def find_lock(folder: Path) -> RunLock | None:
     return next((_locks[path] for path in (folder, *folder.parents) if path in _locks), None)
 
 
+def is_under_way(folder: Path) -> bool:
+    """Return whether a live process owns the run in `folder`."""
+    paths = (place / LOCK for place in (folder, *folder.absolute().parents))
+    return any(path.is_file() and may_live(_read_record(path), path) for path in paths)
+
+
 def owner_of(folder: Path) -> Owner | None:
     """Return the owner of `find_lock`, for a worker; None: there is no lock."""
     lock = find_lock(folder)

@@ -23,6 +23,7 @@ T = TypeVar("T")
 
 # Slurm users send the last two: sbatch --signal=B:USR1@300
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # environment variable of the driver of a submitted job
 STOP_SECONDS = "POLYGLANCE_STOP_SECONDS"  # environment variable: what `known_grace` returns
 # a notice: that Ray takes a node away; above it, of a signal, the exit code that a shell knows of it
 PREEMPTION, SIGNALLED = 1, 128
@@ -147,7 +148,7 @@ def known_grace() -> Grace | None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         name = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
         return Grace(float(os.environ.get(name, 30)), name)
-    if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # the driver of a job
+    if JOB_CONFIG in os.environ:
         return Grace(3.0, "RAY_JOB_STOP_WAIT_TIME_S")
     return None
 

@@ -12,6 +12,8 @@ import pytest
 from raylib import checkpoint
 from raylib.errors import NotFinite, UserError
 from raylib.fileio import remove_temporaries, write_json
+from raylib.lock import hold_run
+from raylib.models.finetuned import hold_model
 from raylib.saving import write_files
 
 OPERATIONS = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree")
@@ -104,6 +106,25 @@ def test_register_of_a_notice_pushes_nothing_away(tmp_path):
         assert checkpoint.find_newest(tmp_path).name == checkpoint.step_name(step)
     make_run(tmp_path, {10: 0.3})
     assert names(tmp_path) == steps(2, 6, 10)
+
+
+def test_checkpoint_that_another_command_reads_goes_when_it_has_ended(tmp_path):
+    """As a run under way drops older ones: its registry names it no more, its files stay for the time."""
+    make_run(tmp_path, {1: None, 2: None}, keep=1)
+    assert hold_model(tmp_path) == tmp_path and not checkpoint._held  # nobody trains: nothing goes
+    with hold_run(tmp_path):
+        held = hold_model(tmp_path)
+        assert held == tmp_path / checkpoint.FOLDER / "step_000002" == hold_model(held)
+        make_run(tmp_path, {3: None, 4: None}, keep=1)
+        assert names(tmp_path) == steps(2, 4) and checkpoint.verify(held)
+        assert checkpoint.read_registry(tmp_path).checkpoints == steps(4)
+        assert hold_model(tmp_path).name == "step_000004"
+    for descriptor in checkpoint._held.values():
+        os.close(descriptor)
+    checkpoint._held.clear()
+    make_run(tmp_path, {5: None}, keep=1)
+    assert names(tmp_path) == steps(5)
+    assert not checkpoint.hold_checkpoint(held)  # too late
 
 
 def test_checkpoints_have_the_order_of_steps_beyond_a_million(tmp_path):

@@ -355,3 +355,32 @@ def test_ray_metrics_of_a_training_are_in_the_prometheus_endpoint(mini):
         assert shown and all(any(value == pytest.approx(line[name]) for line in lines) for value in shown), (
             name
         )
+
+
+SECOND_CLUSTER = """
+import os
+from raylib.launch import ray_cluster
+
+with ray_cluster():
+    import ray
+    from ray.util.state import list_actors
+
+    @ray.remote
+    class Here:
+        def look(self):
+            return os.environ["RAY_ADDRESS"], [actor.class_name for actor in list_actors()]
+
+    actor = Here.remote()
+    address, actors = ray.get(actor.look.remote())
+    assert address == ray.get_runtime_context().gcs_address, address
+    assert actors == ["Here"], actors
+"""
+
+
+@pytest.mark.slow
+def test_ray_processes_know_their_cluster_among_several():
+    """Beside that of this module: Ray Train's actors ask which others live, and so do those of users."""
+    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run([sys.executable, "-c", SECOND_CLUSTER], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "multiple active" not in done.stdout + done.stderr

@@ -18,6 +18,7 @@ from raylib.models.finetuned import (
     FinetuneModel,
     find_evaluated,
     find_run,
+    hold_model,
     is_foreign,
     load_backbone,
     tokenizer_at,
@@ -37,7 +38,7 @@ def load_model(
     vision: str | None = None,
 ) -> Model:
     """`polyglance.load`."""
-    path = language_part(Path(path), language)
+    path = hold_model(language_part(Path(path), language))
     stored = read_description(path) if (path / "config.json").is_file() else {}
     if stored.get("setting") in ("untrained", "translate_test"):
         raise UserError(

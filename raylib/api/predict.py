@@ -293,6 +293,16 @@ def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -
         yield [{"text": text, "images": images} for text, images in zip(batch, found, strict=True)]
 
 
+def hold_checkpoint(config: PredictConfig) -> PredictConfig:
+    """Let all parts of a prediction, and its note, be of one checkpoint of a run that is under way."""
+    from raylib.api.loading import language_part
+    from raylib.models.finetuned import hold_model
+
+    model = language_part(Path(config.model), config.language)
+    held = hold_model(model)
+    return config if held == model else config.model_copy(update={"model": str(held), "language": None})
+
+
 def hash_model(config: PredictConfig) -> dict[str, str]:
     """Digests of the weights and of the tokenizer, which tell a model from others."""
     from raylib.api.loading import language_part
@@ -477,7 +487,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.questions and not given.images:
         fields["images"] = str(given.questions.parent)
     fields |= {"task": task, "texts": tuple(texts) if task == "similarity" else ()}
-    config = validate(PredictConfig, fields, "the command line")
+    config = hold_checkpoint(validate(PredictConfig, fields, "the command line"))
     if embeddings:
         require_same_model(embeddings, config)
     # what is wrong with the model is told before a file is made, or Ray starts

@@ -18,6 +18,7 @@ from raylib import checkpoint
 from raylib.config import Config, Size, user_files, validate
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
+from raylib.lock import is_under_way
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
 from raylib.models.base import (
     RUN_KEY,
@@ -325,6 +326,18 @@ def find_evaluated(path: Path | str) -> Path:
     # a run that chose its best epoch went on training after it
     best = checkpoint.find_best(path)
     return best if best and read_description(path).get("select") == "best" else find_model(path)
+
+
+def hold_model(path: Path | str) -> Path:
+    """Return the checkpoint that `find_evaluated` names now, of a run that is under way: it stays where it is
+    until this process ends, whatever the run keeps; any other path as it is."""
+    path = Path(path)
+    run = path.parent if path.name == "best" else path
+    while (run / checkpoint.FOLDER).is_dir() and is_under_way(run):
+        folder = find_evaluated(path)
+        if checkpoint.hold_checkpoint(folder) or not folder.is_relative_to(run / checkpoint.FOLDER):
+            return folder
+    return path
 
 
 def weights_of(path: Path | str) -> Path:
