@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -131,9 +131,12 @@ class Watch:
         return not any(real == below or real.startswith(below + "/") for below in self.folder)
 
 
-def judge(reader: Reader, path: Path, target: Path, folder: Path, watch: Watch) -> Outcome:
+def judge(
+    reader: Reader, path: Path, target: Path, folder: Path, watch: Watch, tell: Callable[[str], object]
+) -> Outcome:
     """Read `path`, in which `target` is damaged, and say what came of it.
 
+    tell: is told when the product has read it, and the oracle begins, which may die of it.
     folder: has `files`, the damaged example, and `tmp`; nothing else may change in its parent.
     """
     before = _listing(folder.parent, folder)
@@ -160,6 +163,7 @@ def judge(reader: Reader, path: Path, target: Path, folder: Path, watch: Watch) 
     elif error is not None:
         kind, detail = judge_error(error, path, target, folder)
     else:
+        tell("oracle")
         kind, detail = _compare(reader, path, values, watch, folder)
     return Outcome(kind, detail, seconds, peak)
 

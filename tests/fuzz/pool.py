@@ -87,6 +87,7 @@ class Worker:
         self.folder, self.done = folder, 0
         self.job: Any = None
         self.case: mutate.Case | None = None  # that it has begun to read
+        self.phase = ""  # "oracle": the product has read it
         self.process = FORK.Process(target=_serve, args=(examples, folder, theirs), daemon=True)
         self.process.start()
         theirs.close()
@@ -100,7 +101,7 @@ class Worker:
 
     def send(self, order: tuple[str, Any]) -> None:
         self.connection.send(order)
-        self.job = order[1]
+        self.job, self.phase = order[1], ""
         self.began, self.moved = self._cpu()[0], time.monotonic()
         self.cpu = self.began
 
@@ -167,7 +168,9 @@ def _serve(examples: Examples, folder: Path, connection: Connection) -> None:
                 case = examples.make(what, own / "files")
                 # so that a process that dies has said of what
                 connection.send(case)
-                outcome = child.judge(examples.readers[what.reader], case.path, case.target, own, watch)
+                reader = examples.readers[what.reader]
+                tell = lambda word: connection.send((word,))  # noqa: E731
+                outcome = child.judge(reader, case.path, case.target, own, watch, tell)
                 connection.send(outcome)
         except Exception as e:
             connection.send(f"{type(e).__name__}: {e}; {traceback.format_exc()[-1500:]}")
@@ -237,7 +240,12 @@ def _advance(worker: Worker, examples: Examples, is_ready: bool) -> Result | Non
         try:
             answer = worker.connection.recv()
         except (EOFError, OSError):
+            if worker.phase == "oracle":
+                return _result(job, case, Outcome("accepted and wrong", f"the oracle: {worker._death()}"))
             return _result(job, case, Outcome("signal", worker._death()))
+        if answer == ("oracle",):
+            worker.phase = "oracle"
+            return None
         if isinstance(answer, mutate.Case):
             worker.case, worker.began = answer, worker._cpu()[0]
             return None

@@ -10,7 +10,7 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.oracles import dump_lines, load_lines, load_text, write_files
+from tests.fuzz.oracles import dump_lines, load_lines, load_text, open_picture, write_files
 from tests.fuzz.reader import Reader
 
 PAIRS = "".join(f"1.{number}\tSatz {number}\tSentence {number}\n" for number in range(5, 9))
@@ -24,18 +24,6 @@ def picture(number: int, kind: str = "png") -> bytes:
 
     pixels = (np.arange(12 * 10 * 3) * (number + 1)).astype(np.uint8).reshape(12, 10, 3)
     return cv2.imencode(f".{kind}", pixels)[1].tobytes()
-
-
-def check_image(data: bytes) -> None:
-    """Decode it, as Pillow does; texts in a PNG that would fill the memory are none of its pixels."""
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-    except ValueError as e:
-        if "MAX_TEXT_CHUNK" not in str(e):
-            raise
 
 
 def strict(read: Any) -> Any:
@@ -119,7 +107,7 @@ def load_images(path: Path) -> Any:
             name = "".join(name.split()).translate({ord("-"): "+", ord("_"): "/"}).rstrip("=")
             data = base64.b64decode(name + "=" * (-len(name) % 4), validate=True)
         assert captions
-        check_image(data)
+        open_picture(data).close()
         found.append((data, captions))
     assert found
     return found
