@@ -2,6 +2,7 @@
 reckons."""
 
 import errno
+import shutil
 import statistics
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from raylib.search.schedulers import (
 from raylib.search.space import Choice, Float, Int, OneOf, Space
 from raylib.search.trial import (
     MACHINE_ERROR,
+    REPEAT_OF,
     SETTING,
     TrialResult,
     append_report,
@@ -119,6 +121,22 @@ def log_of(folder, trials):
         for each in reports:
             append_report(log.runs / name, each)
     return log
+
+
+def test_trial_whose_folder_is_gone_is_one_line(tmp_path):
+    """Its scores are gone with it: another would be the best one."""
+    log = log_of(tmp_path, {name: [{"epoch": 1, "score": 0.5}] for name in ("done", "stopped", "failed")})
+    log.begin("repeat", {REPEAT_OF: "done"})
+    for name, state in (("done", "finished"), ("stopped", "stopped"), ("failed", "failed")):
+        log.end(name, state)
+    log.end("repeat", "finished")
+    shutil.rmtree(log.runs / "failed")
+    assert [result.scores for result in log.results(("score",))][::3] == [{"score": 0.5}] * 2
+    for name, state in (("done", "finished"), ("stopped", "stopped")):
+        (log.runs / name).rename(tmp_path / "away")
+        with pytest.raises(UserError, match=f"trials/{name}: the folder of a trial that has {state} is gone"):
+            log.results(("score",))
+        (tmp_path / "away").rename(log.runs / name)
 
 
 @pytest.mark.parametrize("stop", ["asha", "median"])

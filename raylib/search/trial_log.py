@@ -134,7 +134,11 @@ class TrialLog:
 
     def results(self, metrics: tuple[str, ...]) -> list[TrialResult]:
         """Return the results of the trials that have ended, with their scores `metrics`; a repeat's are those
-        of the trial whose score it takes."""
+        of the trial whose score it takes.
+
+        Raises:
+            UserError: the folder of one is gone, and its scores with it.
+        """
         results = {trial: self._result(trial, metrics) for trial in self.settings if trial in self.outcomes}
         return [
             result._replace(
@@ -165,6 +169,11 @@ class TrialLog:
     def _result(self, trial: str, metrics: tuple[str, ...]) -> TrialResult:
         """Return a trial's result by its last report: of a stopped one, that at which it was stopped."""
         setting, (state, error) = self.settings[trial], self.outcomes[trial]
+        if state != "failed" and REPEAT_OF not in setting and not (self.runs / trial).is_dir():
+            raise UserError(
+                f"{self.runs / trial}: the folder of a trial that has {state} is gone, with its scores; "
+                "put it back, or give the search another name="
+            )
         reports = self.reports(trial)
         last = reports[-1] if reports else {}
         scores = {m: last[m] for m in metrics if m in last}
