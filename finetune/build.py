@@ -13,6 +13,7 @@ from finetune.image_check import check_sets, find_missing, require_few_faults
 from finetune.stores.images import (
     ImageSource,
     PrecomputedFeatures,
+    RegionFeatures,
     VisualSource,
     open_visual,
     precompute_features,
@@ -228,7 +229,10 @@ def check_images(
         return
     apart = config.verify or config.trains_apart or get_cache() is not None
     sets = [used for used in used_sets(parts) if used.role in roles and (used.role != "train" or apart)]
-    yield from check_sets(open_visual(config, 0), sets, config.bad_limit, config.verify)
+    visual = open_visual(config, 0)
+    if config.verify and isinstance(visual, RegionFeatures):
+        visual.store.width = find_task(config).region_dim(config)
+    yield from check_sets(visual, sets, config.bad_limit, config.verify)
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
@@ -397,7 +401,10 @@ def open_visual_for(config: FinetuneConfig, model: Any) -> VisualSource | None:
     if not task.needs_images(config):
         return None
     backbone = model.backbone
-    return open_visual(config, backbone.image_size, "tags" in backbone.row_parts)
+    visual = open_visual(config, backbone.image_size, "tags" in backbone.row_parts)
+    if isinstance(visual, RegionFeatures):
+        visual.store.width = model.description["regions"]
+    return visual
 
 
 def _set_region_dim(config: FinetuneConfig, task: Task, backbone: RegionBackbone) -> None:

@@ -6,6 +6,7 @@ look alike.
 """
 
 import base64
+import binascii
 import fcntl
 import hashlib
 import io
@@ -349,6 +350,8 @@ def decode_base64(data: str | bytes) -> bytes:
             leaves such characters out, and with them the "-" and "_" of the URL-safe alphabet.
     """
     data = data.encode() if isinstance(data, str) else bytes(data)
+    with suppress(binascii.Error):  # the common form, for which the others need not be looked for
+        return binascii.a2b_base64(data, strict_mode=True)
     data = b"".join(data.split()).translate(URL_SAFE).rstrip(b"=")
     return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
 

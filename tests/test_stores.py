@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.stores import normalise_boxes
+from finetune.stores import normalise_boxes, to_regions
 from finetune.stores.images import open_images
 from finetune.stores.regions import open_regions
 from raylib.cache import write_encoder_states
+from raylib.data.images import BadImage
 from raylib.errors import UserError
 from raylib.packed import Ragged
 
@@ -428,3 +429,71 @@ def test_image_states_are_encoded_by_one_process_while_another_waits(tmp_path):
         process.join()
     assert found == [(0, [[1.0, 1.0, 1.0]]), (2, [[1.0, 1.0, 1.0]])]
     assert [path.name for path in tmp_path.iterdir()] == ["states"]  # no lock, nothing half done
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"boxes": np.array([[0, 0, 10, 20], [10, 5, 42, 20]])},
+            r"box 1 \(10, 5, 42, 20\) is not inside .*40 x",
+        ),
+        ({"boxes": np.array([[-2, 0, 10, 20], [10, 5, 40, 20]])}, r"box 0 \(-2, 0, 10, 20\) is not inside"),
+        ({"boxes": np.array([[0, 0, 10, 20], [10, 15, 40, 5]])}, r"box 1 \(10, 15, 40, 5\) is not inside"),
+        ({"boxes": np.array([[0, 0, np.inf, 20], [10, 5, 40, 20]])}, "boxes not finite"),
+        ({"boxes": BOXES.T}, "8 values of boxes, which have four each"),
+        ({"boxes": BOXES[:1]}, "6 feature values for 1 boxes|2 boxes"),
+        ({"boxes": [[1, 2, 3, 4], [1]]}, "boxes: not to be read as numbers"),
+        ({"boxes": np.array([["a"] * 4] * 2)}, "boxes: not to be read as numbers .dtype <U1"),
+        ({"boxes": np.ones((2, 4), bool)}, "boxes: not to be read as numbers .dtype bool"),
+        ({"features": FEATURES.reshape(3, 2)}, "6 feature values for 2 boxes"),
+        ({"features": np.full((2, 3), 1e300)}, "features not finite"),
+        ({"features": np.zeros((2, 0))}, "0 feature values for 2 boxes"),
+        ({"num_boxes": 3}, "num_boxes 3, and 2 boxes"),
+        ({"num_boxes": "x"}, "not to be read as a number"),
+        ({"num_boxes": -2}, "num_boxes -2, and 2 boxes"),
+        ({"img_h": 0}, "img_h 0, img_w 40: an image has a size"),
+        ({"img_w": -40}, "img_h 20, img_w -40: an image has a size"),
+        ({"img_w": float("inf")}, "img_w not finite"),
+        ({"img_w": [40, 40]}, "img_w: not to be read as a number .list of 2 values"),
+        ({"img_w": None}, "img_w: not to be read as a number"),
+        ({"img_w": 10**400}, "img_w: not to be read as a number"),
+        ({"tags": 5}, "tags: not to be read as a list of names"),
+        ({"tags": [5]}, "tags: not to be read as a list of names .int"),
+    ],
+)
+def test_region_record_that_cannot_be_is_refused_by_its_image(changes, words):
+    values = {
+        "features": FEATURES,
+        "boxes": BOXES,
+        "img_h": 20,
+        "img_w": 40,
+        "num_boxes": 2,
+        "tags": ["a", b"b"],
+    }
+    assert to_regions(values, "/r, 7").tags == ("a", "b")
+    with pytest.raises(BadImage, match=f"^/r, 7.*({words})"):
+        to_regions(values | changes, "/r, 7")
+    for value in ([1], "x", None):
+        with pytest.raises(BadImage, match="/r, 7: .* in place of a dict"):
+            to_regions(value, "/r, 7")
+
+
+def test_region_boxes_may_round_over_the_edge():
+    """By a pixel, or by a hundredth where they are shares."""
+    record = {"features": FEATURES, "boxes": BOXES + [[-1, -1, 1, 1]], "img_h": 20, "img_w": 40}
+    assert len(to_regions(record, "x").boxes) == 2
+    shares = {**record, "boxes": BOXES / [40, 20, 40, 20] + [-0.009, 0, 0.009, 0], "img_h": 1.0, "img_w": 1.0}
+    assert len(to_regions(shares, "x").boxes) == 2
+    with pytest.raises(BadImage, match="not inside the image, 1 x 1"):
+        to_regions({**shares, "boxes": BOXES}, "x")
+
+
+@pytest.mark.parametrize("kind", ["lmdb", "h5", "flat.h5", "tsv", "npz", "npy"])
+def test_region_features_of_another_width_are_refused(tmp_path, kind):
+    store = open_regions(write_store(kind, tmp_path))
+    store.width = 3
+    assert len(store.read("7").features) == 2
+    store.width = 4
+    with pytest.raises(BadImage, match=f"{kind.split('.')[-1]}, 7: 3 features a region, and 4 are expected"):
+        store.read("7")

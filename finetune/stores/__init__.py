@@ -19,6 +19,7 @@ from raylib.finite import is_finite
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 # what MSCOCO's names of 2014 have before the number that they share with those of 2017
 COCO_PREFIX = re.compile(r"^COCO_[a-z]+\d{4}_(?=\d{12}$)", re.IGNORECASE)
+BOX_DIM = 7  # numbers that a model reads of a box (`normalise_boxes`)
 ADVICE = "extract the regions of this image again"
 MARVL = {"id", "sw", "ta", "tr", "zh"}  # languages whose images have the same names
 
@@ -36,7 +37,7 @@ class Regions(NamedTuple):
 
 def folders_of(name: str) -> set[str]:
     """The folders that an id, or a path, names."""
-    return {*PurePosixPath(nfc(name)).parts[:-1]}
+    return {*PurePosixPath(nfc(name)).parts[:-1]} if "/" in name else set()
 
 
 def may_hold(name: str, words: set[str]) -> bool:
@@ -100,9 +101,7 @@ def to_regions(record: Any, where: str) -> Regions:
     height, width = (_to_number(record[name], f"{where}, {name}") for name in ("img_h", "img_w"))
     for name, value in (("features", features), ("boxes", boxes), ("img_h", height), ("img_w", width)):
         if not is_finite(value):
-            raise BadImage(
-                f"{where}: {name} not finite (NaN or infinite); extract the regions of this image again"
-            )
+            raise BadImage(f"{where}: {name} not finite (NaN or infinite); {ADVICE}")
     if "num_boxes" in record and (count := _to_number(record["num_boxes"], where)) != len(boxes):
         raise BadImage(f"{where}: num_boxes {count:g}, and {len(boxes)} boxes")
     if height <= 0 or width <= 0:
@@ -117,11 +116,12 @@ def to_regions(record: Any, where: str) -> Regions:
 def _require_inside(boxes: np.ndarray, height: float, width: float, where: str) -> None:
     """Raise BadImage where a box ends before it begins, or lies outside its image by more than a pixel, which
     is how much detectors round, or by a hundredth, where boxes are shares of the image."""
-    room = np.array([width, height], np.float32)
-    slack = np.where(room > 1, 1, 0.01)
-    is_outside = (boxes[:, :2] < -slack) | (boxes[:, 2:] > room + slack) | (boxes[:, 2:] < boxes[:, :2])
-    if is_outside.any():
-        row = int(is_outside.any(1).argmax())
+    slack_x, slack_y = (1 if size > 1 else 0.01 for size in (width, height))
+    lowest, ends = (-slack_x, -slack_y), (width + slack_x, height + slack_y)
+    starts, stops = boxes[:, :2], boxes[:, 2:]
+    is_inside = (lowest <= starts) & (starts <= stops) & (stops <= ends)
+    if not is_inside.all():
+        row = int(is_inside.all(1).argmin())
         box = ", ".join(f"{value:g}" for value in boxes[row])
         raise BadImage(
             f"{where}: box {row} ({box}) is not inside the image, {width:g} x {height:g}; give x1, y1, x2, y2"

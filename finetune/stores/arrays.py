@@ -3,6 +3,7 @@ that a header announces is believed before it is compared with what is there."""
 
 import io
 import math
+import os
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
@@ -24,11 +25,10 @@ def read_file(path: Path) -> bytes:
     Raises:
         ValueError: it is larger than such a file may be.
     """
-    with open(path, "rb") as file:
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
-        raise ValueError(f"more than {MAX_BYTES:,} bytes")
-    return data
+    with open(path, "rb", buffering=0) as file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+            raise ValueError(f"{size:,} bytes, of which an image's may have {MAX_BYTES:,}")
+        return file.read(size)
 
 
 def read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:

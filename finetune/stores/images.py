@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from finetune.formats.items import ItemList
-from finetune.stores import SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
+from finetune.stores import BOX_DIM, SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
 from raylib.data.images import BadImage, augment_image, count_uniforms, decode_image, resize_image
@@ -261,13 +261,15 @@ class RegionFeatures:
 
 def join_regions(images: Sequence[Regions], has_tags: bool = False) -> dict[str, Any]:
     """Region features of images as a model reads them (`RegionFeatures`)."""
-    parts = []
-    for regions in images:
-        boxes = normalise_boxes(regions.boxes, regions.height, regions.width)
-        parts.append(np.concatenate([regions.features, boxes], 1))
-    lengths = torch.tensor([len(part) for part in parts])
-    rows = {"regions": Ragged(torch.from_numpy(np.concatenate(parts).astype(np.float32)), lengths)}
-    return rows | {"tags": [regions.tags for regions in images]} if has_tags else rows
+    lengths, width = [len(regions.boxes) for regions in images], images[0].features.shape[1]
+    values, start = np.empty((sum(lengths), width + BOX_DIM), np.float32), 0
+    for regions, length in zip(images, lengths, strict=True):
+        rows = values[start : start + length]
+        rows[:, :width] = regions.features
+        rows[:, width:] = normalise_boxes(regions.boxes, regions.height, regions.width)
+        start += length
+    joined = {"regions": Ragged(torch.from_numpy(values), torch.tensor(lengths))}
+    return joined | {"tags": [regions.tags for regions in images]} if has_tags else joined
 
 
 VisualSource = ImageSource | PrecomputedFeatures | RegionFeatures

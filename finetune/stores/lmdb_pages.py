@@ -34,7 +34,7 @@ MAX_DEPTH = 32
 
 
 class Head(NamedTuple):
-    """What page 0 or 1 says of the file."""
+    """The content of page 0 or 1, about the file."""
 
     kind: int
     magic: int

@@ -36,6 +36,7 @@ class RegionStore(ABC):
 
     def __init__(self, path: Path):
         self.path = path
+        self.words = _words(path)
         self.width: int | None = None  # of the features that a model reads; None: any
 
     @abstractmethod
@@ -60,7 +61,7 @@ class RegionStore(ABC):
         if regions is None:
             raise BadImage(f"{self.path}: no regions of image '{name}'; check regions=")
         if self.width not in (None, found := regions.features.shape[1]):
-            raise BadImage(f"{self.path}, {name}: {found} features a region, and others have {self.width}")
+            raise BadImage(f"{self.path}, {name}: {found} features a region, and {self.width} are expected")
         return regions
 
 
@@ -111,7 +112,7 @@ class _KeyedStore(RegionStore):
         """Return the record of this name, which `locate` found at `place`."""
 
     def _locate_image(self, name: str) -> tuple[str, Any]:
-        if may_hold(name, _words(self.path)):
+        if may_hold(name, self.words):
             for key in dict.fromkeys((*unicode_forms(name), *unicode_forms(stem(name)))):
                 if (place := self.locate(key)) is not None:
                     return key, place

@@ -73,6 +73,8 @@ class Predictor:
 
         self.config, self.model = config, open_model(config)
         self.regions = open_regions(config.regions) if config.regions else None
+        if self.regions:
+            self.regions.width = self.model.region_dim
         self.texts = self.model.encode_text(config.texts) if config.task == "similarity" else np.empty(0)
 
     def __call__(self, items: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
