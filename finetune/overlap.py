@@ -17,12 +17,15 @@ RUNS/cache where that took longer than a second: by name, size and time of chang
 """
 
 import hashlib
+import os
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from finetune.build import UsedSet, find_task, used_sets
 from finetune.config import FinetuneConfig
@@ -37,6 +40,18 @@ from raylib.fileio import nfc, read_json, write_json
 RULE_VERSION = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
 USES = {"test": "tested on", "dev": "chosen by", "train": "trained on"}
+
+
+class FoundOverlap(TypedDict):
+    """Two sets, by their number, and what they share; an example of it, or ""."""
+
+    first: int
+    second: int
+    images: int
+    items: int
+    records: int
+    image: str
+    such_as: str
 
 
 def check_overlap(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[dict[str, Any]]:
@@ -217,8 +232,10 @@ def _cached_overlaps(cache: Path, task: Task, sets: list[UsedSet]) -> list[dict[
             )
         )
     file = cache / f"overlap-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
-    if file.is_file():
-        return read_json(file)
+    if os.path.lexists(file):
+        return read_json(
+            file, "overlaps that were found", "remove it, and they are found anew", shape=list[FoundOverlap]
+        )
     began = time.perf_counter()
     found = find_overlaps(task, sets)
     if time.perf_counter() - began > 1:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from finetune.batches import read_usable_inputs
-from finetune.formats import Example, get_field, get_optional, parse_score, shorten, stream_jsonl
+from finetune.formats import Example, get_field, get_optional, parse_number, shorten, stream_jsonl
 from finetune.stores.images import PrecomputedFeatures, SharedFeatures, VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.data.loading import batched, prefetch, to_device
@@ -226,12 +226,13 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
         UserError: a line that is none of a prediction; names it, and the field.
     """
     for where, line in stream_jsonl(path):
+        get_field(line, "id", str, where)
         get_field(line, "prediction", str, where)
         for answer in get_field(line, "labels", dict, where).values():
-            parse_score(answer, where)
+            parse_number(answer, where)
         if any(type(image) is not str for image in get_optional(line, "images", list, where, ())):
             raise UserError(f"{where}: field 'images' is {shorten(line['images'])}; wanted names")
-        line["kind"] = get_optional(line, "kind", str, where, "")
+        get_field(line, "kind", str, where)
         get_optional(line, "error", str, where, "")
         yield line
 

@@ -3,13 +3,15 @@ translate`."""
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 from pydantic import Field, PositiveInt
+from typing_extensions import TypedDict
 
-from finetune.formats import stream_jsonl
+from finetune.formats import get_field, shorten, stream_jsonl
 from raylib.config import Config, differing_paths
 from raylib.display import progress
 from raylib.errors import UserError, hub_hint, require
@@ -23,7 +25,7 @@ from raylib.fileio import (
     write_atomically,
     write_json,
 )
-from raylib.textfile import open_text
+from raylib.textfile import open_bytes, open_text
 
 if TYPE_CHECKING:
     from finetune.tasks.base import Task
@@ -102,6 +104,14 @@ def translate(
     return [target for _, target in files]
 
 
+class Batch(TypedDict):
+    """A line of what is done; the first has the "identity" of what made it."""
+
+    texts: list[str]
+    translations: list[str]
+    identity: NotRequired[dict[str, Any]]
+
+
 class Output:
     """A file of translations that is made, what it is made of, and what is done of it so far.
 
@@ -127,7 +137,7 @@ class Output:
         Raises:
             UserError: it is not; says in what.
         """
-        if self.note.is_file():
+        if os.path.lexists(self.note):
             now = {**self.identity, "source": sha256_file(self.source)}
             if changed := differing_paths(read_json_object(self.note), now):
                 raise UserError(
@@ -141,14 +151,24 @@ class Output:
             UserError: it was done by another model, with other settings, or by a version that did not say.
         """
         self.target.parent.mkdir(parents=True, exist_ok=True)
-        if self.partial.is_file() and self.partial.read_bytes().lstrip(b"\0")[:1] not in (b"", b"{"):
+        if self.partial.exists():
+            with open_bytes(self.partial) as (file, _):
+                first = next((line for line in file if line.strip(b"\0 \r\n")), b"{")
+        else:
+            first = b"{"
+        if not first.lstrip(b"\0 ").startswith(b"{"):
             raise UserError(
                 f"{self.partial} was begun by an earlier version, which does not say by which model; remove "
                 "it to translate anew"
             )
         for note in repair_jsonl(self.partial, "texts"):
             log(note)
-        records = read_jsonl(self.partial)
+        records = read_jsonl(self.partial, Batch)
+        for number, record in enumerate(records, 1):
+            if len(record["texts"]) != len(record["translations"]):
+                raise UserError(
+                    f"{self.partial}:{number}: as many translations as texts are needed; remove it"
+                )
         if not records:
             append_jsonl(self.partial, {"texts": [], "translations": [], "identity": self.identity})
         elif changed := differing_paths(records[0].get("identity", {}), self.identity):
@@ -219,18 +239,22 @@ def hash_model(folder: Path) -> str:
 def _records(path: Path) -> Iterator[dict[str, Any] | str]:
     """JSON lines as objects, other files as lines, also those that are empty: line i is about image i."""
     if ".jsonl" in path.suffixes:  # or in a .gz, a .zip
-        yield from (record for _, record in stream_jsonl(path))
+        for where, record in stream_jsonl(path):
+            field = next((name for name in CAPTIONS if name in record), None)
+            if field is None:
+                raise UserError(f"{where}: no captions ({' or '.join(CAPTIONS)}): {shorten(record)}")
+            captions = get_field(record, field, (str, list), where)
+            if any(type(caption) is not str for caption in captions):
+                raise UserError(f"{where}: field '{field}' is {shorten(captions)}; wanted captions")
+            yield record
         return
-    with open_text(path) as file:
+    with open_text(path, has_lines=True) as file:
         for line in file:
             yield line.rstrip("\r\n")
 
 
 def _caption_field(record: dict[str, Any]) -> str:
-    found = next((name for name in CAPTIONS if name in record), None)
-    if found is None:
-        raise UserError(f"a record without captions ({' or '.join(CAPTIONS)}): {json.dumps(record)[:80]}")
-    return found
+    return next(name for name in CAPTIONS if name in record)
 
 
 def _texts(record: dict[str, Any] | str) -> list[str]:

@@ -158,6 +158,8 @@ def stream_images(path: Path) -> Iterator[tuple[str, bytes]]:
         yield from read_source(open_corpus(path))
     elif path.is_dir():
         for file in sorted(p for p in path.rglob("*") if _is_image(p.name)):
+            if not file.is_file():
+                raise UserError(f"{file}: a pipe, or a link to nothing, in place of an image; remove it")
             yield str(file.relative_to(path)), file.read_bytes()
     elif path.suffix == ".tar" and path.is_file():
         with open(path, "rb") as tar:

@@ -326,7 +326,9 @@ def test_non_finite_answer_scores_name_the_item(tmp_path, score):
         f'[{{"question_id": 1, "sent": "q", "img_id": "7", "label": {{"yes": 1.0, "no": {score}}}}}]'
     )
     words = (
-        ("broken JSON",) if score in ("NaN", "Infinity") else (", item 0: the score", "is no finite number")
+        ("broken JSON",)
+        if score in ("NaN", "Infinity")
+        else (", item 0: the score", "wanted a finite number")
     )
     refuses(lambda: list(read_gqa(lxmert)), str(lxmert), *words)
     (tmp_path / "answers.json").write_text('["yes", "no"]')

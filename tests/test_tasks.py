@@ -462,7 +462,7 @@ def test_read_captions_by_fields_that_options_name(tmp_path):
         ({"label": "a"}, "no field 'text'"),
         ({"text": 3, "label": "a"}, "field 'text' is int"),
         ({"text": "t", "label": 0.5}, "field 'label' is float, 0.5; wanted an answer"),
-        ({"text": "t", "label": {"a": "much"}}, "is no finite number"),
+        ({"text": "t", "label": {"a": "much"}}, "wanted a finite number"),
     ],
 )
 def test_read_examples_error_names_line_and_field(record, message, tmp_path):

@@ -123,13 +123,15 @@ def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
     """("path:line", record) of a file with a JSON object a line.
 
     Raises:
-        UserError: as `stream_lines`; a line that is none, or has half a surrogate pair.
+        UserError: as `stream_lines`; a line that is none, has half a surrogate pair, or a name twice in an
+            object.
     """
     for where, line in stream_lines(path):
         try:
             record = json.loads(line)
-            if HALF_PAIR.search(line):
-                parse_json(line)
+            # a name twice in one object; nested objects have more colons too
+            if type(record) is dict and (line.count('":') > len(record) or HALF_PAIR.search(line)):
+                record = parse_json(line, finite=False)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: no JSON ({describe_error(e)}); take an undamaged copy") from None
         yield where, as_object(record, where)
@@ -228,14 +230,14 @@ def get_objects(record: dict, name: str, where: str) -> list[tuple[str, dict]]:
     return [(place, as_object(value, place)) for place, value in places]
 
 
-def parse_score(value: Any, where: str) -> float:
-    """Return an answer's score as a float.
+def parse_number(value: Any, where: str, what: str = "the score of an answer") -> float:
+    """Return a number of JSON as a float.
 
     Raises:
         UserError: no number, or none that is finite; Python's JSON reads NaN and Infinity too.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise UserError(f"{where}: the score {describe_value(value)} of an answer is no finite number")
+        raise UserError(f"{where}: {what} is {describe_value(value)}; wanted a finite number")
     return float(value)
 
 
@@ -292,7 +294,7 @@ def read_captions(path: Path, image: str = "image", text: str = "caption") -> It
 
 def _labels(value: Any, where: str) -> dict[str, float]:
     if isinstance(value, dict):
-        return {str(answer): parse_score(score, where) for answer, score in value.items()}
+        return {str(answer): parse_number(score, where) for answer, score in value.items()}
     answers = value if isinstance(value, list) else [value]
     invalid = [a for a in answers if type(a) not in (str, int, bool)]
     if invalid:

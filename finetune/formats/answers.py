@@ -17,7 +17,7 @@ from finetune.formats import (
     get_field,
     get_objects,
     get_optional,
-    parse_score,
+    parse_number,
     shorten,
     stream_jsonl,
     stream_lines,
@@ -27,6 +27,7 @@ from finetune.formats import (
 from raylib.errors import UserError
 from raylib.fileio import read_json
 from raylib.pickles import load_plain
+from raylib.textfile import open_bytes
 
 LABELS = ("contradiction", "neutral", "entailment")
 UNLABELLED = "-"  # annotators did not agree
@@ -41,7 +42,7 @@ def read_gqa(path: Path) -> Iterator[Example]:
             text, image = get_field(record, "sent", str, where), get_field(record, "img_id", str, where)
             number = get_field(record, "question_id", (str, int), where)
             yield Example(
-                str(number), (text,), (image,), {k: parse_score(v, where) for k, v in labels.items()}
+                str(number), (text,), (image,), {k: parse_number(v, where) for k, v in labels.items()}
             )
         return
     for where, key, value in stream_members(path):
@@ -136,7 +137,7 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
             )
         labels: dict[str, float] = {}
         for n, s in zip(numbers, scores, strict=True):
-            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + parse_score(s, where))
+            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + parse_number(s, where))
         number, image = (
             get_field(record, "q_id", (int, str), where),
             get_field(record, "img_id", (int, str), where),
@@ -280,7 +281,11 @@ def read_answers(path: Path) -> tuple[str, ...]:
         UserError: none of these; numbers that are not 0 ... n - 1; a pickle that holds more than plain
             values.
     """
-    values = load_plain(path.read_bytes(), str(path)) if path.suffix == ".pkl" else read_json(path, "answers")
+    if path.suffix == ".pkl":
+        with open_bytes(path) as (file, _):
+            values = load_plain(file.read(), str(path))
+    else:
+        values = read_json(path, "answers")
     if isinstance(values, dict):
         numbers = [number for number in values.values() if type(number) is int]
         if len(numbers) < len(values) or sorted(numbers) != list(range(len(values))):

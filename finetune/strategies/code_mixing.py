@@ -19,6 +19,7 @@ from pydantic import Field
 from finetune.strategies.base import Context, Need, Purpose, Strategy, StrategyConfig
 from raylib.errors import UserError
 from raylib.randomness import Key, uniform
+from raylib.textfile import open_bytes
 
 MOST_ODD = 0.1  # of the lines: above that, the file is something else
 DICTIONARY_FILES = ("{}2.txt", "en-{}.txt")  # paper 0's public code, MUSE itself
@@ -134,7 +135,7 @@ def read_dictionary(path: Path, language: str) -> Dictionary:
     entries: dict[str, dict[str, None]] = {}
     number = odd = first_odd = 0
     # as bytes: some of MUSE's files have lines that are no UTF-8, and one of them is no reason to refuse it
-    with open(path, "rb") as file:
+    with open_bytes(path, has_lines=True) as (file, _):
         for number, line in enumerate(file, 1):
             source, translations = _read_pair(line)
             if not translations:

@@ -29,6 +29,7 @@ import numpy as np
 from raylib.data.index import NPY_HEADER, FileBytes, read_npy_header
 from raylib.display import progress
 from raylib.errors import UserError
+from raylib.textfile import open_bytes
 
 # as in paper 0's table 3: what a prediction is to the true label
 SYNONYM, HYPERNYM, HYPONYM, NONE = "syn", "hyp", "hpo", "none"
@@ -197,7 +198,7 @@ def _read_vectors(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: no such file; give word vectors as GloVe or word2vec publish them")
     if path.suffix == ".npy":
         return _read_array(path, words)
-    with open(path, "rb") as file:
+    with open_bytes(path) as (file, _):
         first, rest = file.readline(PEEK), file.readline(PEEK)
     header = re.fullmatch(rb"(\d+) (\d+)\s*", first)
     if header and not _is_text(rest, int(header[2])):
@@ -223,7 +224,7 @@ def _read_array(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
         raise UserError(f"{path}: not an array of numbers as NumPy saves it ({e})") from None
     vectors: dict[str, np.ndarray] = {}
     count, row_bytes = 0, dtype.itemsize * math.prod(shape[1:])
-    with open(names, "rb") as file:
+    with open_bytes(names, has_lines=True) as (file, _):
         for count, line in enumerate(file, 1):
             word = words.get(line.rstrip(b"\r\n"))
             if word is not None and len(shape) == 2 and count <= shape[0] and word not in vectors:
@@ -244,7 +245,7 @@ def _is_text(line: bytes, width: int) -> bool:
 
 def _read_text(path: Path, words: dict[bytes, str], width: int) -> dict[str, np.ndarray]:
     vectors = {}
-    with open(path, "rb") as file:
+    with open_bytes(path, has_lines=True) as (file, _):
         lines = progress(file, f"read {path.name}", path.stat().st_size, "B", len)
         for number, line in enumerate(lines, 1):
             # of millions of lines a few hundred are wanted: only these are split
@@ -276,6 +277,10 @@ def _read_binary(
     path: Path, words: dict[bytes, str], count: int, width: int, position: int
 ) -> dict[str, np.ndarray]:
     vectors = {}
+    if count * (4 * width + 1) > path.stat().st_size:  # a word may be empty, the space behind it is there
+        raise UserError(
+            f"{path}: too small for {count} vectors of {width} numbers, as it says; copy it again"
+        )
     with open(path, "rb") as file:
         file.seek(position)
         data, position = b"", 0  # what is in memory, and where the next word begins in it

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from finetune.formats import stream_jsonl, stream_lines
+from finetune.formats import get_field, parse_number, shorten, stream_jsonl, stream_lines
 from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image, resize_image
@@ -214,7 +214,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{where}: images is no list; give [LEFT, RIGHT], or one as image")
         names = [record.get("image"), *images, record.get("premise")]
         if not name_of_text(record) or not any(names):
-            raise UserError(f"{where}: {expected}; found {', '.join(record) or 'nothing'}")
+            raise UserError(f"{where}: {expected}; found {shorten(list(record)) if record else 'nothing'}")
         if any(not isinstance(name, str) for name in (*filter(None, names), record[name_of_text(record)])):
             raise UserError(f"{where}: a field is no string; {expected}")
         about = "premise" if "premise" in record else f"images ({len(names_of_images(record))})"
@@ -257,18 +257,26 @@ def list_images(root: str) -> list[dict[str, Any]]:
 
 def read_embeddings(path: Path) -> tuple[list[str], np.ndarray]:
     """Names and vectors of the images that this command wrote into a file, or with --ray into a folder."""
-    names, vectors = [], []
+    names: list[str] = []
+    vectors: list[np.ndarray] = []
     for file in sorted(path.glob("part-*.jsonl")) if path.is_dir() else [path]:
         for where, line in stream_jsonl(file):
             if "error" in line:
                 continue
             if "image" not in line or "embedding" not in line:
                 raise UserError(f"{where}: no image with its embedding, as --images alone writes them")
-            names.append(line["image"])
-            vectors.append(line["embedding"])
+            names.append(get_field(line, "image", str, where))
+            vector = get_field(line, "embedding", list, where)
+            if not vector or len(vector) != len(vectors[0] if vectors else vector):
+                raise UserError(f"{where}: {len(vector)} numbers, as no other image has; predict them anew")
+            numbers = [parse_number(value, where, "a number of the embedding") for value in vector]
+            with np.errstate(over="ignore"):
+                vectors.append(np.array(numbers, np.float32))
+            if not np.isfinite(vectors[-1]).all():
+                raise UserError(f"{where}: a number of an embedding is not finite; predict it anew")
     if not names:
         raise UserError(f"{path}: no embeddings in it")
-    return names, np.array(vectors, np.float32)
+    return names, np.stack(vectors)
 
 
 def _by_texts(predictor: Predictor, texts: list[str], embeddings: Path | None) -> Iterator[list[dict]]:

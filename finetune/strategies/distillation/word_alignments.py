@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from finetune.formats import stream_lines
+from finetune.formats import shorten
 from raylib.errors import UserError, hub_hint, require
 from raylib.finite import require_finite_file
 from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
+from raylib.textfile import open_text
 
 IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
 
@@ -161,8 +162,8 @@ def _read_file(file: Path) -> list[str]:
             f"{file}: no such file; word alignments are made with "
             "`python -m finetune.strategies.distillation`"
         )
-    next(iter(stream_lines(file)), None)  # says so if it is no text
-    return file.read_text(encoding="utf-8").splitlines()
+    with open_text(file, has_lines=True) as lines:
+        return [line.rstrip("\n") for line in lines]
 
 
 def parse_links(line: str, words: int, others: int, where: str) -> list[tuple[int, int]]:
@@ -175,11 +176,12 @@ def parse_links(line: str, words: int, others: int, where: str) -> list[tuple[in
     for link in line.split():
         first, dash, second = link.partition("-")
         if not (dash and first.isdecimal() and second.isdecimal()):
-            raise UserError(f"{where}: '{link}' is no link of two words, such as 0-1")
+            raise UserError(f"{where}: {shorten(link)} is no link of two words, such as 0-1")
         pairs.append((int(first), int(second)))
         if pairs[-1][0] >= words or pairs[-1][1] >= others:
             raise UserError(
-                f"{where}: link {link} is out of range: there are {words} words and {others} English ones"
+                f"{where}: link {shorten(link)} is out of range: there are {words} words and {others} "
+                "English ones"
             )
     return pairs
 
@@ -197,7 +199,9 @@ def locate_words(words: Sequence[str], text: str, where: str) -> list[Span]:
         UserError: they do not.
     """
     if "".join(words) != "".join(text.split()):
-        raise UserError(f"{where}: the words '{' '.join(words)}' are not those of the example, '{text}'")
+        raise UserError(
+            f"{where}: the words {shorten(' '.join(words))} are not those of the example, {shorten(text)}"
+        )
     spans, end = [], 0
     for word in words:
         first = end = end + len(text[end:]) - len(text[end:].lstrip())
