@@ -190,11 +190,6 @@ class Output:
 def _translate_file(translator: "Translator", output: Output, log: Callable[[str], None]) -> None:
     records = list(_records(output.source))
     texts = [text for record in records for text in _texts(record)]
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as e:
-            raise UserError(f"{output.source}: a text that is no Unicode ({e}): {text!a:.60}") from None
     lock = output.target.with_name(f".{output.target.name}.lock")
     with file_lock(lock, wait=False) as is_free:
         if not is_free:

@@ -273,7 +273,7 @@ def test_predict_has_a_line_for_a_broken_image(folder, capsys):
         (["runs/sample_xgqa", "--questions", "none.jsonl"], "none.jsonl: no questions in it"),
         (["runs/sample_xgqa", "--questions", "word.jsonl"], "word.jsonl:1: images is no list; give [LEFT"),
         (["runs/sample_xgqa", "--questions", "nan.jsonl"], "nan.jsonl:2: a number that is not finite, or no"),
-        (["runs/sample_xgqa", "--questions", "half.jsonl"], "half.jsonl:1: a number that is not finite"),
+        (["runs/sample_xgqa", "--questions", "half.jsonl"], "half.jsonl:1: no JSON (half of a surrogate"),
         (["runs/sample_xgqa", "--questions", "bad.jsonl"], "bad.jsonl:2: wanted image, images or premise"),
         (["runs/sample_xgqa", "--questions", "mixed.jsonl"], "about its premise, after others"),
     ],

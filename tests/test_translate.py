@@ -255,7 +255,7 @@ def test_translate_captions_with_line_breaks_keep_their_lines(translator, tmp_pa
     assert len(item.captions) == 4 and not any(set(c) & set("\n\r\u2028") for c in item.captions)
     (folder / "test.jsonl").write_text(json.dumps({**lines[0], "sentences": ["\ud83d"]}) + "\n")
     file.unlink()
-    with pytest.raises(UserError, match="a text that is no Unicode"):
+    with pytest.raises(UserError, match="test.jsonl:1: no JSON .half of a surrogate pair"):
         translate(task, translator, settings(tmp_path, split="test"), lambda _: None)
 
 

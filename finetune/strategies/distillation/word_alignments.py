@@ -180,8 +180,7 @@ def parse_links(line: str, words: int, others: int, where: str) -> list[tuple[in
         pairs.append((int(first), int(second)))
         if pairs[-1][0] >= words or pairs[-1][1] >= others:
             raise UserError(
-                f"{where}: link {shorten(link)} is out of range: there are {words} words and {others} "
-                "English ones"
+                f"{where}: link {link:.40} is out of range: there are {words} words and {others} English ones"
             )
     return pairs
 
