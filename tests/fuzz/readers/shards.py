@@ -134,6 +134,29 @@ def list_members(path: Path, manifest: Any) -> Any:
     return [sample for group in groups.values() for sample in group]
 
 
+def read_remote_images(path: Path) -> Any:
+    from raylib.data.sources import Source
+
+    source = Source(f"file://{path}", "image_text", cache=path.parent / "cache")
+    return list_images(source)
+
+
+def write_over(path: Path) -> Any:
+    """Write a source where one lies: what its manifest names is deleted in the end."""
+    from raylib.data.shards import ShardWriter
+
+    before = load_json(path / "manifest.json") if (path / "manifest.json").is_file() else {"shards": []}
+    with ShardWriter(path, "image_text") as writer:
+        writer.write("k", {"json": b"{}"}, "sw")
+    left = {file.name for file in path.glob("*.tar")}
+    return sorted({shard["name"] for shard in before["shards"]} & left), sorted(left)
+
+
+def list_written(path: Path) -> Any:
+    assert [shard["name"] for shard in load_json(path / "manifest.json")["shards"]] == ["sw-000000.tar"]
+    return [], sorted(file.name for file in path.glob("*.tar"))
+
+
 def read_images_as_indexed(path: Path) -> Any:
     from raylib.data.sources import Source
 
@@ -308,7 +331,25 @@ READERS = [
         read=read_images,
         oracle=load_images,
         setup=import_torch,
-        covers=(*SOURCE, "raylib.data.sources:Sample.record"),
+        covers=(*SOURCE, "raylib.data.sources:Sample.record", "raylib.data.index:_convert"),
+    ),
+    Reader(
+        name="shards_remote",
+        example=example_images,
+        read=read_remote_images,
+        oracle=load_images,
+        setup=import_torch,
+        covers=("raylib.data.fetch:fetch_manifest", "raylib.data.fetch:_download"),
+    ),
+    Reader(
+        name="shards_written_over",
+        example=example_images,
+        read=write_over,
+        oracle=list_written,
+        setup=import_torch,
+        targets=("manifest.json",),
+        covers=("raylib.data.shards:_list_stale",),
+        compares="that the shards of the old manifest are gone, and others are not",
     ),
     Reader(
         name="shards_images_damaged",
