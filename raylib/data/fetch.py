@@ -21,6 +21,7 @@ from raylib.fileio import atomic_file, file_lock, read_json_object, sha256_file
 
 CHUNK = 1 << 20
 MANIFEST_BYTES = 1 << 28  # the most that a remote manifest may take
+LOCAL_URL = "file://"
 SHA256 = re.compile("[0-9a-f]{64}")
 
 
@@ -160,6 +161,9 @@ def _download(base: str, name: str, target: Path, limit: int) -> None:
     if base.startswith(PIPE):
         _run_command(base, name, target, limit)
         return
+    # opening a pipe of this machine would wait for whoever writes to it
+    if base.startswith(LOCAL_URL) and not Path(base.removeprefix(LOCAL_URL), name).is_file():
+        raise UserError(f"{base}: could not fetch {name}: no such file")
     import fsspec
 
     try:
