@@ -14,7 +14,7 @@ PRIMITIVES = re.compile(
     r"|torch\.load|safe_open|load_file|safetensors\.\w+\.load|load_state_dict_from_url"
     r"|np\.(load|fromfile|memmap|loadtxt|genfromtxt)|h5py\.File|ZipFile|TarFile|GzipFile|LZMAFile"
     r"|yaml\.(safe_)?load(_all)?|csv\.(reader|DictReader)|ijson\.\w+"
-    r"|SentencePieceProcessor|Tokenizer\.from_file|Auto\w+\.from_pretrained|\w+Model\.from_pretrained"
+    r"|SentencePieceProcessor|Tokenizer\.from_file|(Auto\w+|SwinModel)\.from_pretrained"
     r"|ParseFromString|cat_file|imdecode|imread"
     r"|read_json|read_json_object|read_jsonl|repair_jsonl|open_text|stream_json|read_tensors"
     r")$"
@@ -22,8 +22,7 @@ PRIMITIVES = re.compile(
 # functions that need no record, by reason
 EXEMPT = {
     "it only writes, or reads what says nothing": """
-        raylib.command:_run raylib.command:_drop_unwritable_output raylib.fileio:sync_file
-        raylib.fileio:sync_folder raylib.fileio:atomic_folder""",
+        raylib.fileio:sync_file raylib.checkpoint:hold_checkpoint""",
     "any bytes will do": """
         raylib.fileio:sha256_file raylib.file_kinds:recognize raylib.file_kinds:_lfs_advice
         raylib.search.search:_search_in raylib.search.tuner:RecordTrials.on_trial_error
@@ -91,6 +90,8 @@ def _opens(call: ast.Call) -> bool:
     """Tell whether a call opens or parses a file; opening it to write is none."""
     name = ast.unparse(call.func)
     is_open = name.endswith(("open", "ZipFile", "TarFile"))
+    if name == "os.open":  # to lock, or to write
+        return not any(flag in ast.unparse(call) for flag in ("O_WRONLY", "O_RDWR", "O_DIRECTORY"))
     if not PRIMITIVES.search(name):
         return False
     values = [*call.args[:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
