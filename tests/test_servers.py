@@ -2,13 +2,16 @@
 
 import ipaddress
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch.distributed as dist
 
@@ -42,15 +45,16 @@ def begin(command: list, log: Path, **env) -> subprocess.Popen:
         )
 
 
-def listening_in_a_run(begin_all, config, log: Path) -> list[tuple[str, str]]:
-    """(address, process) of all that listens, some steps into a run without an end; it is stopped after."""
+def look_into_run(begin_all, config, log: Path, look=listening) -> list:
+    """What `look` finds of each process that `begin_all` starts, some steps into a run without an end, which
+    is stopped then: all that listens."""
     processes, limit = begin_all(), time.monotonic() + 200
     try:
         while len(read_metrics(Path(config.runs) / config.name)) < 3:
             alive = all(process.poll() is None for process in processes)
             assert alive and time.monotonic() < limit, log.read_text(errors="replace")[-2000:]
             time.sleep(0.05)
-        found = [each for process in processes for each in listening(process.pid)]
+        found = [each for process in processes for each in look(process.pid)]
     finally:
         for process in processes:
             process.send_signal(signal.SIGTERM)
@@ -105,7 +109,7 @@ def test_workers_of_one_machine_listen_on_loopback(endless, tmp_path):
             for rank in (0, 1)
         ]
 
-    found = listening_in_a_run(begin_all, config, log)
+    found = look_into_run(begin_all, config, log)
     assert len(found) >= 3  # the store, a gloo device each
     assert_loopback(found)
 
@@ -115,7 +119,7 @@ def test_workers_of_one_machine_listen_on_loopback(endless, tmp_path):
 def test_one_process_listens_on_loopback(endless, tmp_path, sharding):
     config, file = endless("runtime=local", "workers=1", f"fit.sharding={sharding}", "fit.loader_workers=1")
     log = tmp_path / "log"
-    found = listening_in_a_run(lambda: [begin(["pretrain", "--config", file], log)], config, log)
+    found = look_into_run(lambda: [begin(["pretrain", "--config", file], log)], config, log)
     assert (sharding == "none") == (not found)  # ZeRO wants a group, even of one
     assert_loopback(found)
 
@@ -128,7 +132,7 @@ def test_torchrun_with_a_file_to_meet_at_listens_on_loopback(endless, tmp_path):
     meet = ["--rdzv-backend=c10d", "--rdzv-conf=store_type=file", "--local-addr=127.0.0.1"]
     command = ["torch.distributed.run", *meet, "--nproc-per-node=2", "-m", "pretrain", "--config", file]
     environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": 1}
-    found = listening_in_a_run(lambda: [begin(command, log, **environment)], config, log)
+    found = look_into_run(lambda: [begin(command, log, **environment)], config, log)
     assert len(found) >= 3
     assert_loopback(found)
 
@@ -143,10 +147,32 @@ def test_ray_cluster_of_one_machine_listens_on_loopback(endless, tmp_path, start
     if start == "cluster run":
         command = ["cluster", "run", "--dashboard-port", free_port(), "--", "python", "-m", *command]
     runs = {"POLYGLANCE_RUNS": config.runs}
-    found = listening_in_a_run(lambda: [begin(command, log, **runs)], config, log)
+    found = look_into_run(lambda: [begin(command, log, **runs)], config, log)
     names = {name for _, name in found}
     assert {"gcs_server", "raylet"} <= names and len(found) >= 15, found
     assert_loopback(found)
+
+
+def worker_keys(pid: int) -> list[str | None]:
+    """WANDB_API_KEY of each worker of Ray Train that descends from a process."""
+    workers = [p for p in psutil.Process(pid).children(recursive=True) if "RayTrainWorker" in p.name()]
+    return [worker.environ().get("WANDB_API_KEY") for worker in workers]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+def test_keys_of_trackers_reach_workers_and_no_file(endless, tmp_path):
+    """Ray's logs of what is handed to it can be read by everybody on the machine."""
+    config, file = endless("runtime=ray", "workers=2")
+    log, key = tmp_path / "log", secrets.token_hex(20)
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a socket's path has 107 characters
+        environment = {"RAY_TMPDIR": folder, "WANDB_API_KEY": key}
+        command = ["pretrain", "--config", file]
+        found = look_into_run(lambda: [begin(command, log, **environment)], config, log, worker_keys)
+        files = [path for path in (*Path(folder).rglob("*"), *tmp_path.rglob("*")) if path.is_file()]
+        assert [path for path in files if path.name == "runtime_env_agent.log"]
+        assert not [path for path in files if key.encode() in path.read_bytes()]
+    assert set(found) == {key}
 
 
 def test_store_listens_on_loopback_and_serves_one_port_once():
