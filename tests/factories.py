@@ -184,7 +184,7 @@ def search_cluster(num_cpus: int) -> Iterator[None]:
     """A local Ray cluster, started as a search starts its own."""
     import ray
 
-    from raylib.launch import RAY_ENV, private_ray
+    from raylib.ray_cluster import RAY_ENV, private_ray
 
     for name, value in RAY_ENV.items():
         os.environ.setdefault(name, value)

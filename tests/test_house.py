@@ -15,7 +15,7 @@ ALLOWED["tune_spaces"] = {"raylib", "pretrain", "finetune", "tune_spaces"}
 ALLOWED["raylib/api"] = {"raylib", "pretrain", "finetune"}
 ROOMS = {*PRODUCT, "benchmarks", "tests"}
 HEAVY = {
-    "ray": {"raylib/runtime.py", "raylib/launch.py", "raylib/ray_run.py"},
+    "ray": {"raylib/runtime.py", "raylib/launch.py", "raylib/ray_cluster.py", "raylib/ray_run.py"},
     "deepspeed": {"raylib/engine_zero.py"},
 }
 APART = {  # these import nothing of those

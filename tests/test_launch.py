@@ -13,13 +13,14 @@ from ray.exceptions import RayActorError, RayError
 from ray.train import WorkerGroupError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from raylib import launch, ray_run
+from raylib import ray_cluster, ray_run
 from raylib.command import entry_point
 from raylib.config import dump_config
 from raylib.display import hide_secrets
 from raylib.errors import MachineError, UserError
-from raylib.launch import connect_to_ray, gpu_share, open_run, run_folder, warn_of_copy, worker_resources
+from raylib.launch import gpu_share, open_run, run_folder, warn_of_copy, worker_resources
 from raylib.notice import Interrupted, signals_handled
+from raylib.ray_cluster import connect_to_ray
 from raylib.ray_run import _Attempt, _explain, train_on_ray
 
 HEAD, CPU4 = {"CPU": 0.0}, {"CPU": 4.0}
@@ -154,11 +155,11 @@ def test_token_of_rays_clusters_is_this_users_alone(before, tmp_path, monkeypatc
         token.parent.mkdir()
         token.write_text("kept")
         token.chmod(before)
-    launch._make_private_token()
+    ray_cluster._make_private_token()
     assert token.stat().st_mode & 0o777 == 0o600
     text = token.read_text()
     assert text == "kept" if before else len(text) == 64
-    launch._make_private_token()
+    ray_cluster._make_private_token()
     assert token.read_text() == text
 
 
@@ -173,7 +174,7 @@ def test_local_cluster_is_private_while_it_starts(given, monkeypatch):
     if given is None:
         monkeypatch.delenv(usage)
     before = dict(os.environ)
-    with launch.private_ray():
+    with ray_cluster.private_ray():
         assert services.get_node_ip_address() == "127.0.0.1"
         assert (os.environ[loopback], os.environ[usage]) == ("0", given or "0")
     assert dict(os.environ) == before and ray_constants.ENABLE_RAY_CLUSTER
@@ -181,9 +182,10 @@ def test_local_cluster_is_private_while_it_starts(given, monkeypatch):
 
 def test_keys_of_trackers_are_handed_to_rays_other_clusters_alone():
     """A cluster that is started here has the environment anyway."""
-    names = ("WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "WANDB_SERVICE", "HF_TOKEN", *launch.RAY_ENV)
-    assert [name for name in names if launch._is_for_workers(name, False)] == [*names[:2], *launch.RAY_ENV]
-    assert [name for name in names if launch._is_for_workers(name, True)] == [*launch.RAY_ENV]
+    every = list(ray_cluster.RAY_ENV)
+    names = ["WANDB_API_KEY", "MLFLOW_TRACKING_PASSWORD", "WANDB_SERVICE", "HF_TOKEN", *every]
+    handed = {local: [n for n in names if ray_cluster._is_for_workers(n, local)] for local in (False, True)}
+    assert handed == {False: names[:2] + every, True: every}
 
 
 def test_relative_runs_in_the_copy_of_a_job_are_warned_of(tmp_path, monkeypatch, capsys):

@@ -24,8 +24,9 @@ from pretrain.train import run
 from raylib import checkpoint
 from raylib.config import dump_config
 from raylib.errors import UserError
-from raylib.launch import launch, private_ray
+from raylib.launch import launch
 from raylib.monitoring import read_metrics
+from raylib.ray_cluster import private_ray
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -359,7 +360,7 @@ def test_ray_metrics_of_a_training_are_in_the_prometheus_endpoint(mini):
 
 SECOND_CLUSTER = """
 import os
-from raylib.launch import ray_cluster
+from raylib.ray_cluster import ray_cluster
 
 with ray_cluster():
     import ray

@@ -27,17 +27,10 @@ from raylib.command import spell_commands
 from raylib.config import change_settings, dump_config
 from raylib.errors import UserError
 from raylib.fileio import write_json
-from raylib.launch import (
-    IDLE_CPUS,
-    gpu_share,
-    job_has_ended,
-    list_nodes,
-    ray_cluster,
-    this_job,
-    warn_of_copy,
-)
+from raylib.launch import IDLE_CPUS, gpu_share, list_nodes, warn_of_copy
 from raylib.lock import add_ray_job, hold_run, owner_of, watch_file
 from raylib.provenance import record_identity
+from raylib.ray_cluster import job_has_ended, ray_cluster, this_job
 from raylib.search import report
 from raylib.search.config import Resources, SearchConfig, SearchContext, SearchJob, check_fingerprint
 from raylib.search.display import SearchTable
