@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 from finetune.formats import get_field, shorten, stream_jsonl
 from raylib.config import Config, differing_paths
 from raylib.display import progress
-from raylib.errors import UserError, hub_hint, require
+from raylib.errors import UserError, hub_hint, reading, require
 from raylib.fileio import (
     append_jsonl,
     file_lock,
@@ -273,6 +273,8 @@ class Translator:
         import torch
 
         from raylib.finite import require_finite_file
+        from raylib.models.hf_weights import read_folder
+        from raylib.weights import limit_model
 
         transformers = require("transformers", "transfer")
         if not folder.is_dir():
@@ -280,15 +282,12 @@ class Translator:
                 f"{folder}: no such folder; give a translation model's, as transformers saves it"
                 f"{hub_hint(folder)}"
             )
-        try:
+        # the files by ours first: what is damaged, or no weights, must not come to theirs
+        read_folder(folder)
+        with limit_model(folder / "config.json", folder), reading(folder, "a translation model's folder"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            self.model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-                folder, local_files_only=True
-            ).eval()
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(
-                f"{folder}: no translation model can be read there ({' '.join(str(e).split())[:200]})"
-            ) from None
+            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
+        self.model = model.eval()
         require_finite_file(folder, self.model.state_dict())
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")
         self.config, self.inference_mode = config, torch.inference_mode

@@ -437,7 +437,8 @@ def _not_finite_of(folder: Path) -> str | None:
         return f"its score {meta['score']}"
     if "skipped_steps" in meta:  # saved by a version that keeps finite weights alone
         return None
-    with safe_open(folder / "model.safetensors", "pt") as file:
+    path = folder / "model.safetensors"
+    with reading(path, "weights (safetensors)", ADVICE), safe_open(path, "pt") as file:
         names: list[str] = file.keys()
         return next((f"tensor {name}" for name in names if not is_finite(file.get_tensor(name))), None)
 

@@ -1,6 +1,6 @@
 """Write the optimizer states of a run of an earlier version anew, so that it can be trained on. They are
-pickles, a format that can run code. Here they are read by PyTorch's loader of tensors and plain values, which
-runs none, and refuses a file that wants more; even so, convert only runs of your own.
+pickles, a format that can run code. Here they are interpreted (`raylib.torch_files`), which runs none, and
+refuses a file that wants more than tensors and plain values; even so, convert only runs of your own.
 
 1. `optimizer.pt` (PyTorch's engine) knows parameters by their places in the optimizer's groups alone. The
    new state has them by these places too, "#0", "#1", ...: a run of the same settings has the same groups.
@@ -14,7 +14,6 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from raylib.errors import UserError
 from raylib.fileio import read_json_object, write_json
 from raylib.lock import hold_run
 from raylib.saving import write_files
+from raylib.torch_files import read_torch
 
 SHARDS = "zero_pp_rank_{}_mp_rank_00_optim_states.pt"
 # what DeepSpeed's files hold besides tensors and plain values
@@ -69,9 +69,6 @@ def convert_checkpoint(folder: Path) -> None:
     try:
         states = _read_zero(folder / "zero") if (folder / "zero").is_dir() else _read_torch(folder)
         written = [write_files(folder, state_files(state, rank)) for rank, state in enumerate(states)]
-    except UnpicklingError as e:
-        reason = "a file holds more than tensors and plain values, or is no pickle"
-        raise UserError(f"{folder}: its optimizer state is not read: {reason}; nothing changed") from e
     except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError) as e:
         reason = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UserError(f"{folder}: its optimizer state is not read ({reason}); nothing changed") from e
@@ -125,8 +122,8 @@ def _read_zero(folder: Path) -> Iterator[EngineState]:
             size = states[i][MOMENTS[0]].numel()  # padding included: as many on each worker
             for name, offset in _offsets(shapes, stored["param_alignment_paddings"][i]).items():
                 if place := stored["param_slice_mappings"][i].get(name):
-                    own = slice(place.start, place.start + place.numel)
-                    start = rank * size + place.start - offset
+                    own = slice(place["start"], place["start"] + place["numel"])
+                    start = rank * size + place["start"] - offset
                     pieces += [
                         Piece(kind, name, shapes[name], start, states[i][kind][own]) for kind in MOMENTS
                     ]
@@ -142,13 +139,5 @@ def _offsets(shapes: dict[str, torch.Size], paddings: list[int]) -> dict[str, in
     return offsets
 
 
-class _Record:
-    """A stand-in for a class of DeepSpeed's: it has the fields that were stored, and no methods."""
-
-    def __init__(self, *values: Any):
-        self.values = values
-
-
 def _load(path: Path) -> Any:
-    with torch.serialization.safe_globals([(_Record, name) for name in DEEPSPEED_RECORDS]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return read_torch(path, classes=DEEPSPEED_RECORDS)

@@ -14,8 +14,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +33,7 @@ from raylib.errors import UserError
 from raylib.finite import is_finite
 from raylib.precision import autocast
 from raylib.settings import OptimConfig
+from raylib.weights import load_state, read_tensors
 
 # Gradients travel in buckets of this size, so that the first are on their way while backward goes on; it is
 # PyTorch's own default.
@@ -326,10 +325,7 @@ class Engine(ABC):
                 "train"
             )
         path = stored.folder / "model.safetensors"
-        try:
-            self.objective.model.load_state_dict(load_file(path, device=str(self.device)))
-        except (RuntimeError, OSError, SafetensorError) as e:
-            raise UserError(f"{path}: not to be read as this run's model ({str(e).splitlines()[0]})") from e
+        load_state(self.objective.model, read_tensors(path, str(self.device)), path)
         with torch.no_grad():
             for name, value in self._objective_values().items():
                 value.copy_(stored.read_whole(VALUE, name, value))

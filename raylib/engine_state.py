@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import BaseModel, NonNegativeInt, PositiveInt
+from safetensors import safe_open
 from torch import Tensor
 
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import read_json
 from raylib.saving import FileContent
 
@@ -84,6 +85,22 @@ def state_files(state: EngineState, rank: int) -> dict[str, FileContent]:
     return {path.name: state.tensors, path.with_suffix(".json").name: layout.encode()}
 
 
+class StoredPlace(BaseModel):
+    """Of a piece: the shape of the tensor that it is of, and its first element there."""
+
+    shape: list[NonNegativeInt]
+    start: NonNegativeInt
+
+
+class StoredLayout(BaseModel):
+    """The JSON of a worker's pieces; parameters: how many a converted state has."""
+
+    workers: PositiveInt
+    steps: dict[str, NonNegativeInt]
+    pieces: dict[str, StoredPlace]
+    parameters: NonNegativeInt | None = None
+
+
 class StoredState:
     """The state that the workers of `folder` wrote, all of them together; `steps` are those of each
     parameter.
@@ -141,8 +158,8 @@ class StoredState:
         for file in (path, path.with_suffix(".json")):
             if not file.is_file():
                 raise UserError(f"{file}: missing, so this checkpoint is not whole; {ADVICE}")
-        try:
-            layout = read_json(path.with_suffix(".json"))
+        layout = read_json(path.with_suffix(".json"), WHAT, ADVICE, shape=StoredLayout)
+        with reading(path, WHAT, ADVICE):
             if layout.get("parameters", len(self.names)) != len(self.names):
                 raise ValueError(
                     f"of {layout['parameters']} parameters, and the run trains {len(self.names)}"
@@ -152,16 +169,17 @@ class StoredState:
             for key, place in layout["pieces"].items():
                 kind, _, name = key.partition(":")
                 tensor, shape, start = (kind, self._name(name)), tuple(place["shape"]), int(place["start"])
-                (size,) = self._open(rank).get_slice(key).get_shape()
+                piece = self._open(rank).get_slice(key)
+                (size,) = piece.get_shape()
+                if not piece.get_dtype().startswith(("F", "BF")):
+                    raise ValueError(f"{key} holds {piece.get_dtype()}, not floating-point numbers")
                 if self.shapes.setdefault(tensor, shape) != shape:
                     raise ValueError(f"{key} has several shapes")
                 self.places.setdefault(tensor, []).append((start, start + size, rank, key))
-            return int(layout["workers"])
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, SafetensorError) as e:
-            raise UserError(f"{path}: not to be read as an optimizer's state ({e}); {ADVICE}") from None
+        return layout["workers"]
 
     def _name(self, name: str) -> str:
-        return self.names[int(name[1:])] if name.startswith("#") else name
+        return self.names[abs(int(name[1:]))] if name.startswith("#") else name
 
     def _open(self, rank: int) -> Any:
         # mapped into memory: the system reads no more than what is asked for
@@ -170,4 +188,5 @@ class StoredState:
         return self.files[rank]
 
 
+WHAT = "an optimizer's state"
 ADVICE = "restore it, or start from an older checkpoint with resume=step_NNNNNN"

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from raylib.errors import UserError, hub_hint
+from raylib.errors import UserError, hub_hint, reading
 from raylib.fileio import sha256_file
 from raylib.randomness import hash64, integers, uniform
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:  # texts are read, and corpora written, without PyTorch
 
 # what is looked for in a folder, in order
 TOKENIZER_FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")
+JSON_TOKENIZER = "a tokenizer.json of `tokenizers`"
+MAX_VOCABULARY = 1 << 24  # ids: an array has one for each
 SPECIALS = {
     "cls": ("<s>", "[CLS]", "<|startoftext|>"),
     "pad": ("<pad>", "[PAD]", "<|endoftext|>"),
@@ -127,13 +129,37 @@ class PromptedTokenizer(Tokenizer):
         return PromptedTokenizer, (self.plain, self.words, self.ids)
 
 
-def _load_sentencepiece(path: Path):
+def load_sentencepiece(path: Path) -> Any:
+    """Load a SentencePiece model.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
     import sentencepiece
 
-    try:
-        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path}: no SentencePiece model ({' '.join(str(error).split())})") from error
+    with reading(path, "a SentencePiece model"):
+        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def load_tokenizer_json(path: Path) -> Any:
+    """Load a tokenizer.json.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    # its threads do not survive the fork of loader workers
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tokenizers
+
+    with reading(path, JSON_TOKENIZER):
+        model = tokenizers.Tokenizer.from_file(str(path))
+        if (largest := max(model.get_vocab().values(), default=-1)) >= MAX_VOCABULARY:
+            raise ValueError(f"id {largest:,}, where {MAX_VOCABULARY:,} may be at most")
+    return model
+
+
+def _load_sentencepiece(path: Path):
+    model = load_sentencepiece(path)
     size = model.get_piece_size()
     mask = model.piece_to_id("<mask>")
     places = (model.bos_id(), model.pad_id(), model.eos_id(), model.unk_id())
@@ -161,14 +187,7 @@ def _load_sentencepiece(path: Path):
 
 
 def _load_json(path: Path):
-    # its threads do not survive the fork of loader workers
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import tokenizers
-
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise UserError(f"{path}: no tokenizer.json ({error})") from error
+    model = load_tokenizer_json(path)
     model.no_truncation()
     model.no_padding()
     specials = {}
@@ -179,7 +198,8 @@ def _load_json(path: Path):
         specials[special] = ids[0]
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
+        with reading(path, JSON_TOKENIZER):  # what is wrong with it may show at a text alone
+            return [encoding.ids for encoding in model.encode_batch(texts, add_special_tokens=False)]
 
     vocabulary = model.get_vocab()
     # WordPiece marks what goes on within a word, others what begins one

@@ -13,6 +13,7 @@
 
 import math
 import os
+import re
 import zipfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -32,6 +33,8 @@ MAGIC, VERSION = 0x1950A86A20F9469CFC6C, 1001  # of the legacy format
 LOCAL_HEADER = Struct(
     "<4s22xHH"
 )  # of a member of a zip: signature, lengths of the name and of the extra field
+NUMBERS = ("version", ".data/version", ".format_version", ".storage_alignment")  # members of the zip
+NUMBER = re.compile(rb"\d{1,4}\n?")
 COUNT = Struct("<q")
 NEWOBJ, BINPERSID = 0x81, ord("Q")  # opcodes: an object of a class, something outside of the pickle
 STORAGES = {
@@ -269,6 +272,11 @@ def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any,
     if len(pickles) != 1:
         raise Refused("a zip archive without data.pkl, so none of PyTorch's")
     root = pickles[0].removesuffix("data.pkl")
+    if other := next((name for name in members if not name.startswith(root)), None):
+        raise Refused(f"{other} in it, beside {root}")
+    numbers = [f"{root}{name}" for name in NUMBERS if f"{root}{name}" in members]
+    if not numbers or not all(NUMBER.fullmatch(read(name)) for name in numbers):
+        raise Refused("a version that PyTorch never had")
     if f"{root}byteorder" in members and read(f"{root}byteorder") != b"little":
         raise Refused("written on a machine of another byte order")
     machine = _TorchMachine(read(pickles[0]), classes=classes)

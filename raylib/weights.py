@@ -7,6 +7,7 @@ one place.
 3. `load_state` puts tensors into a model that has them all, and names those that do not fit.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,11 +26,13 @@ ADVICE = "take an undamaged copy, of the weights alone"
 # keys under which checkpoints have a model's state beside an optimizer's and others
 NESTED = ("model", "state_dict", "model_state_dict", "module")
 CUT_OFF = "incomplete metadata"  # of safetensors, where a file is not as long as its header says
-LISTED = 12  # names in a line
+LISTED = 250  # characters of the tensors that a line names
+MAX_NAME = 200  # characters of a tensor's name
 ENDINGS = (".bin", ".pt", ".pth", ".th", ".tar", ".safetensors")  # of files of weights
 # A model may be so many times as large as the weights that it starts from, and so much larger: an image
 # encoder, heads, embeddings of regions start from random numbers.
-MODEL_FACTOR, FREE_BYTES, MAX_TENSORS = 4, 1 << 29, 50_000
+MODEL_FACTOR, FREE_BYTES, MAX_TENSORS = 4, 1 << 27, 50_000
+RANDOM_BYTES = 1 << 29  # of an image encoder as published, which starts from random numbers
 
 
 def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
@@ -44,6 +47,7 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     _require_file(path)
     with reading(path, "weights (PyTorch)", ADVICE):
         tensors = read_torch(path, _choose_state)
+        _require_names(tensors)
     require_finite_file(path, tensors)
     return {name: tensor.to(device) for name, tensor in tensors.items()}
 
@@ -64,8 +68,16 @@ def read_safetensors(
         except SafetensorError as e:
             cut = "it is cut off, as after an unfinished download, or damaged" if CUT_OFF in str(e) else e
             raise ValueError(cut) from e
+        _require_names(tensors)
     require_finite_file(path, tensors)
     return tensors, metadata
+
+
+def _require_names(tensors: Iterable[str]) -> None:
+    """Raise ValueError unless the names can stand in a line."""
+    for name in tensors:
+        if not name.isprintable() or len(name) > MAX_NAME:
+            raise ValueError(f"a tensor is called {name[:40]!r}...")
 
 
 def _require_file(path: Path | str) -> None:
@@ -126,23 +138,27 @@ def describe_misfit(name: str, value: Tensor, own: Tensor) -> str | None:
 def require_no_misfits(path: Path | str, misfits: list[str]) -> None:
     """Raise `UserError` naming the first of `misfits`, if there are any."""
     if misfits:
-        more = f"; and {len(misfits) - LISTED} more" if len(misfits) > LISTED else ""
-        raise UserError(f"{path} does not fit the model: {'; '.join(misfits[:LISTED])}{more}")
+        # as many as a line has room for
+        lengths = itertools.accumulate(len(misfit) for misfit in misfits)
+        count = max(1, sum(length <= LISTED for length in lengths))
+        more = f"; and {len(misfits) - count} more" if len(misfits) > count else ""
+        raise UserError(f"{path} does not fit the model: {'; '.join(misfits[:count])}{more}")
 
 
 @contextmanager
-def limit_model(where: Path | str, *weights: Path | str | None) -> Iterator[None]:
+def limit_model(where: Path | str, *weights: Path | str | None, free: int = FREE_BYTES) -> Iterator[None]:
     """Let the block make a model whose sizes a file says, and that starts from other files: not many times as
     large as these. A damaged size would ask for all memory before the first tensor is found not to fit.
 
     Args:
         where: the sizes come from.
         weights: files of weights, or folders of them.
+        free: bytes that the model may have besides, of parts that start from random numbers.
     Raises:
         UserError: the model becomes larger.
     """
     num_bytes = sum(file.stat().st_size for path in weights if path for file in _files_of(Path(path)))
-    with _ModelLimit(where, MODEL_FACTOR * num_bytes + FREE_BYTES):
+    with _ModelLimit(where, MODEL_FACTOR * num_bytes + free):
         yield
 
 

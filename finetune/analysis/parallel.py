@@ -22,7 +22,7 @@ from raylib.fileio import write_json
 from raylib.finite import require_finite_values
 from raylib.randomness import string_key
 from raylib.sample.scenes import read_labels, translate_name
-from raylib.text import Tokenizer
+from raylib.text import Tokenizer, load_sentencepiece, load_tokenizer_json
 
 
 class Inapplicable(Exception):
@@ -135,13 +135,7 @@ def letter_spans(tokenizer: Tokenizer, text: str) -> list[tuple[int, int]]:
 
 @cache
 def _load(path: Path):
-    if path.suffix == ".json":
-        import tokenizers
-
-        return tokenizers.Tokenizer.from_file(str(path))
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+    return load_tokenizer_json(path) if path.suffix == ".json" else load_sentencepiece(path)
 
 
 def find_tokens(tokenizer: Tokenizer, text: str, span: tuple[int, int], length: int) -> list[int]:

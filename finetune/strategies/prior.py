@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
-from pydantic import Field, NonNegativeFloat, PositiveInt
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from finetune.strategies.base import Context, Outputs, Strategy, StrategyConfig, Term
 from finetune.strategies.lexical import FILES, WordNet, label_vectors
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import atomic_file, sha256_file
+from raylib.strict_json import check_shape, parse_json
 
 if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
     from torch import Tensor
 
+AGAIN = "delete it, and it is made again"
 VERSION = 1  # of how distances are computed: older matrices are made again
 
 
@@ -212,7 +213,7 @@ def _cached(
     compute: "Callable[[], tuple[Tensor, list[int]]]",
 ) -> "tuple[Tensor, UnknownLabels]":
     """Return what `compute` returns, from the cache if it is there."""
-    from raylib.finite import is_finite
+    from raylib.weights import read_safetensors
 
     repeated = (
         sorted({label for label in labels if labels.count(label) > 1})
@@ -229,15 +230,13 @@ def _cached(
     file = Path(cache) / f"{what}-{hashlib.blake2b(key.encode(), digest_size=12).hexdigest()}.safetensors"
     if not file.is_file():
         _save(file, *compute())
-    try:
-        with safe_open(file, "pt") as stored:
-            distance, unknown = stored.get_tensor("distance"), json.loads(stored.metadata()["unknown"])
-    except SafetensorError as e:
-        raise UserError(f"{file}: damaged ({e}); delete it, and it is made again") from None
-    if not is_finite(distance):
-        raise UserError(
-            f"{file}: tensor distance is not finite (NaN or infinite); delete it, and it is made again"
-        )
+    stored, metadata = read_safetensors(file, "distances of labels (safetensors)", AGAIN)
+    with reading(file, "distances of labels (safetensors)", AGAIN):
+        distance, unknown = stored["distance"], parse_json(metadata["unknown"])
+        check_shape(unknown, list[NonNegativeInt])
+        is_square = distance.shape == (len(labels), len(labels)) and str(distance.dtype) == "torch.float32"
+        if not is_square or max(unknown, default=0) >= len(labels):
+            raise ValueError(f"not of {len(labels)} labels")
     return distance, UnknownLabels(what, tuple(labels[i] for i in unknown), len(labels))
 
 

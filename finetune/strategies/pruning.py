@@ -9,13 +9,13 @@ A mask is {parameter name: bool tensor, True where the weight is kept}.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from pydantic import Field, PositiveInt
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from finetune.strategies.base import (
     Context,
@@ -26,9 +26,10 @@ from finetune.strategies.base import (
     Strategy,
     StrategyConfig,
 )
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import atomic_file
 from raylib.lock import make_folder
+from raylib.strict_json import check_shape, parse_json
 
 if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
     from torch import Tensor
@@ -214,16 +215,19 @@ def read_mask(path: Path | str) -> Mask:
     """
     import torch
 
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = json.loads(file.metadata()["shapes"])
-            return {
-                name: torch.from_numpy(
-                    np.unpackbits(file.get_tensor(name).numpy(), count=int(np.prod(shape)))
-                )
-                .bool()
-                .view(shape)
-                for name, shape in shapes.items()
-            }
-    except (OSError, SafetensorError, TypeError, KeyError, ValueError) as e:
-        raise UserError(f"{path}: no pruning mask is read there ({e}); give a file of RUN/masks") from None
+    from raylib.weights import read_safetensors
+
+    what, advice = "a pruning mask (safetensors)", "give a file of RUN/masks"
+    packed, metadata = read_safetensors(path, what, advice)
+    mask = {}
+    with reading(path, what, advice):
+        shapes = parse_json(metadata["shapes"])
+        check_shape(shapes, dict[str, list[NonNegativeInt]])
+        if shapes.keys() != packed.keys() or not shapes:
+            raise ValueError("its tensors are not those that it lists")
+        for name, shape in shapes.items():
+            count = math.prod(shape)
+            if packed[name].dtype != torch.uint8 or packed[name].shape != (-(-count // 8),):
+                raise ValueError(f"tensor {name} is not one of {shape} bits")
+            mask[name] = torch.from_numpy(np.unpackbits(packed[name].numpy(), count=count)).bool().view(shape)
+    return mask

@@ -50,7 +50,7 @@ def load_model(
     else:
         folder = find_evaluated(path)
         run = find_run(path, folder)
-        if read_description(folder)["model_type"] == "polyglance-finetuned":
+        if read_description(folder).get("model_type") == "polyglance-finetuned":
             network = FinetuneModel.from_pretrained(folder, "" if backbone == "unified" else backbone)
         else:
             network = load_backbone(path, backbone, vision)

@@ -28,8 +28,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from raylib.errors import UserError
-from raylib.text import SPECIALS, PromptedTokenizer, Tokenizer
+from raylib.errors import UserError, reading
+from raylib.text import SPECIALS, PromptedTokenizer, Tokenizer, load_tokenizer_json
 
 SEPARATOR = "\uffff"  # no character: stands for a moment where nothing may be composed
 COMPARED = 20_000  # pieces of the vocabulary at most that are encoded by both
@@ -87,7 +87,7 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
 def _convert(path: Path, sha256: str) -> str:
     """The JSON of the tokenizer at `path`, whose hash is `sha256`, once it has been compared with ours."""
     if path.suffix == ".json":
-        converted = tokenizers.Tokenizer.from_file(str(path))
+        converted = load_tokenizer_json(path)
         converted.no_truncation()
         converted.no_padding()
     else:
@@ -105,7 +105,8 @@ def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     from sentencepiece import sentencepiece_model_pb2 as files
 
     proto = files.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
-    proto.ParseFromString(path.read_bytes())
+    with reading(path, "a SentencePiece model"):
+        proto.ParseFromString(path.read_bytes())
     kinds = {piece.type for piece in proto.pieces}
     if proto.trainer_spec.model_type != UNIGRAM or not kinds <= {NORMAL, UNKNOWN, CONTROL, UNUSED}:
         raise NotConvertible(f"{path.name}: no unigram model of plain pieces")

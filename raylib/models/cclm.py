@@ -38,7 +38,7 @@ from raylib.models.hf_weights import (
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, ModelConfig, UnifiedModel
 from raylib.models.vision import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from raylib.weights import limit_model, read_tensors
+from raylib.weights import RANDOM_BYTES, limit_model, read_tensors
 
 PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # that CCLM was trained with
 # that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
@@ -297,7 +297,7 @@ class Cclm(UnifiedModel):
                 "fusion_layers": 6,
                 **(vision_sizes or cls.random_vision),
             }
-            with limit_model(path / "config.json", path, vision):
+            with limit_model(path / "config.json", path, vision, free=RANDOM_BYTES):
                 model = cls(validate(ModelConfig, sizes, str(path)))
             load_text(model, path, layers=layers)
         if vision:

@@ -36,6 +36,7 @@ from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
 from raylib.precision import exact_linear
+from raylib.renames import model_kind
 from raylib.saving import Files
 from raylib.settings import FitConfig, stored_fit
 from raylib.weights import limit_model
@@ -267,7 +268,7 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
         )
     if vision:
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
-    if description["model_type"] == "polyglance-finetuned":
+    if description.get("model_type") == "polyglance-finetuned":
         return FinetuneModel.from_pretrained(folder, kind).backbone
     return stored_backbone({**description, "backbone": stored}, folder, kind).from_pretrained(folder)
 
@@ -275,7 +276,7 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
 def _kind(description: dict, path: Path, folder: Path) -> str:
     """The backbone of the model in `folder`, one of the run `path`. Retrieval runs of CCLM once stored theirs
     as unified: what they are is in the run's settings."""
-    kind = description.get("backbone", description["model_type"].removeprefix("polyglance-"))
+    kind = description.get("backbone", model_kind(description))
     if kind == "unified" and "backbone" not in description:
         run = find_run(path, folder)
         stored = read_description(run).get("backbone") if run else None

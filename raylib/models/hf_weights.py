@@ -22,7 +22,7 @@ from raylib.finite import require_finite_file
 from raylib.models.attention import Attention, Block
 from raylib.models.swin import SwinEncoder, interpolate_bias
 from raylib.models.vision import VisionBlock, VisionEncoder, interpolate
-from raylib.weights import describe_misfit, read_tensors, require_no_misfits
+from raylib.weights import describe_misfit, limit_model, read_tensors, require_no_misfits
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import UnifiedModel
@@ -304,13 +304,13 @@ def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     """`transformers` itself reads the folder, since it knows older names of the tensors."""
     from transformers import SwinModel
 
-    read_config(Path(folder))  # it would download what is not there
-    try:
+    # the files by ours first: what is damaged, or no weights, must not come to theirs
+    read_folder(Path(folder))
+    where = Path(folder) / "config.json"
+    with limit_model(where, folder), reading(folder, "a Swin's folder", "take an undamaged copy"):
         loaded: Any = SwinModel.from_pretrained(
             folder, add_pooling_layer=False, output_loading_info=True, local_files_only=True
         )
-    except (OSError, RuntimeError, ValueError) as e:
-        raise UserError(f"{folder}: no Swin is read there ({' '.join(str(e).split())[:200]})") from None
     swin, report = loaded
     weights = {k: v for k, v in swin.state_dict().items() if k not in report["missing_keys"]}
     require_finite_file(folder, weights)

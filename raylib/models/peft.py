@@ -17,16 +17,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from raylib.errors import UserError, reading, require
 from raylib.fileio import atomic_file
-from raylib.finite import require_finite_file
 from raylib.lock import make_folder
 from raylib.models.attention import Block
 from raylib.models.layers import TextEmbedding
+from raylib.strict_json import parse_json
+from raylib.weights import describe_misfit, read_safetensors
 
 if TYPE_CHECKING:
     from raylib.models.base import Backbone
@@ -318,14 +318,10 @@ def load_tuned(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: no such file, no file of ours, other methods or sizes, or a tensor that is not finite.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            stored = json.loads((file.metadata() or {}).get("tuning", "null"))
-            small = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as e:
-        raise UserError(
-            f"{path}: no weights of a tuned language ({e}); give the tuned.safetensors of a run"
-        ) from None
+    what, advice = "weights of a tuned language (safetensors)", "give the tuned.safetensors of a run"
+    small, metadata = read_safetensors(path, what, advice)
+    with reading(path, what, advice):
+        stored = parse_json(metadata["tuning"])
     tuning = _backbone(model).tuning
     # by way of JSON, in which tuples are lists
     if stored != json.loads(json.dumps(tuning)):
@@ -336,13 +332,12 @@ def load_tuned(model: nn.Module, path: Path) -> None:
     misfits = [
         name
         for name, value in small.items()
-        if name not in parameters or parameters[name].shape != value.shape
+        if name not in parameters or describe_misfit(name, value, parameters[name])
     ]
     if misfits:
         raise UserError(
             f"{path}: weights of another model ({len(misfits)} tensors do not fit, such as {misfits[0]})"
         )
-    require_finite_file(path, small)
     with torch.no_grad():
         for name, value in small.items():
             parameters[name].copy_(value)

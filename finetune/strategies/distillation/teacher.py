@@ -9,9 +9,10 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Annotated, Literal, cast
 
 import torch
+from pydantic import BaseModel, Field, NonNegativeInt
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,10 +22,11 @@ from raylib.data.index import FileBytes
 from raylib.data.loading import to_host
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError, hub_hint, reading
-from raylib.fileio import read_json_object
+from raylib.fileio import read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
+from raylib.strict_json import check_shape, parse_json
 
 
 class Teacher:
@@ -58,7 +60,7 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
         )
     if not is_foreign(Path(path)):
         folder = find_evaluated(path)
-        if read_description(folder)["model_type"] == "polyglance-finetuned":
+        if read_description(folder).get("model_type") == "polyglance-finetuned":
             model = FinetuneModel.from_pretrained(folder, kind)
             if model.is_generative:
                 raise UserError(
@@ -77,6 +79,17 @@ def load_teacher(path: Path | str, kind: str, regions: int | None) -> FinetuneMo
     return FinetuneModel(cast(FusionBackbone, backbone), ("?",), 1, 0.0, regions)  # a head that nothing reads
 
 
+INDEX = dict[str, Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]
+
+
+class StatesHeader(BaseModel):
+    """What a shard's header says of its one tensor."""
+
+    dtype: Literal["F32", "F16"]
+    shape: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]
+    data_offsets: Annotated[list[NonNegativeInt], Field(min_length=2, max_length=2)]
+
+
 TOKENS = 2**16  # of a shard, about
 DTYPES = {"F32": torch.float32, "F16": torch.float16}  # by their names in safetensors
 
@@ -90,14 +103,12 @@ class StoredStates:
         self.rows: dict[str, tuple[str, int, int]] = {}  # id -> (shard, first token, tokens)
         for index in sorted(folder.glob("index-*.json")):
             worker = index.stem.removeprefix("index-")
-            what, advice = "an index of the teacher's states", f"delete {folder}, they are made again"
-            rows = read_json_object(index, (), what, advice)
-            with reading(index, what, advice):
-                for name, row in rows.items():
-                    # of a number alone: a text could lead out of the folder
-                    if not isinstance(row, list) or [type(part) for part in row] != [int] * 3 or min(row) < 0:
-                        raise ValueError(f"row of {name!r}: {str(row)[:40]}")
-                    self.rows[name] = f"states-{worker}-{row[0]}.safetensors", row[1], row[2]
+            places = read_json(
+                index, "an index of states", f"delete {folder}, they are made again", shape=INDEX
+            )
+            # a number alone: a text could lead out of the folder
+            for name, (number, *row) in places.items():
+                self.rows[name] = f"states-{worker}-{number}.safetensors", *row
         self._open: dict[str, _Shard] = {}
 
     def __getstate__(self) -> dict:
@@ -109,11 +120,14 @@ class StoredStates:
         Raises:
             UserError: those of an example are not finite; names file and example.
         """
+        advice = f"delete {self.folder}, they are made again"
+        if missing := [name for name in ids if name not in self.rows]:
+            raise UserError(f"{self.folder}: no states of {missing[0]}; {advice}")
         parts = [self._read(*self.rows[name]) for name in ids]
         values = torch.cat(parts)
         if not is_finite(values):
             bad = next(name for name, part in zip(ids, parts, strict=True) if not is_finite(part))
-            file, advice = self.folder / self.rows[bad][0], f"delete {self.folder}, they are made again"
+            file = self.folder / self.rows[bad][0]
             raise UserError(
                 f"{file}: the teacher's states of {bad} are not finite (NaN or infinite); {advice}"
             )
@@ -121,6 +135,8 @@ class StoredStates:
 
     def _read(self, shard: str, first: int, tokens: int) -> Tensor:
         if shard not in self._open:
+            if not (self.folder / shard).is_file():
+                raise UserError(f"{self.folder}: no {shard}; delete {self.folder}, they are made again")
             self._open[shard] = _Shard(self.folder / shard)
         return self._open[shard].read(first, tokens)
 
@@ -130,13 +146,24 @@ class _Shard:
 
     def __init__(self, path: Path):
         self.content = FileBytes(path)
-        header = int.from_bytes(self.content[:8], "little")
-        states = json.loads(self.content[8 : 8 + header])["states"]
-        self.offset = 8 + header + states["data_offsets"][0]
-        self.shape, self.dtype = states["shape"][1:], DTYPES[states["dtype"]]
+        self.advice = f"delete {path.parent}, they are made again"
+        with reading(path, "states (safetensors)", self.advice):
+            header = int.from_bytes(self.content[:8], "little")
+            if header > len(self.content) - 8:
+                raise ValueError("it is cut off, or damaged")
+            states = parse_json(self.content[8 : 8 + header])["states"]
+            check_shape(states, StatesHeader)
+            (self.tokens, *self.shape), self.dtype = states["shape"], DTYPES[states["dtype"]]
+            start, end = states["data_offsets"]
+            self.offset = 8 + header + start
+            size = self.tokens * math.prod(self.shape) * self.dtype.itemsize
+            if end - start != size or self.offset + size != len(self.content):
+                raise ValueError("it is cut off, or damaged")
 
     def read(self, first: int, tokens: int) -> Tensor:
         """(tokens, L, d)."""
+        if first + tokens > self.tokens:
+            raise UserError(f"{self.content.path}: {self.tokens} tokens, not {first + tokens}; {self.advice}")
         values = torch.empty(tokens, *self.shape, dtype=self.dtype)
         row_bytes = math.prod(self.shape) * self.dtype.itemsize
         buffer = values.view(torch.uint8).numpy().reshape(-1).data

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor
 
 from finetune.formats import shorten
-from raylib.errors import UserError, hub_hint, require
+from raylib.errors import UserError, hub_hint, reading, require
 from raylib.finite import require_finite_file
+from raylib.models.hf_weights import read_folder
 from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
 from raylib.textfile import open_text
+from raylib.weights import limit_model
 
 IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
 
@@ -46,7 +48,11 @@ class WordAligner:
                 f"{folder}: no config.json; give the folder of a multilingual encoder{hub_hint(folder)}"
             )
         self.tokenizer = Tokenizer.load(folder)
-        self.model = transformers.AutoModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+        # the files by ours first: what is damaged, or no weights, must not come to theirs
+        read_folder(Path(folder))
+        with limit_model(Path(folder) / "config.json", folder), reading(folder, "an encoder's folder"):
+            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+        self.model = model.to(device).eval()
         require_finite_file(folder, self.model.state_dict())
         depth = self.model.config.num_hidden_layers
         if not 0 < layer <= depth:
