@@ -336,7 +336,8 @@ def load_finetuned(path: Path | str, labels: tuple[str, ...], name: str = "") ->
     """
     folder = find_evaluated(path)
     values = read_description(folder)
-    if values["model_type"] != "polyglance-finetuned":
+    if values.get("model_type") != "polyglance-finetuned":
         raise UserError(f"{path}: no fine-tuned model; give the run of an English fine-tuning")
-    check_labels(labels, tuple(values["labels"]), str(folder / "config.json"))
-    return FinetuneModel.from_pretrained(folder, name)
+    model = FinetuneModel.from_pretrained(folder, name)
+    check_labels(labels, model.labels, str(folder / "config.json"))
+    return model
