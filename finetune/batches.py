@@ -159,7 +159,8 @@ class EpochBatches(StepDataset):
             such = next(iter(self.faults.values()), "those in the warnings above")
             raise UserError(
                 f"{count:,} of {len(self.examples):,} training examples have an image that cannot be read "
-                f"(bad_limit={limit:g} of them may), such as {such}; mend them, or give a higher bad_limit="
+                f"(bad_limit={limit:g} of them may), such as {such}; mend them, or give a higher bad_limit= "
+                "(a run with a checkpoint goes on with the images that it began with)"
             )
 
     def augmentation(self, visual: VisualSource | None, epoch: int, *keys: np.ndarray) -> np.ndarray | None:

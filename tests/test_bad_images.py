@@ -19,6 +19,7 @@ from finetune.stores.images import ImageSource, open_images
 from finetune.stores.regions import open_regions
 from raylib.checkpoint import find_best
 from raylib.config import override
+from raylib.data.images import BadImage
 from raylib.errors import UserError
 from raylib.monitoring import read_metrics
 from raylib.text import Tokenizer
@@ -211,6 +212,16 @@ def test_missing_images_are_counted_by_set_with_their_names(finetune, scenes, im
     code, printed = finetune("scenes_xvnli", f"images={images}", "name=gone", "bad_limit=0.6", "epochs=1")
     assert code == 0 and f"note: {count} of 60 items" in printed
     assert result(tmp_path / "gone")["items_skipped"] == {"train": 0, "en": count, "ru": count}
+
+
+def test_image_that_goes_while_a_run_trains_counts_as_one_that_cannot_be_read(images):
+    """The store was opened when it was there."""
+    store = open_images(images)
+    name = sorted(path.name for path in images.iterdir())[0]
+    assert store.read(name).ndim == 3
+    (images / name).unlink()
+    with pytest.raises(BadImage, match=f"{name}: gone since the run began"):
+        store.read(name)
 
 
 def test_missing_images_of_a_later_part_end_the_run_before_the_first(

@@ -68,8 +68,8 @@ class ImageStore:
         """Read the image, uint8 RGB (H, W, 3).
 
         Raises:
-            BadImage: no such id, or a file that does not decode. UserError: several images (they are named);
-                a tar that became shorter.
+            BadImage: no such id, or a file that is gone or does not decode. UserError: several images (they
+                are named); a tar that became shorter.
         """
         return decode_image(self._bytes(name), f"{self.path}, {name}")
 
@@ -95,7 +95,10 @@ class ImageStore:
             )
         (image,) = images
         if image.size < 0:
-            return Path(image.file).read_bytes()
+            try:
+                return Path(image.file).read_bytes()
+            except FileNotFoundError:  # since the store was opened
+                raise BadImage(f"{image.file}: gone since the run began") from None
         if self._tar is None:
             self._tar = FileBytes(Path(image.file))
         return self._tar.read(image.size, image.offset)
