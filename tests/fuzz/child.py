@@ -50,6 +50,7 @@ PATHS = {  # audit event -> which of its arguments are paths that are changed, a
     "os.removexattr": {0: None},
     "sqlite3.connect": {0: None},
 }
+OF_NAMES = {"os.remove", "os.rmdir", "os.mkdir", "os.rename", "os.link", "os.symlink"}
 PROCESSES = {
     "subprocess.Popen",
     "os.system",
@@ -107,11 +108,12 @@ class Watch:
             if event in PROCESSES:
                 kind, what = "process", f"{event} {arguments[:2]!r:.150}"
             elif event == "open" and isinstance(arguments[2], int) and arguments[2] & WRITING:
-                if self._is_outside(arguments[0], None):
+                if self._is_outside(arguments[0], None, True):
                     kind, what = "wrote outside", f"open {arguments[0]!r:.150}"
             elif event in PATHS:
                 for place, folder in PATHS[event].items():
-                    if self._is_outside(arguments[place], folder and arguments[folder]):
+                    at = folder and arguments[folder]
+                    if self._is_outside(arguments[place], at, event not in OF_NAMES):
                         kind, what = "wrote outside", f"{event} {arguments[place]!r:.150}"
             if kind:
                 stack = [f for f in traceback.extract_stack() if "/tests/fuzz/" not in f.filename][-3:]
@@ -121,11 +123,14 @@ class Watch:
         finally:
             self._busy = False
 
-    def _is_outside(self, path: Any, folder: int | None) -> bool:
+    def _is_outside(self, path: Any, folder: int | None, follows: bool) -> bool:
+        """follows: what changes is what a link at `path` leads to, and not the link."""
         if isinstance(path, int):
             return False
         base = os.readlink(f"/proc/self/fd/{folder}") if folder is not None and folder >= 0 else os.getcwd()
-        real = os.path.realpath(os.path.join(base, os.fsdecode(path)))
+        parent, name = os.path.split(os.path.join(base, os.fsdecode(path)))
+        real = os.path.join(os.path.realpath(parent), name)
+        real = os.path.realpath(real) if follows or name in ("", ".", "..") else real
         if real in (os.devnull, "/dev/tty") or real.startswith("/proc/self/"):
             return False
         return not any(real == below or real.startswith(below + "/") for below in self.folder)
