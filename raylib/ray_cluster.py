@@ -6,9 +6,11 @@ import os
 import secrets
 import signal
 import socket
+import sys
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,10 @@ RAY_ENV = {  # environment variables of every process
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a checkpoint of a pruning round has no score
 }
 CONNECT_SECONDS = 10.0  # for the head of a cluster to answer
+WRONG_TOKEN = (
+    "this cluster has a token, and this process another or none; set RAY_AUTH_MODE=token, and "
+    "RAY_AUTH_TOKEN_PATH= to the file with its token"
+)
 NO_CLUSTER = "start that cluster, give the address of another, or unset RAY_ADDRESS to start one here"
 TRACKER_ENV = ("WANDB_", "MLFLOW_")  # of trackers, which trials have in their own processes
 
@@ -77,11 +83,12 @@ def connect_to_ray(quiet: bool = False) -> bool:
     # a terminal that is closed tells all of its processes: Ray's own, which inherit this, stay until a run
     # has saved
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
+    words: list[str] = []
     try:
         is_local = address == "local"
         if is_local:
             _make_private_token()
-        with private_ray() if is_local else nullcontext():
+        with private_ray() if is_local else _stderr_kept(words):
             context: Any = ray.init(
                 address=address,
                 log_to_driver=not quiet,
@@ -90,6 +97,8 @@ def connect_to_ray(quiet: bool = False) -> bool:
             )
     except Exception as e:  # of many kinds: no connection, another version, a token
         reason = " ".join(str(e).split())[:300] or type(e).__name__
+        if any("InvalidAuthToken" in text for text in (reason, *words)):
+            raise MachineError(f"RAY_ADDRESS={address}: {WRONG_TOKEN}") from e
         if address == "local":
             raise MachineError(
                 f"Ray does not start here ({reason}); its logs are in /tmp/ray/session_latest/logs; "
@@ -98,11 +107,30 @@ def connect_to_ray(quiet: bool = False) -> bool:
         raise MachineError(f"RAY_ADDRESS={address}: {reason}; {NO_CLUSTER}") from e
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    sys.stderr.write("".join(words))
     if address == "local":
         print(f"Ray's dashboard: http://{context.dashboard_url} (a token? `ray get-auth-token`)", flush=True)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray sets its own, which ends the process at once
     return True
+
+
+@contextmanager
+def _stderr_kept(words: list[str]) -> Iterator[None]:
+    """Append to `words` what anything in this process writes on stderr in the block: Ray's code in C++ tells
+    there, once a second, why it is refused, and its exception does not."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
+            file.seek(0)
+            words.append(file.read().decode(errors="replace"))
 
 
 def _worker_environment(address: str) -> dict[str, Any]:
@@ -199,7 +227,7 @@ def job_has_ended(record: Mapping[str, Any]) -> bool | None:
     same = [
         entry.status
         for entry in drivers
-        if (entry.driver_info["node_ip_address"], int(entry.driver_info["pid"])) == (job["node"], job["pid"])
+        if (entry.driver_info.node_ip_address, int(entry.driver_info.pid)) == (job["node"], job["pid"])
     ]
     return same[0] in ("SUCCEEDED", "FAILED", "STOPPED") if same else None
 

@@ -108,6 +108,25 @@ def test_connect_to_ray_tells_what_ray_says_in_one_line(address, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
+def test_connect_to_ray_with_another_token_says_so_in_one_line(monkeypatch, capfd):
+    """Ray's exception is about the connection; why it is refused, it writes on stderr, again and again. Also
+    what it says beside is not lost."""
+    import ray
+
+    def refuse(**options):
+        os.write(2, b"gcs_client.cc: Unauthenticated: InvalidAuthToken: Authentication token is ...\n" * 20)
+        raise ConnectionError("Failed to connect to Ray cluster at 10.0.0.1:6379")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    with pytest.raises(MachineError, match="^RAY_ADDRESS=auto: this cluster has a token, and this process"):
+        connect_to_ray()
+    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(ray, "init", lambda **options: os.write(2, b"a warning\n"))
+    assert connect_to_ray() and capfd.readouterr().err == "a warning\n"
+
+
 @pytest.mark.parametrize(
     ("text", "hidden"),
     [

@@ -3,6 +3,7 @@
 Float32, dropout 0, so that equal means equal.
 """
 
+import json
 import os
 import re
 import shutil
@@ -26,7 +27,7 @@ from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.launch import launch
 from raylib.monitoring import read_metrics
-from raylib.ray_cluster import private_ray
+from raylib.ray_cluster import job_has_ended, private_ray, this_job
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -359,6 +360,7 @@ def test_ray_metrics_of_a_training_are_in_the_prometheus_endpoint(mini):
 
 
 SECOND_CLUSTER = """
+import json
 import os
 from raylib.ray_cluster import ray_cluster
 
@@ -385,3 +387,28 @@ def test_ray_processes_know_their_cluster_among_several():
     done = subprocess.run([sys.executable, "-c", SECOND_CLUSTER], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "multiple active" not in done.stdout + done.stderr
+
+
+OTHER_DRIVER = """
+import json
+from raylib.ray_cluster import ray_cluster, this_job
+
+with ray_cluster():
+    print(json.dumps(this_job()))
+"""
+
+
+@pytest.mark.slow
+def test_ray_job_of_an_owner_that_has_ended_is_known(monkeypatch):
+    """By which a run is taken over whose lock another machine has left."""
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    done = subprocess.run([sys.executable, "-c", OTHER_DRIVER], capture_output=True, text=True)
+    ended, end = {"ray": json.loads(done.stdout.splitlines()[-1])}, time.monotonic() + 60
+    while not job_has_ended(ended) and time.monotonic() < end:  # Ray notes it a moment later
+        time.sleep(0.2)
+    assert job_has_ended(ended) is True
+    assert job_has_ended({"ray": this_job()}) is False
+    # numbers of jobs come again in another cluster
+    assert job_has_ended({"ray": {**this_job(), "pid": 1}}) is None
