@@ -4,15 +4,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from finetune.build import find_task, reported_split
 from finetune.config import FinetuneConfig
 from finetune.lineage import described, method_of
 from raylib.display import markdown_table, open_pyplot, percent, save_figure
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
 from raylib.monitoring import read_metrics
+from raylib.strict_json import Count, check_shape
 
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 
@@ -251,6 +254,62 @@ def draw_curve(run: Path) -> None:
     save_figure(figure, run / "curve.png")
 
 
+class StoredResult(BaseModel, extra="allow"):
+    """`result.json` of fine-tuning, as far as others go by it."""
+
+    task: str
+    method: str
+    steps: Count
+    skipped_steps: Count = 0
+    setting: str = ""
+    split: str = ""
+    code: str = ""
+    finished: bool = True
+    params: Count | None = None
+    trainable: Count | None = None
+    share: float | None = None
+    accuracy: dict[str, float] | None = None
+    retrieval: dict[str, dict[str, float]] | None = None
+    by_type: dict[str, dict[str, float]] = {}
+    interval: dict[str, list[float] | None] = {}
+    mean_targets: float | None
+    gap: float | None
+    counts: dict[str, dict[str, float]] = {}
+    bad_images: dict[str, Count] = {}
+    disparity: dict[str, float] = {}
+
+
+class StoredPart(BaseModel, extra="allow"):
+    """`part.json`: the result of one training, as far as a run's goes by it."""
+
+    finished: bool = True
+    steps: Count = 0
+    skipped_steps: Count = 0
+    samples_replaced: Count = 0
+    unknown_training_answers: Count = 0
+    seconds: float = 0.0
+    times: dict[str, float] = {}
+    evaluation: dict[str, float] = {}
+    dev: dict[str, float] = {}
+    interval: dict[str, list[float] | None] = {}
+    languages: dict[str, dict[str, Any]] = {}
+    sparsity: dict[str, float] | None = None
+    peak_memory_gb: float = 0.0
+    samples_per_second: float = 0.0
+    evaluated_per_second: float = 0.0
+    evaluation_seconds: float = 0.0
+
+
+def read_part(path: Path) -> dict[str, Any]:
+    """Read a `part.json`, where there is one already.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    what, advice = "the result of a training", "restore it, or remove it: the same command makes it anew"
+    return read_json_object(path, (), what, advice, finite=False, shape=StoredPart)
+
+
 def read_result(run: Path) -> dict[str, Any]:
     """The result of a finished run.
 
@@ -260,10 +319,14 @@ def read_result(run: Path) -> dict[str, Any]:
     path = run / "result.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; give finished runs")
-    result = read_json_object(path, what="the result of a run", advice="give finished runs", finite=False)
+    what, advice = "the result of a run", "give finished runs"
+    result = read_json_object(path, (), what, advice, finite=False)
     if "dev" in result:
         raise UserError(f"{run}: a trial of a search, which was never tested; run the search's best.yaml")
     require_finite_values(f"{run}/result.json", result)
-    if not {"task", "method", "steps"} <= result.keys():  # pretraining's has none of them but steps
+    # pretraining's has none of them but steps
+    if not ({"task", "method", "steps"} <= result.keys() and {"accuracy", "retrieval"} & result.keys()):
         raise UserError(f"{run}/result.json: no result of fine-tuning; give runs of python -m finetune")
+    with reading(path, what, advice):
+        check_shape(result, StoredResult)
     return result

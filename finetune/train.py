@@ -2,6 +2,7 @@
 results."""
 
 import functools
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -307,8 +308,8 @@ def _run_part(
     """Train and evaluate a part, after the stages of its strategies; or read what that came to before."""
     folder, is_main = run_folder(config), is_main_process(config)
     done = folder / "part.json"
-    if done.is_file() and config.resume == "newest":
-        return read_json_object(done)
+    if os.path.lexists(done) and config.resume == "newest":
+        return report.read_part(done)
     if is_main:
         if language:
             _open_run(config)
@@ -372,8 +373,8 @@ class _Stages:
         part = self.config.model_copy(update={"strategies": strategies, **stage.run_settings, **place})
         folder, is_main = run_folder(part), is_main_process(part)
         done = folder / "part.json"
-        if done.is_file():
-            result = read_json_object(done)
+        if os.path.lexists(done):
+            result = report.read_part(done)
         else:
             if is_main:
                 _open_run(part)
@@ -434,9 +435,9 @@ def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
         if config.trains:
             load_weights(pipeline.model, checkpoint.find_trained(run, config.select))
         done = run / "part.json"
-        before = _so_far(pipeline.model, run) if config.trains and not done.is_file() else {}
-        if done.is_file():
-            before = read_json_object(done)
+        before = _so_far(pipeline.model, run) if config.trains and not os.path.lexists(done) else {}
+        if os.path.lexists(done):
+            before = report.read_part(done)
         results.append({**before, **test_result(pipeline, run)})
     hashes = {"config_sha256": config_hash(as_stored), "data_sha256": combined_hash(data)}
     result = {**stored, **report.summarise(as_stored, results), **hashes}
@@ -448,7 +449,7 @@ def _evaluate_in(folder: Path, as_stored: FinetuneConfig) -> dict[str, Any]:
 def _stored_result(folder: Path) -> dict[str, Any]:
     """The run's result.json; empty if it has none."""
     path = folder / "result.json"
-    return read_json_object(path, what="the result of a run") if path.exists() else {}
+    return read_json_object(path, (), "the result of a run", finite=False) if os.path.lexists(path) else {}
 
 
 def _so_far(model, run: Path) -> dict[str, Any]:

@@ -133,14 +133,14 @@ def read_registry(run: Path) -> Registry:
     path, snapshot = run / FOLDER / REGISTRY, run / FOLDER / OLD_SNAPSHOT
     advice = "restore it, or remove it: the next start registers the checkpoints that are there"
     what, stored = "a register of checkpoints", []
-    if path.exists():
+    if os.path.lexists(path):
         shape = StoredRegistry | list[PlainName]
         stored = read_json(path, what, advice, finite=False, shape=shape)
     if isinstance(stored, dict):
         best = Best(stored["best"]["checkpoint"], stored["best"]["score"]) if stored["best"] else None
         return Registry(stored["checkpoints"], best, stored.get("aside", {}))
     # a run of an earlier version may have parts with and without Ray: both registers count
-    if snapshot.exists():
+    if os.path.lexists(snapshot):
         values = read_json(snapshot, what, advice, finite=False)
         with reading(snapshot, what, advice):
             results = [*values["checkpoint_results"], values["latest_checkpoint_result"]]
@@ -210,7 +210,7 @@ def read_meta(folder: Path) -> dict:
         raise UserError(f"{path}: missing, so this is no whole checkpoint; {ADVICE}")
     # earlier versions wrote scores that are not finite
     meta = read_json_object(path, (), "a checkpoint's record", ADVICE, finite=False, shape=StoredMeta)
-    if meta.get("evaluation_due") and scores.exists():
+    if meta.get("evaluation_due") and os.path.lexists(scores):
         what = "a checkpoint's scores"
         meta |= read_json_object(scores, (), what, ADVICE, finite=False, shape=StoredScores)
     return {"times": {}, "losses": {}, "evaluation": {}, **meta}
@@ -326,11 +326,11 @@ def _best_of(run: Path, names: Sequence[str]) -> Best | None:
         folder = run / FOLDER / name
         try:
             meta = read_meta(folder)
+            score = meta["score"]
+            if score is None or _not_finite_of(folder):
+                continue
         except UserError:
             continue  # removed by the user, or damaged: `settle` has said so
-        score = meta["score"]
-        if score is None or _not_finite_of(folder):
-            continue
         if best is None or score > best.score or (score == best.score and meta.get("ties") == "last"):
             best = Best(name, score)
     return best
@@ -354,7 +354,8 @@ def settle(run: Path) -> None:
     ordered = in_order(names | _adopt_best(run, in_order(names)))
     for name in ordered[:-1]:  # the newest is looked at as a whole (`verify`)
         try:
-            read_meta(folder / name)
+            if read_meta(folder / name)["score"] is not None:
+                _not_finite_of(folder / name)
         except UserError as e:
             print(f"note: it cannot be the best one: {e}", flush=True)
     _write_registry(run, Registry(ordered, _best_of(run, ordered)))
@@ -438,6 +439,8 @@ def _not_finite_of(folder: Path) -> str | None:
     if "skipped_steps" in meta:  # saved by a version that keeps finite weights alone
         return None
     path = folder / "model.safetensors"
+    if not path.is_file():
+        raise UserError(f"{path}: missing from the checkpoint; {ADVICE}")
     with reading(path, "weights (safetensors)", ADVICE), safe_open(path, "pt") as file:
         names: list[str] = file.keys()
         return next((f"tensor {name}" for name in names if not is_finite(file.get_tensor(name))), None)

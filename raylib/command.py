@@ -30,7 +30,7 @@ from raylib.config import (
     suggest,
 )
 from raylib.display import hide_secrets
-from raylib.errors import UserError, error_line
+from raylib.errors import UserError, error_line, printable
 from raylib.help import recipe_list, settings_page, table, wrap
 from raylib.notice import Interrupted, last_notice, signals_handled
 
@@ -79,7 +79,7 @@ def _run(main: Main, arguments: Sequence[str], restart_hint: str) -> int:
         if line is None:  # a bug: it keeps its traceback
             raise
         _drop_unwritable_output()
-        print(hide_secrets(spell_commands(f"error: {line}")), file=sys.stderr)
+        print(printable(hide_secrets(spell_commands(f"error: {line}"))), file=sys.stderr)
         return line.exit_code
 
 

@@ -30,8 +30,9 @@ from pydantic import (
     field_validator,
 )
 
-from raylib.errors import UserError, reading
+from raylib.errors import UserError, printable, reading
 from raylib.file_kinds import recognize
+from raylib.fileio import read_bytes
 from raylib.renames import MODULES, rename_path, rename_settings
 from raylib.strict_json import parse_json
 from raylib.strict_yaml import parse_yaml
@@ -212,7 +213,7 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
         return cls.model_validate(values, context={"run": run})
     except ValidationError as e:
         first = e.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
+        path = _shorten(".".join(str(part) for part in first["loc"]), 100)
         if first["type"] in ("extra_forbidden", NO_USER_FILE):
             advice = f"; or name your file: {path}=FILE.py" if first["type"] == NO_USER_FILE else ""
             similar = suggest(path, setting_paths(cls))
@@ -236,7 +237,7 @@ def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
     if not path.exists():
         raise UserError(f"{path}: no such config file")
     with reading(path, f"a {kind} config file", "mend it, or give another"):
-        values = (parse_yaml if kind == "YAML" else parse_json)(path.read_bytes())
+        values = (parse_yaml if kind == "YAML" else parse_json)(read_bytes(path))
         if not isinstance(values, dict):
             raise ValueError("it has no settings")
     config = validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
@@ -371,6 +372,17 @@ def differing_paths(a: Any, b: Any, prefix: str = "") -> list[str]:
     ]
 
 
+def name_some(paths: Sequence[str]) -> str:
+    """Return the first of some paths of settings, shortened, and how many there are besides."""
+    shown = ", ".join(_shorten(path, 40) for path in paths[:6])
+    return shown + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
+
+
+def _shorten(text: str, most: int) -> str:
+    """Return at most so many characters, none of which is a control character."""
+    return printable(text if len(text) <= most else f"{text[: most - 3]}...")
+
+
 def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:
     """Return a copy of plain settings without the values at dotted `paths`."""
     return {
@@ -425,8 +437,8 @@ def load_user_file(path: Path | str) -> ModuleType:
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such file")
-    with reading(path, "a Python file"):
-        source = path.read_bytes()
+    with reading(path, "a Python file", "give another"):
+        source = read_bytes(path)
     name = f"polyglance_user_{path.stem}_{hashlib.sha256(source).hexdigest()[:16]}"
     if name in sys.modules:
         return sys.modules[name]

@@ -197,10 +197,16 @@ def describe_error(error: BaseException) -> str:
         byte = f"byte {error.object[error.start]:#04x} at {error.start:,}"
         return f"not {error.encoding.upper()} text: {byte}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in lines[0])
+    text = printable(lines[0])
     if isinstance(error, KeyError):
         text = f"no {text} in it"
     return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
+
+
+def printable(text: str) -> str:
+    """Return a text with its line breaks and control characters, which may be commands to a terminal, as
+    Python spells them."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -135,6 +136,21 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
     write_atomically(path, text + "\n")
 
 
+def read_bytes(path: Path, most: int = MAX_JSON) -> bytes:
+    """Read a file whole.
+
+    Raises:
+        ValueError: it has more bytes than `most`, or is no plain file: a pipe would be waited for.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise ValueError("a pipe or a device")
+    if status.st_size > most:
+        raise ValueError(f"{status.st_size:,} bytes, of which {most:,} may be")
+    with open(path, "rb") as file:  # a folder: its error says so
+        return file.read(most + 1)
+
+
 def read_json(
     path: Path,
     what: str = "JSON",
@@ -151,10 +167,8 @@ def read_json(
     Raises:
         UserError: it is damaged, or another kind of file; a value has another type (its place is named).
     """
-    with reading(path, what, advice), open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_JSON:
-            raise ValueError(f"{size:,} bytes, of which {MAX_JSON:,} may be")
-        values = parse_json(file.read(), finite)
+    with reading(path, what, advice):
+        values = parse_json(read_bytes(path), finite)
         if shape is not None:
             check_shape(values, shape)
     return values
@@ -242,7 +256,7 @@ def read_jsonl(path: Path, shape: Any = None) -> list[dict[str, Any]]:
     """
     records = []
     # no str.splitlines: it would split at U+2028 and others, which JSON need not escape
-    lines = path.read_bytes().split(b"\n") if path.exists() else []
+    lines = _read_lines(path)
     for number, line in enumerate(lines, 1):
         record = _parse_record(line)
         if record is not None:
@@ -258,6 +272,14 @@ def read_jsonl(path: Path, shape: Any = None) -> list[dict[str, Any]]:
     return records
 
 
+def _read_lines(path: Path) -> list[bytes]:
+    """Read the lines of a file, the last of which is empty where it ends well; none of no file."""
+    if not os.path.lexists(path):
+        return []
+    with reading(path, "lines of JSON", "restore the file"):
+        return read_bytes(path).split(b"\n")
+
+
 def repair_jsonl(path: Path, key: str) -> list[str]:
     """Take out of a file of JSON lines, all of which have `key`, what a crash left: a line that was cut off,
     also where a later one follows on the same line, and zero bytes, as file systems leave them after a power
@@ -266,8 +288,7 @@ def repair_jsonl(path: Path, key: str) -> list[str]:
     Raises:
         UserError: a line that no crash leaves; names it.
     """
-    data = path.read_bytes() if path.exists() else b""
-    lines, kept, notes = data.split(b"\n"), [], []
+    lines, kept, notes = _read_lines(path), [], []
     for number, line in enumerate(lines, 1):
         found, rest = _split_records(line.strip(b"\0"), key)
         kept += found
@@ -283,7 +304,7 @@ def repair_jsonl(path: Path, key: str) -> list[str]:
             what = f"the beginning of line {number}"
         notes.append(f"{path}: {what} was cut off by a crash and is dropped")
     repaired = b"".join(record + b"\n" for record in kept)
-    if repaired != data:
+    if repaired != b"\n".join(lines):
         write_atomically(path, repaired)
     return notes
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raylib import checkpoint
-from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
+from raylib.config import differing_paths, dump_config, name_some, read_stored_settings, without_settings
 from raylib.display import hide_secrets
 from raylib.distributed import barrier
 from raylib.errors import UserError
@@ -91,14 +91,14 @@ def open_run(
         raise UserError(f"two files of one name: {', '.join(map(str, code))}; rename one")
     (run / checkpoint.FOLDER).mkdir(parents=True, exist_ok=True)
     stored = run / "config.json"
-    if stored.exists():
+    if os.path.lexists(stored):
         before = read_stored_settings(type(config), read_json_object(stored)).values
         changed = [
             p for p in differing_paths(before, config.model_dump(mode="json")) if p not in MUTABLE_SETTINGS
         ]
         if changed:
             raise UserError(
-                f"{run} holds a run with other settings ({', '.join(changed)}); give this one another name="
+                f"{run} holds a run with other settings ({name_some(changed)}); give this one another name="
                 f"{checkpoint.hint_if_unsaved(run)}"
             )
     elif shown := _secret_settings(config):

@@ -20,6 +20,7 @@ import json
 import os
 import secrets
 import signal
+import stat
 import sys
 import threading
 import time
@@ -27,7 +28,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, Field
 
 from raylib.errors import MachineError, RunLost, UserError, name_errors
 from raylib.processes import (
@@ -41,6 +44,7 @@ from raylib.processes import (
     this_process,
     try_lock,
 )
+from raylib.strict_json import check_shape, parse_json
 
 LOCK = "lock.json"
 WATCH_SECONDS = 1.0  # between looks
@@ -50,6 +54,28 @@ RETRY_SECONDS = 3.0  # a lock that is just being looked at, or written, is free 
 
 Record = Mapping[str, Any]
 JobHasEnded = Callable[[Record], bool | None]  # None: the cluster cannot be asked
+
+
+class StoredJob(BaseModel, extra="allow"):
+    """The Ray job of a run, in its lock."""
+
+    job: str
+    node: str = ""
+    pid: int = 0
+
+
+class StoredLock(BaseModel, extra="allow"):
+    """A lock as its file has it; what is none counts as torn."""
+
+    token: str
+    pid: Annotated[int, Field(gt=0, lt=1 << 31)]
+    start: str | None
+    since: str
+    ray: StoredJob | None
+    host: str = ""
+    boot: str = ""
+    locks: str = ""
+    command: str = ""
 
 
 class Owner(NamedTuple):
@@ -303,8 +329,12 @@ def _make_folder(folder: Path) -> bool:
 def _acquire(folder: Path, job_has_ended: JobHasEnded) -> RunLock:
     path, limit = folder / LOCK, time.monotonic() + RETRY_SECONDS
     while True:
+        if path.is_symlink():
+            raise UserError(f"{path}: no lock of a run, whose name it has; remove it")
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{path}: no lock of a run, whose name it has; remove it")
             is_free, record = try_lock(descriptor), _parse(os.pread(descriptor, 1 << 16, 0))
             # an owner that has just ended has removed the file that was opened
             if is_free is not False and is_same_file(descriptor, path):
@@ -358,9 +388,9 @@ def _take(folder: Path, descriptor: int, before: Record) -> RunLock:
 def _parse(data: bytes) -> dict[str, Any]:
     """Return a record; {} of one that a crash has torn, or that is just being written."""
     with suppress(ValueError):
-        record = json.loads(data)
-        if isinstance(record, dict) and {"token", "pid", "start", "since", "ray"} <= record.keys():
-            return record
+        record = parse_json(data)
+        check_shape(record, StoredLock)
+        return record
     return {}
 
 

@@ -258,7 +258,7 @@ def started_in(run: Path) -> Path:
 
 def read_identity(run: Path) -> dict[str, Any]:
     """Read {"folder", "code": [...], "data": {...}} of a run; empty of one that has no record yet."""
-    if not (run / IDENTITY).exists():
+    if not os.path.lexists(run / IDENTITY):
         return {"folder": "", "code": [], "data": {}}
     advice = "delete it to record the data anew"
     stored = read_json_object(run / IDENTITY, (), "the record of a run's data", advice, shape=StoredIdentity)

@@ -21,7 +21,17 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, FolderName, NameOrFile, Size, SizeOrZero, UserFile, load_user_file, lookup
+from raylib.config import (
+    Config,
+    FolderName,
+    NameOrFile,
+    Size,
+    SizeOrZero,
+    UserFile,
+    load_user_file,
+    lookup,
+    validate,
+)
 from raylib.errors import UserError
 
 if TYPE_CHECKING:
@@ -190,12 +200,13 @@ class FitConfig(Config):
         )
 
 
-def stored_fit(settings: Mapping[str, Any]) -> FitConfig | None:
+def stored_fit(settings: Mapping[str, Any], folder: Path) -> FitConfig | None:
     """Return what the settings of a run, or an export's part of them, say of the precision of its training;
-    None: nothing."""
+    None: nothing. folder: that they are of."""
     if "fit" not in settings:
         return None
-    return FitConfig(**{name: settings["fit"][name] for name in PRECISION if name in settings["fit"]})
+    values = {name: settings["fit"][name] for name in PRECISION if name in settings["fit"]}
+    return validate(FitConfig, values, f"{folder}/config.json: fit")
 
 
 class OptimConfig(Config):

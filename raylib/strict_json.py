@@ -12,6 +12,7 @@ from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 
 DEPTH = 100  # of lists and objects in one another
 DIGITS = 40  # of an integer: 128 bits, as states of random generators have
+CONTROLS = re.compile(r"[\0-\x1f\x7f]")
 SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -23,12 +24,10 @@ def parse_json(data: bytes | str, finite: bool = True) -> Any:
         ValueError: it is none; nested deeper than `DEPTH`; an integer of more than `DIGITS` digits; a name
             that an object has twice with different values; half of a surrogate pair, which no file can hold.
     """
-    text = data if isinstance(data, str) else data.decode(json.detect_encoding(data))
+    text = data.removeprefix("\ufeff") if isinstance(data, str) else data.decode(json.detect_encoding(data))
     hooks: dict[str, Any] = {"parse_constant": _refuse, "parse_float": _finite_float} if finite else {}
     try:
-        value = json.loads(
-            text.removeprefix("\ufeff"), parse_int=_integer, object_pairs_hook=_object, **hooks
-        )
+        value = json.loads(text, parse_int=_integer, object_pairs_hook=_object, **hooks)
     except RecursionError:
         raise ValueError(f"nested deeper than {DEPTH}") from None
     if text.count("[") + text.count("{") > DEPTH:
@@ -107,7 +106,7 @@ def check_member(name: object) -> str:
         ValueError: it is none, or leads out of the folder.
     """
     parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    if not isinstance(name, str) or not parts or "\0" in name or parts[0] == "/" or ".." in parts:
+    if not isinstance(name, str) or not parts or parts[0] == "/" or ".." in parts or CONTROLS.search(name):
         raise ValueError(f"{name!r:.100} is no name of a file in its folder")
     return name
 

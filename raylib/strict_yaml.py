@@ -24,6 +24,14 @@ class PlainLoader(yaml.SafeLoader):
                 )
         return super().construct_mapping(node, deep)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        # `<<` of what has `<<` itself would have each name as often as there are ways to it
+        names = [
+            (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key) for key, _ in node.value
+        ]
+        node.value = list(dict(zip(names, node.value, strict=True)).values())
+
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Construct an integer or a float."""
         if len(node.value) > MAX_NUMBER:

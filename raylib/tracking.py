@@ -86,7 +86,7 @@ class RunTracking:
         self.facts, self.path = facts, facts.folder / TRACKING
         self.status: Status = "finished"
         self.stored: dict[str, dict[str, Any]] = {}
-        if self.path.exists():
+        if os.path.lexists(self.path):
             what, advice = "the places where the run is tracked", "delete it to begin new runs there"
             self.stored = read_json(self.path, what, advice, shape=dict[str, StoredTracker])
         for entry in self.stored.values():  # earlier versions stored addresses as they were given

@@ -21,6 +21,7 @@ from tests.drills.runs import Group
     [
         (UserError("a.json: no such file"), 2, "error: a.json: no such file\n"),
         (MachineError("no disk"), 1, "error: no disk\n"),
+        (UserError("a\x1b]0;b\x07\u2028\nc: no file"), 2, "error: a\\x1b]0;b\\x07\\u2028\\nc: no file\n"),
         (OSError(errno.ENOSPC, "full"), 1, f"error: no space left on the disk; {FREE_SPACE}\n"),
         (ConnectionRefusedError("a:1"), 1, "error: no connection (a:1); is the network up, and the address "),
         (KeyboardInterrupt(), 130, f"interrupted; {RESUME_HINT}\n"),

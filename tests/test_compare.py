@@ -460,7 +460,7 @@ def test_compare_scores_over_other_languages_are_not_subtracted(runs):
 def test_compare_folder_without_result_is_one_line_error(runs, tmp_path, capsys):
     run = runs("run", 0.5)
     for name, content, words in (
-        ("list", "[1]", "no result of a run"),
+        ("list", "[1]", "not to be read as the result of a run (list in place of an object); give"),
         ("pretraining", '{"run": "p", "steps": 8}', "no result of fine-tuning"),
     ):
         other = runs(name, 0.5)
@@ -474,7 +474,7 @@ def test_compare_wrong_arguments_are_one_line_errors(runs, tmp_path, capsys):
     run, bare = runs("run", 0.5), runs("bare", 0.5)
     (bare / "config.json").unlink()
     for arguments, words in (
-        ([run, tmp_path / "nothing"], "result.json: not read"),
+        ([run, tmp_path / "nothing"], "nothing/result.json: no such file; give finished runs"),
         ([run, bare], f"{bare}/config.json: no settings of a run"),
         ([run, "--baseline", tmp_path / "rum"], "not among the runs that are compared; did you mean"),
         ([run, "--csv", tmp_path / "no" / "file"], "not written (No such file or directory)"),

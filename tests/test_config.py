@@ -117,6 +117,7 @@ def test_config_files_round_trip_and_report_mistakes(tmp_path):
 
 
 BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 9)}]\n" for i in range(9))
+MERGES = "- &a0 {x: 1}\n" + "".join(f"- &a{i + 1} {{<<: [{', '.join([f'*a{i}'] * 9)}]}}\n" for i in range(9))
 
 
 @pytest.mark.parametrize(
@@ -135,6 +136,7 @@ BOMB = "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{', '.join([f'*a{i}'] * 
         (b"on: 1", "the name True in the file is no string"),
         (b"name: &a [*a]", "an alias of what"),
         (BOMB.encode(), "its aliases expand to more than 100,000 values"),
+        (MERGES.encode(), "it has no settings"),
         (b"[" * 10_000, "nested deeper than 100"),
         (b"name: " + b"[" * 200 + b"]" * 200, "nested deeper than 100"),
         (b"limit: " + b"9" * 10_000, "line 1, column 8: a number of 10,000 characters"),

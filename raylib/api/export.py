@@ -4,6 +4,7 @@ RUN: a pretraining or fine-tuning run, or one of its checkpoints. Models on regi
 Polyglance alone.
 """
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def find_gap(model: Model) -> str | None:
 
 def find_facts(model: Model, source: Path) -> RunFacts:
     """Read the records of the run that the model in `source` is of."""
-    meta = read_json_object(source / "meta.json") if (source / "meta.json").is_file() else {}
+    meta = checkpoint.read_meta(source) if os.path.lexists(source / "meta.json") else {}
     parameters = sum(p.numel() for p in model.network.parameters())
     run = find_run(model.path, source)
     if run is None:
@@ -109,7 +110,7 @@ def find_facts(model: Model, source: Path) -> RunFacts:
     part = (run / "part.json").is_file() and not (run / "result.json").is_file()
     path = (run.parent if part else run) / "result.json"
     # a result is that of the checkpoint that was evaluated, and of no other
-    result = read_json_object(path) if path.is_file() and find_evaluated(run) == source else {}
+    result = read_json_object(path) if os.path.lexists(path) and find_evaluated(run) == source else {}
     if result.get("finished") is False or "dev" in result:
         result = {}
     if part and result:

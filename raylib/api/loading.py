@@ -11,9 +11,8 @@ from finetune.strategies.base import Context
 from raylib.api.model import Model
 from raylib.config import load_config, user_files, validate
 from raylib.errors import UserError
-from raylib.fileio import read_json_object
 from raylib.launch import no_log
-from raylib.models.base import RUN_KEY, Backbone, RetrievalBackbone, read_description
+from raylib.models.base import RUN_KEY, Backbone, RetrievalBackbone, read_description, read_run_settings
 from raylib.models.finetuned import (
     FinetuneModel,
     find_evaluated,
@@ -58,7 +57,7 @@ def load_model(
         settings = read_description(run)
         config = load_config(FinetuneConfig, run / "config.json") if "task" in settings else None
     else:  # an export has of them what says how it reads
-        settings = {} if is_foreign(path) else read_json_object(path / "config.json").get(RUN_KEY, {})
+        settings = {} if is_foreign(path) else read_run_settings(path)
         _refuse_code(settings, path / "config.json")
         config = validate(FinetuneConfig, settings, str(path / "config.json")) if "task" in settings else None
     if device is None:
@@ -71,7 +70,7 @@ def load_model(
     if config:
         tokenizer = _with_prompts(config, tokenizer, network)
     capabilities = _capabilities(path, network, config, settings)
-    fit = config.fit if config else stored_fit(settings)
+    fit = config.fit if config else stored_fit(settings, run or path)
     set_residual(network, fit.residual if fit else None)
     return Model(path, network, tokenizer, config, capabilities, _is_bf16(dtype, fit, torch.device(device)))
 

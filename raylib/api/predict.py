@@ -330,7 +330,7 @@ def require_same_model(embeddings: Path, config: PredictConfig) -> None:
         UserError: they are of another; cosines with them would mean nothing.
     """
     note = Path(f"{str(embeddings).rstrip('/')}.run.json")
-    if not note.exists():
+    if not os.path.lexists(note):
         return
     stored = read_json_object(note, ("weights",), advice="encode the images anew")
     if stored["weights"] != hash_model(config)["weights"]:
@@ -368,6 +368,8 @@ def _note(out: str, now: dict[str, Any]) -> None:
     is_begun = bool(files.ls(output) if files.isdir(output) else files.exists(output) and files.size(output))
     if is_begun and files.exists(path):
         with reading(f"{out}.run.json", "the record of what its file is made of", "give another --out"):
+            if not files.isfile(path):  # a pipe would be waited for
+                raise ValueError("no plain file")
             before = parse_json(files.cat_file(path))
             check_shape(before, dict[str, Any])
         if changed := differing_paths(before, now):
@@ -389,6 +391,8 @@ def locked_output(out: Path | None) -> Iterator[BinaryIO | None]:
     if out is None:
         yield None
         return
+    if out.is_symlink():
+        raise UserError(f"--out {out}: a link; give the file that it leads to")
     try:
         with name_errors(out):
             out.parent.mkdir(parents=True, exist_ok=True)

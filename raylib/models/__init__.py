@@ -54,7 +54,7 @@ def find_backbone(name: str) -> type[Backbone]:
 def stored_code(folder: Path) -> list[Path]:
     """The user's file that defines the backbone of the model in `folder`; none of one of ours."""
     code = read_description(folder).get(CODE_KEY)
-    return [folder / code.partition(":")[0]] if code else []
+    return [folder / Path(code.partition(":")[0]).name] if code else []
 
 
 def stored_backbone(description: dict[str, Any], folder: Path, name: str = "") -> type[Backbone]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, TypeVar, cast
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor, nn
 
 from raylib.config import Config, user_source, validate
@@ -36,6 +37,7 @@ from raylib.weights import limit_model, load_state, read_tensors
 
 DESCRIPTION_KEY = "polyglance"  # in an export's config.json: what a model of ours says of itself
 RUN_KEY = "polyglance_run"  # in an export's: how its run read texts and images
+DESCRIPTION = "JSON: the description of a model"
 CODE_KEY = "code"  # in a stored model's config.json: the file beside it, a user's, that defines its backbone
 # what trains a backbone: a classifier, a decoder of answers, contrast alone, contrast and the match head
 Use = Literal["classification", "generation", "contrast", "matching"]
@@ -419,13 +421,46 @@ def save_model(folder: Path, files: Files) -> None:
     write_files(folder, files)
 
 
+class StoredObjective(BaseModel, extra="allow"):
+    """The part of a run's settings that names its losses."""
+
+    weights: dict[str, Any] = {}
+
+
+class StoredDescription(BaseModel, extra="allow"):
+    """What a model says of itself, as far as its kind goes by it; or a run's settings."""
+
+    model_type: str = ""
+    code: str = ""  # CODE_KEY
+    backbone: str | dict[str, Any] | None = None
+    setting: str = ""
+    fit: dict[str, Any] = {}
+    objective: StoredObjective | None = None
+
+
+class StoredExport(StoredDescription):
+    """The config.json of an export."""
+
+    polyglance: StoredDescription | None = None  # DESCRIPTION_KEY
+    polyglance_run: StoredDescription | None = None  # RUN_KEY
+
+
 def read_description(folder: Path) -> dict[str, Any]:
-    """A model folder's config.json, or a run's; settings by the names that they have now."""
-    values = read_json_object(folder / "config.json", what="JSON: the description of a model")
+    """A model folder's config.json, or a run's; settings by the names that they have now.
+
+    Raises:
+        UserError: it is damaged, or another program's.
+    """
+    values = read_json_object(folder / "config.json", (), DESCRIPTION, shape=StoredExport)
     # an export has its description beside what `transformers` reads
-    values = values.get(DESCRIPTION_KEY, {k: v for k, v in values.items() if k != RUN_KEY})
+    values = values.get(DESCRIPTION_KEY) or {k: v for k, v in values.items() if k != RUN_KEY}
     # a run keeps its settings where a model keeps its description
     return rename_settings("finetune" if "fit" in values else model_kind(values), values)
+
+
+def read_run_settings(folder: Path) -> dict[str, Any]:
+    """Return what an export has of the settings of its run; {} of what has none."""
+    return read_json_object(folder / "config.json", (), DESCRIPTION, shape=StoredExport).get(RUN_KEY) or {}
 
 
 def load_weights(model: M, folder: Path) -> M:

@@ -17,17 +17,16 @@ from torch import Tensor, nn
 from raylib import checkpoint
 from raylib.config import Config, Size, user_files, validate
 from raylib.errors import UserError
-from raylib.fileio import read_json_object
 from raylib.lock import is_under_way
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
 from raylib.models.base import (
-    RUN_KEY,
     Backbone,
     FusionBackbone,
     RegionBackbone,
     load_weights,
     model_files,
     read_description,
+    read_run_settings,
     save_model,
 )
 from raylib.models.decoder import AnswerDecoder, DecoderConfig
@@ -298,8 +297,8 @@ def find_fit(path: Path, folder: Path) -> FitConfig | None:
     """Return the precision in which the model in `folder`, found at `path`, was trained; None: not known."""
     run = find_run(path, folder)
     if run:
-        return stored_fit(read_description(run))
-    return stored_fit(read_json_object(folder / "config.json").get(RUN_KEY, {}))
+        return stored_fit(read_description(run), run)
+    return stored_fit(read_run_settings(folder), folder)
 
 
 def tokenizer_at(path: Path | str) -> Path:

@@ -1,5 +1,6 @@
 """Settings of a search beside its recipe and its space, and the stage that it searches over."""
 
+import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -14,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, FolderNameOrNone, differing_paths, read_stored_settings
+from raylib.config import Config, FolderNameOrNone, differing_paths, name_some, read_stored_settings
 from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object
 from raylib.search.space import Space
@@ -292,7 +293,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[La
     changed = [name for name in differing_paths(stored, fingerprint) if name not in may_change]
     if changed:
         raise UserError(
-            f"{folder} holds a search with other settings ({', '.join(changed)}); give this one another name="
+            f"{folder} holds a search with other settings ({name_some(changed)}); give this one another name="
         )
     for name in GROWING_SETTINGS:
         if now[name] < before.get(name, now[name]):
@@ -310,7 +311,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[La
 def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | None:
     """Return {"space", "search", "recipe"} of the search in `folder`, by the names of today; None: there is
     none."""
-    if not (folder / "search.json").is_file():
+    if not os.path.lexists(folder / "search.json"):
         return None
     advice = "restore it, or remove it to go on with the settings that are given now"
     path, what = folder / "search.json", "the settings of a search"

@@ -3,37 +3,41 @@ for the winner."""
 
 import itertools
 import math
+import os
 import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import ray
+from pydantic import Field
 from ray import tune
 from ray.exceptions import RayTaskError
 from ray.tune.search import BasicVariantGenerator
 
 from raylib.cache import set_cache
-from raylib.errors import UserError
-from raylib.fileio import read_json, repair_jsonl, write_json
+from raylib.errors import UserError, reading
+from raylib.fileio import read_json, write_json
 from raylib.finite import require_finite_values
 from raylib.lock import make_folder, work_for
 from raylib.search.config import Resources, SearchContext
 from raylib.search.display import SearchTable
 from raylib.search.space import Setting, SettingKey, describe_setting
 from raylib.search.trial import (
-    REPORTS,
     TrialResult,
     drop_checkpoints,
     final,
     has_checkpoints,
     logged,
     read_reports,
+    repair_reports,
 )
 from raylib.search.tuner import load_callbacks, run_tuner
+from raylib.strict_json import check_shape
 
 PUBLISHED = "published"
+FINALISTS = "settings.json"  # of the final runs, in their folder
 
 
 class Finalist(NamedTuple):
@@ -103,7 +107,7 @@ def _train(
     metrics = context.job.metric_names(context.base, config.dev_sets)
     cells = list(itertools.product(range(len(settings)), seeds))
     for run in sorted(folder.glob("setting*_seed*")):
-        for note in repair_jsonl(run / REPORTS, "at"):
+        for note in repair_reports(run):
             print(f"search '{config.name}': {note}", flush=True)
 
     def scores(i: int, seed: int) -> dict[str, float] | None:
@@ -176,12 +180,7 @@ def _choose_finalists(
 ) -> tuple[list[str], list[Setting | None]]:
     """Return (names, settings): those of earlier starts, whose runs are called by their places in the list,
     then those of this one that are not among them."""
-    path, goals = folder / "settings.json", context.config.goals
-    advice = f"restore it, or remove {folder} to train the finalists anew"
-    settings: list[Setting | None] = []
-    if path.exists():
-        shape = tuple[list[str], list[dict[str, Any] | None]]
-        settings = read_json(path, "[names, settings] of finalists", advice, shape=shape)[1]
+    goals, settings = context.config.goals, read_finalists(folder)
     pooled = [mean_result(replicates) for replicates in pool_replicates(context, results)]
     front = pareto_front(pooled, goals)  # of one goal: the best
     ranked = sorted(pooled, key=lambda result: (result not in front, -_mean(result.scores, goals)))
@@ -193,8 +192,25 @@ def _choose_finalists(
             settings.append(setting)
     names = [PUBLISHED if s is None or s == published else ranks[key(s)] for s in settings]
     make_folder(folder)
-    write_json(path, [names, settings])
+    write_json(folder / FINALISTS, [names, settings])
     return names, settings
+
+
+def read_finalists(folder: Path) -> list[Setting | None]:
+    """Return the settings that earlier starts have chosen; none of a new folder.
+
+    Raises:
+        UserError: their file is damaged.
+    """
+    path = folder / FINALISTS
+    if not os.path.lexists(path):
+        return []
+    advice = f"restore it, or remove {folder} to train the finalists anew"
+    what = "[names, settings] of finalists"
+    stored = read_json(path, what, advice, shape=Annotated[list[Any], Field(min_length=2, max_length=2)])
+    with reading(path, what, advice):
+        check_shape(stored[1], list[dict[str, Any] | None])
+    return stored[1]
 
 
 def _mean(scores: dict[str, float], goals: Sequence[str]) -> float:
@@ -206,27 +222,35 @@ def _evaluate_tests(
 ) -> dict[int, dict[str, float]]:
     """Return {seed: test scores} of some runs, each evaluated once, where a GPU is if they need one."""
     paths = {seed: run / "test.json" for seed, run in runs.items()}
-    for path in paths.values():
-        try:
-            if path.exists():
-                read_json(path, finite=False, shape=dict[str, float])
-        except UserError as e:
-            print(f"{e}; its run is evaluated again", flush=True)
-            path.unlink()
+    stored = {seed: read_test_scores(path) for seed, path in paths.items()}
+    tests = {seed: scores for seed, scores in stored.items() if scores is not None}
     tasks = {
-        seed: _evaluate_remotely.options(**resources).remote(context, str(runs[seed]))
-        for seed, path in paths.items()
-        if not path.is_file()
+        seed: _evaluate_remotely.options(**resources).remote(context, str(run))
+        for seed, run in runs.items()
+        if seed not in tests
     }
     for seed, task in tasks.items():
         try:
-            write_json(paths[seed], ray.get(task))
+            tests[seed] = ray.get(task)
         except RayTaskError as e:  # the same error with a traceback in its message
             raise e.cause from None
-    tests = {seed: read_json(path, finite=False) for seed, path in paths.items()}
+        write_json(paths[seed], tests[seed])
     for seed, scores in tests.items():  # earlier versions wrote NaN
         require_finite_values(str(paths[seed]), scores)
     return tests
+
+
+def read_test_scores(path: Path) -> dict[str, float] | None:
+    """Return the test scores of a final run, by their names; None: they are not there, or damaged, which is
+    told: the run is evaluated again."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        advice = "its run is evaluated again"
+        return read_json(path, "test scores", advice, finite=False, shape=dict[str, float])
+    except UserError as e:
+        print(str(e), flush=True)
+        return None
 
 
 @ray.remote

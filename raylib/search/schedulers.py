@@ -28,10 +28,9 @@ from ray.tune.schedulers import (
 
 from raylib.display import markdown_table
 from raylib.errors import UserError
-from raylib.fileio import read_json
 from raylib.renames import rename_path
 from raylib.search.space import Choice, Distribution, Each, Int, Knobs, OneOf, Setting
-from raylib.search.trial import SETTING, read_reports
+from raylib.search.trial import read_reports, read_setting
 from raylib.search.trial_log import TrialLog
 
 # finished trials: for a rank correlation; for a recommendation based on it
@@ -195,9 +194,8 @@ class Population(PopulationBasedTraining):
         if trial.trial_id not in self.log.settings:
             self.log.begin(trial.trial_id, dict(trial.config))
             return
-        file = self.log.runs / trial.trial_id / SETTING
-        setting = read_json(file) if file.is_file() else self.log.settings[trial.trial_id]
-        trial.set_config(dict(setting))
+        setting = read_setting(self.log.runs / trial.trial_id)
+        trial.set_config(dict(self.log.settings[trial.trial_id] if setting is None else setting))
         if reports := [report for report in self.log.reports(trial.trial_id) if self.is_comparable(report)]:
             state, last = self._trial_state[trial], reports[-1]
             self._save_trial_state(state, last["epoch"], last, trial)

@@ -16,6 +16,7 @@ A report is what Tune is told after each checkpoint and at the end:
 import contextlib
 import gc
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +33,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from raylib import cache, checkpoint
 from raylib.config import change_settings
 from raylib.errors import MachineError, NotFinite, error_line
-from raylib.fileio import append_jsonl, read_jsonl, write_json
+from raylib.fileio import append_jsonl, read_json, read_jsonl, repair_jsonl, write_json
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
 from raylib.lock import make_folder, require_owned, work_for
@@ -102,6 +103,21 @@ def append_report(run: Path, values: dict[str, Any]) -> None:
 def read_reports(run: Path) -> list[dict[str, Any]]:
     """Return the reports of a trial, in order; one that is cut off is left out."""
     return read_jsonl(run / REPORTS, StoredReport)
+
+
+def repair_reports(run: Path) -> list[str]:
+    """Take out of the log of a trial what a crash left; return in words what."""
+    return repair_jsonl(run / REPORTS, "at")
+
+
+def read_setting(run: Path) -> Setting | None:
+    """Return the setting that a trial has now; None: it has none yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run / SETTING
+    return read_json(path, "a trial's setting", shape=dict[str, Any]) if os.path.lexists(path) else None
 
 
 class TuneReporter:

@@ -25,10 +25,10 @@ from raylib.search.space import Setting
 from raylib.search.trial import (
     REPEAT_OF,
     REPLICATE,
-    REPORTS,
     SETTING,
     TrialResult,
     read_reports,
+    repair_reports,
     without_marks,
 )
 from raylib.strict_json import PlainName
@@ -88,7 +88,7 @@ class TrialLog:
             self._enter(record)
             self._seconds = max(self._seconds, record["seconds"])
         for run in sorted(self.runs.glob("*")):
-            self.notes += repair_jsonl(run / REPORTS, "at")
+            self.notes += repair_reports(run)
 
     def restore(self, name: str, setting: Setting, why: str) -> None:
         """Enter a trial that the log lacks, and say so."""

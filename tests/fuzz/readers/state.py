@@ -177,6 +177,8 @@ def read_metrics(path: Path) -> Any:
 
 def load_metrics(path: Path) -> Any:
     records = json_lines(path, {str: float})
+    if records and "\\ud" in json.dumps(records[-1]):  # half of a surrogate pair: a last line that is none
+        records.pop()
     assert all(type(r["step"]) is int and r["step"] >= 0 for r in records)
     return records
 
@@ -257,8 +259,12 @@ def load_lock(path: Path) -> Any:
     if not path.is_file():
         return None
     try:
-        record = json.loads(path.read_bytes())
-        assert {"token", "pid", "start", "since", "ray"} <= record.keys() and type(record["token"]) is str
+        record = load_json(path)
+        types = {"token": str, "pid": int, "start": str | None, "since": str, "ray": dict | None}
+        assert all(isinstance(record[name], kind) for name, kind in types.items())
+        assert all(isinstance(record.get(name, ""), str) for name in ("host", "boot", "locks", "command"))
+        assert 0 < record["pid"] < 1 << 31 and type(record["pid"]) is int
+        assert record["ray"] is None or isinstance(record["ray"]["job"], str)
     except Exception:
         return ""
     return record["token"]
@@ -267,7 +273,7 @@ def load_lock(path: Path) -> Any:
 LOCK = {
     "token": "ab",
     "pid": 1,
-    "start": 2,
+    "start": "2",
     "boot": "x",
     "host": "h",
     "since": "now",
