@@ -428,7 +428,7 @@ class StoredObjective(BaseModel, extra="allow"):
 
 
 class StoredDescription(BaseModel, extra="allow"):
-    """What a model says of itself, as far as its kind goes by it; or a run's settings."""
+    """A model as its config.json describes it, as far as its kind goes by that; or the settings of a run."""
 
     model_type: str = ""
     code: str = ""  # CODE_KEY
