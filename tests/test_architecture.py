@@ -14,7 +14,7 @@ from raylib.engine import TorchEngine
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("raylib", "pretrain", "finetune", "tune_spaces", "cluster")
-LIMITS = {"The way of a pretraining batch": 22, "The way of a fine-tuning run": 37}
+LIMITS = {"The way of a pretraining batch": 22, "The way of a fine-tuning run": 40}
 
 
 class Tracer:
