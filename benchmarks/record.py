@@ -35,6 +35,7 @@ SETTINGS = {"zero_shot": "", "few_shot": "few-shot", "translate_test": "translat
 QUESTION_TYPES = {("verify", "logical"): "yes or no", ("choose", "compare", "query"): "things"}
 NOT_MEASURED = "Not measured on a quiet machine yet."
 TWIN = "twin, masked positions"  # that which leaves as much out as ours does
+FUZZ_RIGHT = ("one line", "accepted and right")
 TRANSFER_PREFIX = "transfer_"  # what runs of papers 3 and 4 are called by
 BASELINE_LABELS = {
     "majority": "(the most frequent answer)",
@@ -91,6 +92,7 @@ def write_pages(root: Path) -> None:
         ablations=ablations.table(),
     )
     write_parts(root / "docs" / "cluster.md", drills=drill_table())
+    write_parts(root / "docs" / "security.md", fuzz=fuzz_table())
     write_parts(
         root / "docs" / "performance.md",
         speed=speed_tables(),
@@ -133,20 +135,24 @@ def drill_table() -> str:
 
 
 def fuzz_table() -> str:
-    """Table of the newest counts of each reader of damaged files; the last line is their sum."""
-    lines = newest(read_jsonl(RESULTS / "fuzz.jsonl"), "reader")
+    """Table of what came of damaged files in the last run of `make fuzz`: a row an area of readers."""
+    lines = read_jsonl(RESULTS / "fuzz.jsonl")
     if not lines:
         return "Not recorded yet."
-    rows = [["reader", "files", "one line", "accepted and right", "anything else", "CPU seconds"]]
-    sums = [0, 0, 0, 0, 0.0]
-    for line in sorted(lines, key=lambda line: line["reader"]):
-        counts = [line["outcomes"].get(kind, 0) for kind in ("one line", "accepted and right")]
-        values = [line["files"], *counts, line["files"] - sum(counts), line["seconds"]]
-        sums = [total + value for total, value in zip(sums, values, strict=True)]
-        rows.append([f"`{line['reader']}`", *(f"{value:,.0f}" for value in values)])
-    rows.append([f"all {len(lines)}", *(f"{value:,.0f}" for value in sums)])
-    last = max(lines, key=lambda line: line["date"])
-    words = f"Seed {last['seed']}, {last['machine']}, commit {last['git']}, {last['date']}."
+    last = lines[-1]
+    facts = ("git", "seed", "date", "machine")
+    areas: dict[str, list[dict]] = defaultdict(list)
+    for line in newest(lines, "reader"):
+        if all(line[fact] == last[fact] for fact in facts):
+            areas[line["area"]].append(line)
+            areas["all"].append(line)
+    rows = [["area", "readers", "files", "one line", "accepted and right", "anything else", "CPU seconds"]]
+    for area, found in sorted(areas.items(), key=lambda item: (item[0] == "all", item[0])):
+        files, seconds = (sum(line[name] for line in found) for name in ("files", "seconds"))
+        counts = [sum(line["outcomes"].get(kind, 0) for line in found) for kind in FUZZ_RIGHT]
+        values = (len(found), files, *counts, files - sum(counts), seconds)
+        rows.append([area, *(f"{value:,.0f}" for value in values)])
+    words = f"Commit {last['git']}, seed {last['seed']}, {last['machine']}, {last['date']}."
     return f"{words}\n\n{markdown_table(rows)}"
 
 

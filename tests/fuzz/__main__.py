@@ -29,7 +29,7 @@ from tests.fuzz import bombs
 from tests.fuzz.child import OUTCOMES, RIGHT
 from tests.fuzz.contract import uncovered
 from tests.fuzz.pool import Examples, Job, Result, Worker, run
-from tests.fuzz.readers import READERS
+from tests.fuzz.readers import AREAS, READERS
 
 FILE = RESULTS / "fuzz.jsonl"
 ALL_COVERED = {function for reader in READERS.values() for function in reader.covers}
@@ -223,7 +223,8 @@ def record(results: list[Result], seed: int) -> None:
     }
     for name, row in count(results).items():
         rounded = {"seconds": round(row["seconds"], 1), "peak_mib": round(row["peak_mib"])}
-        append_jsonl(FILE, {"reader": name, **row, **rounded, **facts})
+        area = next(a.__name__ for a in AREAS if name in {reader.name for reader in a.READERS})
+        append_jsonl(FILE, {"reader": name, "area": area.split(".")[-1], **row, **rounded, **facts})
 
 
 if __name__ == "__main__":
