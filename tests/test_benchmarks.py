@@ -21,7 +21,8 @@ LIBRARIES |= {f"gpu_{part}" for part in ("parts", "peers", "steps", "tables")}  
 
 
 def test_benchmark_tables_match_recorded_results(tmp_path):
-    files = ("README.md", "docs/results.md", "docs/performance.md", "docs/data.md", "docs/cluster.md")
+    docs = ("results", "performance", "data", "cluster", "security")
+    files = ("README.md", *(f"docs/{name}.md" for name in docs))
     (tmp_path / "docs").mkdir()
     for name in files:
         shutil.copy2(results.ROOT / name, tmp_path / name)
