@@ -1,10 +1,15 @@
 import io
+import os
+import resource
+import zlib
+from struct import calcsize, pack
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
 
+from finetune.stores.images import open_images
 from raylib.config import validate
 from raylib.data.images import (
     FIXED_UNIFORMS,
@@ -15,6 +20,7 @@ from raylib.data.images import (
     augment_image,
     count_uniforms,
     decode_image,
+    load_image,
     resize_image,
 )
 from raylib.errors import UserError
@@ -231,3 +237,123 @@ def test_augment_is_deterministic_in_its_draws():
 def test_augment_config_mistakes_are_named(values, words):
     with pytest.raises(UserError, match=words):
         validate(AugmentConfig, values, "test")
+
+
+def bomb(kind):
+    """A small file that announces 20,000 x 20,000 pixels."""
+    if kind == "PNG":
+        data = bytearray(ENCODED["rgb"])
+        data[16:24] = pack(">II", 20_000, 20_000)
+        data[29:33] = pack(">I", zlib.crc32(data[12:29]))
+        return bytes(data)
+    if kind in ("GIF", "BMP"):
+        data, (place, layout) = bytearray(encode(IMAGE, kind)), {"GIF": (6, "<HH"), "BMP": (18, "<ii")}[kind]
+        data[place : place + calcsize(layout)] = pack(layout, 20_000, 20_000)
+        return bytes(data)
+    if kind == "JPEG":
+        data = encode(IMAGE, kind)
+        place = data.index(b"\xff\xc0") + 5
+        return data[:place] + pack(">HH", 20_000, 20_000) + data[place + 4 :]
+    data = bytearray(encode(RGBA, "WEBP"))
+    assert data[12:16] == b"VP8X"
+    data[24:30] = (19_999).to_bytes(3, "little") * 2
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "BMP", "JPEG", "WEBP"])
+def test_bombs_by_pixels_are_refused_before_they_are_decoded(kind):
+    usage = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        BadImage, match=r"^x: does not decode \(20000 x 20000 pixels, of which 89,478,485 may be"
+    ):
+        decode_image(bomb(kind), "x")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - usage < 100_000  # KB
+
+
+def test_what_is_no_image_is_told_by_its_first_bytes():
+    for data, words in (
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer.* git lfs pull"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "41 bytes that are no JPEG, PNG"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no JPEG, PNG"),
+        (b"8BPS\0\1" + bytes(60), "no JPEG, PNG"),
+        (b"P6 2 2 255\n" + bytes(12), "no JPEG, PNG"),
+        (b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 1 +X 1\n" + bytes(4), "no JPEG, PNG"),
+        (encode(IMAGE, "TIFF"), "a TIFF, .*: make it a PNG"),
+        (bytes(1000), "1000 bytes that are no"),
+        (ENCODED["webp"] + b"more", "a WebP of"),
+        (ENCODED["rgb"][:20], "cut off"),
+    ):
+        with pytest.raises(BadImage, match=rf"^x: does not decode \(.*{words}"):
+            decode_image(data, "x")
+
+
+def test_jpegs_whose_structure_is_broken_are_refused():
+    """OpenCV makes gray, or other, pixels of these without a word."""
+    photo = Image.fromarray(smooth_image(40, 30))
+    whole, progressive = encode(photo, "JPEG", quality=95), encode(photo, "JPEG", progressive=True)
+    restarts = encode(photo, "JPEG", restart_marker_blocks=1)
+    start = whole.index(b"\xff\xda")
+    scan = progressive[progressive.rindex(b"\xff\xda") : -2]
+    for data in (
+        whole,
+        progressive,
+        restarts,
+        whole + b"\0\xff\xd8 a thumbnail",
+        whole[:-2] + b"\xff\xff\xd9",
+    ):
+        assert decode_image(data).shape == (40, 30, 3)
+    for data, words in (
+        (whole[: start + 60] + b"\xff\xb7\xff\0" + whole[start + 64 :], "a marker 0xb7 in its pixels"),
+        (whole[:-2] + whole[start:], "of more scans than it may have"),
+        (progressive[:-2] + scan * 200 + b"\xff\xd9", "of more scans than it may have"),
+        (whole[:-40], "without its end"),
+        (whole[:start] + b"\xff\xd9", "without pixels"),
+        (whole[:20] + b"?" + whole[21:], "without a marker at byte 20"),
+    ):
+        with pytest.raises(BadImage, match=rf"^x: does not decode \(.*{words}"):
+            decode_image(data, "x")
+
+
+def test_first_image_of_several_is_read():
+    frames = [Image.new("RGB", (8, 6), colour) for colour in ("red", "blue")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = encode(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        assert (decode_image(data) == (255, 0, 0)).all()
+
+
+def test_pil_images_that_cannot_be_read_are_named():
+    data = encode(Image.fromarray(smooth_image(40, 30)), "JPEG")
+    big = Image.new("1", (20_000, 5_000))
+    for image, words in (
+        (Image.open(io.BytesIO(data[:-80])), "does not decode"),
+        (Image.fromarray(np.ones((4, 4), np.float32)), "does not decode .*mode F"),
+        (big, "20000 x 5000 pixels"),
+    ):
+        with pytest.raises(BadImage, match=f"^x: {words}"):
+            load_image(image, "x")
+    # the orientation, which is a number, as text
+    exif = b"Exif\0\0II*\0" + pack("<IHHHI4sI", 8, 1, 0x112, 2, 4, b"six\0", 0)
+    odd = Image.open(io.BytesIO(encode(IMAGE, "PNG", exif=exif)))
+    assert (load_image(odd) == RGB).all()
+    for mode in ("1", "L", "LA", "P", "RGBA", "I;16", "CMYK"):
+        assert load_image(Image.new(mode, (5, 4))).shape == (4, 5, 3)
+
+
+def test_images_are_read_from_files_alone(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path in (tmp_path / "pipe.png", "/dev/zero", tmp_path):
+        with pytest.raises(BadImage, match=f"^{path}: "):
+            load_image(path)
+    with open(tmp_path / "large.png", "wb") as file:
+        file.truncate((1 << 28) + 1)
+    with pytest.raises(BadImage, match="large.png: 268,435,457 bytes, of which an image may have"):
+        load_image(tmp_path / "large.png")
+    store = open_images(tmp_path)
+    for name in ("pipe", "large"):
+        with pytest.raises(BadImage, match=f"{name}.png: "):
+            store.read(name)
+    (tmp_path / "large.png").unlink()
+    with pytest.raises(BadImage, match=r"large.png: gone since the run began"):
+        store.read("large")

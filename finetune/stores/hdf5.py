@@ -105,7 +105,7 @@ def check_flat(file: h5py.File) -> tuple[str, list[str]]:
 
 
 def _read_ids(file: h5py.File, dataset: h5py.Dataset) -> list[str]:
-    if dataset.dtype.kind == "O":
+    if dataset.dtype.hasobject:
         return [name.decode() for name in read_strings(file, dataset, "image_id")]
     if dataset.dtype.kind not in "Siu" or dataset.ndim != 1:
         raise ValueError(f"image_id is an array of {dataset.dtype} {dataset.shape}")

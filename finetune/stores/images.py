@@ -15,12 +15,20 @@ from finetune.formats.items import ItemList
 from finetune.stores import BOX_DIM, SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
-from raylib.data.images import BadImage, augment_image, count_uniforms, decode_image, resize_image
+from raylib.data.image_headers import MAX_BYTES
+from raylib.data.images import (
+    BadImage,
+    augment_image,
+    count_uniforms,
+    decode_image,
+    read_image_file,
+    resize_image,
+)
 from raylib.data.index import FileBytes
 from raylib.data.loading import to_device
 from raylib.data.tars import TarScan
 from raylib.display import progress
-from raylib.errors import UserError
+from raylib.errors import UserError, error_line
 from raylib.fileio import nfc
 from raylib.packed import Ragged
 from raylib.precision import autocast
@@ -96,9 +104,14 @@ class ImageStore:
         (image,) = images
         if image.size < 0:
             try:
-                return Path(image.file).read_bytes()
+                return read_image_file(image.file)
             except FileNotFoundError:  # since the store was opened
                 raise BadImage(f"{image.file}: gone since the run began") from None
+            except OSError as error:
+                line = error_line(error, image.file)
+                raise BadImage(str(line)) if isinstance(line, UserError) else line or error from None
+        if image.size > MAX_BYTES:
+            raise BadImage(f"{self.path}, {name}: {image.size:,} bytes, and an image may have {MAX_BYTES:,}")
         if self._tar is None:
             self._tar = FileBytes(Path(image.file))
         return self._tar.read(image.size, image.offset)

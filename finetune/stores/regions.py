@@ -333,7 +333,7 @@ class _Npy(_Folder):
         with reading_record(str(info), "what is known of regions (npy)"):
             data = read_file(info)
             shape, _, dtype, start = read_header(data)
-            if shape or dtype.kind != "O":  # what follows is an array of one object, pickled
+            if shape or not dtype.hasobject:  # what follows is an array of one object, pickled
                 raise ValueError(f"an array of {dtype} {shape} in place of a dict")
             record = load_plain(data[start:], str(info))
             if not isinstance(record, dict):
@@ -370,7 +370,9 @@ class _Tsv(_KeyedStore):
                 number += 1
                 key, tab, _ = line[: self.MAX_ID].partition(b"\t")
                 if tab:
-                    self.offsets[stem(key.decode())] = offset
+                    first = self.offsets.setdefault(stem(key.decode()), offset)
+                    if first != offset and not self._is_same_line(first, line):
+                        raise ValueError(f"line {number:,} is of {key.decode()} again, with others")
                 elif line.strip():
                     raise ValueError(f"line {number:,} does not begin with an id and a tab")
                 if len(line) == MAX_BYTES:
@@ -378,6 +380,11 @@ class _Tsv(_KeyedStore):
                 offset += len(line)
             if not self.offsets:
                 raise ValueError("no line in it")
+
+    def _is_same_line(self, offset: int, line: bytes) -> bool:
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            return file.read(len(line)).rstrip() == line.rstrip()
 
     def locate(self, key: str) -> int | None:
         return self.offsets.get(key)

@@ -9,6 +9,8 @@ All chance comes in as `uniforms`.
 import functools
 import io
 import math
+import os
+import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylib.errors import UserError
+from raylib.data.image_headers import MAX_BYTES, MAX_PIXELS, check_image
+from raylib.errors import UserError, describe_error, error_line
 from raylib.settings import AugmentConfig
 
 IMAGE_EXTENSIONS = frozenset(
@@ -35,26 +38,28 @@ class BadImage(UserError):
 
 
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Bytes of a JPEG, PNG or WebP to RGB uint8 (H, W, 3); transparency over white, EXIF orientation applied.
+    """Bytes of a JPEG, PNG, WebP, GIF, BMP or AVIF (`check_image`) to RGB uint8 (H, W, 3); the first
+    image of several; transparency over white, EXIF orientation of a JPEG applied.
 
     Raises BadImage, which says `name`.
     """
-    if not data:
-        raise BadImage(f"{name}: does not decode (an empty file)")
-    buffer = np.frombuffer(data, np.uint8)
     jpeg = data[:2] == b"\xff\xd8"
     try:
+        check_image(data)
         image: np.ndarray | None = cv2.imdecode(
-            buffer, cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED
+            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED
         )
-    except cv2.error as error:
-        raise BadImage(f"{name}: does not decode ({error.err})") from error
+    except (ValueError, cv2.error) as error:
+        reason = error.err if isinstance(error, cv2.error) else error
+        raise BadImage(f"{name}: does not decode ({reason})") from error
     if image is None:
-        raise BadImage(f"{name}: does not decode ({len(data)} bytes that are no whole JPEG, PNG or WebP)")
+        raise BadImage(f"{name}: does not decode ({len(data)} bytes: it is damaged, or cut off)")
     if jpeg:
         return image
     if image.dtype == np.uint16:
         image = (image >> 8).astype(np.uint8)
+    if image.dtype != np.uint8 or (image.ndim == 3 and image.shape[2] not in (3, 4)):
+        raise BadImage(f"{name}: does not decode (pixels of {image.dtype} {image.shape[2:]}: make it RGB)")
     if image.ndim == 2:
         return cv2.cvtColor(image, cv2.COLOR_GRAY2RGB)
     if image.shape[2] == 3:
@@ -97,8 +102,11 @@ def _read_bytes(path: Path | str) -> bytes:
             import fsspec
 
             with fsspec.open(str(path)) as file:
-                return file.read()
-        return Path(path).read_bytes()
+                data = file.read(MAX_BYTES + 1)
+                if len(data) > MAX_BYTES:
+                    raise BadImage(f"{path}: more than {MAX_BYTES:,} bytes: no image")
+                return data
+        return read_image_file(path)
     except OSError as error:
         # of a URL the error says no more than the URL, and its cause why
         reason = error.strerror or " ".join(str(error.__cause__ or error).split())
@@ -107,15 +115,37 @@ def _read_bytes(path: Path | str) -> bytes:
         raise BadImage(f"{path}: {error}") from error
 
 
+def read_image_file(path: Path | str) -> bytes:
+    """Read the file of an image.
+
+    Raises:
+        BadImage: no file, or too large a one. OSError: as of `open`.
+    """
+    # a pipe is not waited for
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb", buffering=0) as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(f"{path}: no file")
+        if status.st_size > MAX_BYTES:
+            raise BadImage(f"{path}: {status.st_size:,} bytes, of which an image may have {MAX_BYTES:,}")
+        return file.readall()
+
+
 def _decode_pil(image: Any, name: str) -> np.ndarray:
     """The pixels of a PIL image as those of its file: turned as its EXIF says, over white."""
     from PIL import ImageOps
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB"):
-        return np.asarray(image.convert("RGB"))
+    if image.width * image.height > MAX_PIXELS:
+        raise BadImage(f"{name}: {image.width} x {image.height} pixels, of which {MAX_PIXELS:,} may be")
     stream = io.BytesIO()
-    image.save(stream, "PNG", compress_level=0)
+    try:  # its file is read only now, and may be damaged
+        image = ImageOps.exif_transpose(image)
+        if image.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB"):
+            return np.asarray(image.convert("RGB"))
+        image.save(stream, "PNG", compress_level=0)
+    except Exception as error:
+        raise error_line(error) or BadImage(f"{name}: does not decode ({describe_error(error)})") from error
     return decode_image(stream.getvalue(), name)
 
 

@@ -406,6 +406,6 @@ READERS = [
             agree=same_pixels,
             compares="pixels, to within 4 of 255",
         )
-        for kind in ("png", "jpg", "webp", "bmp")
+        for kind in ("png", "jpg", "webp", "bmp", "gif", "avif")
     ),
 ]
