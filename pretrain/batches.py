@@ -198,8 +198,10 @@ class _ImageTextStream(_Stream):
         augmentations = uniform(*keys, "augment", rows, np.arange(count_uniforms(self.config.augment)))
         images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
         identities, captions, bad_before = [], [], self.num_bad
-        for i in range(len(rows)):
-            identity, image, caption = self._read_sample(step, i, picks[i])
+        start = step * self.draws_per_lane
+        samples = self.source.samples(self.lanes.draw(d.lane, start + d.draw) for d in self.draws)
+        for i, sample in enumerate(samples):
+            identity, image, caption = self._read_sample(step, i, picks[i], sample)
             images[i] = (
                 augment_image(image, self.size, self.config.augment, augmentations[i])
                 if self.augments
@@ -216,20 +218,23 @@ class _ImageTextStream(_Stream):
             "bad": self.num_bad - bad_before,
         }
 
-    def _read_sample(self, step: int, row: int, pick: np.ndarray) -> tuple[int, np.ndarray, str]:
-        """(identity, image, caption) of one place in the batch, from the first usable sample."""
-        draw, keys = self.draws[row], (self.seed, step, self.name)
-        language, number = self.lanes.draw(draw.lane, step * self.draws_per_lane + draw.draw)
-        for attempt in range(1, ATTEMPTS + 1):
-            sample = self.source.sample(language, number)
+    def _read_sample(
+        self, step: int, row: int, pick: np.ndarray, sample: Sample
+    ) -> tuple[int, np.ndarray, str]:
+        """(identity, image, caption) of one place in the batch: of `sample`, or of the first usable one that
+        takes its place."""
+        draw, keys, language = self.draws[row], (self.seed, step, self.name), sample.language
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                # of the same lane, whose shards this worker reads in any case
+                first, last = self.lanes.span(draw.lane, language)
+                number = first + int(integers(last - first, *keys, "replace", draw.global_index, attempt))
+                pick = uniform(*keys, "pick", draw.global_index, attempt, np.arange(2))
+                sample = self.source.sample(language, number)
             try:
                 return self._decode_sample(sample, *pick)
             except (BadImage, BadCaption) as error:
                 self._count_bad(str(error))
-            # of the same lane, whose shards this worker reads in any case
-            first, last = self.lanes.span(draw.lane, language)
-            number = first + int(integers(last - first, *keys, "replace", draw.global_index, attempt))
-            pick = uniform(*keys, "pick", draw.global_index, attempt, np.arange(2))
         raise UserError(
             f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}"
         )
@@ -250,7 +255,11 @@ class _ImageTextStream(_Stream):
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         extension = sample.images[int(image_pick * len(sample.images))]
-        image = decode_image(sample.read(extension), f"{sample.name}, {extension}")
+        data = sample.read(extension)
+        try:
+            image = decode_image(data)
+        except BadImage:  # a name for every image would cost as much as finding it
+            image = decode_image(data, f"{sample.name}, {extension}")
         return sample.identity, image, caption
 
     def _count_bad(self, message: str) -> None:

@@ -204,8 +204,7 @@ class Shard:
             self.content.stamp = now
 
     def sample(self, row: int, language: str) -> Sample:
-        """Return a sample, whose members are as they were indexed: one look at the shard a sample."""
-        self.require_same()
+        """Return a sample; `require_same` comes before."""
         key, members, _ = self.index.read(row)
         return Sample(key, members, self, language, find_images(tuple(members), self.images))
 
@@ -335,9 +334,20 @@ class Source:
 
     def sample(self, language: str, number: int) -> Sample:
         """Sample `number` of a language of an image_text source."""
-        starts = self.starts[language]
-        place = bisect_right(starts, number) - 1
-        return self._shard(language, place).sample(number - starts[place], language)
+        return self.samples([(language, number)])[0]
+
+    def samples(self, numbers: Iterable[tuple[str, int]]) -> list[Sample]:
+        """Samples of an image_text source, (language, number) each."""
+        samples, same = [], set()
+        for language, number in numbers:
+            starts = self.starts[language]
+            place = bisect_right(starts, number) - 1
+            shard = self._shard(language, place)
+            if shard not in same:  # asked once for all of them
+                shard.require_same()
+                same.add(shard)
+            samples.append(shard.sample(number - starts[place], language))
+        return samples
 
     def row(self, language: str, number: int) -> list[np.ndarray]:
         """Row `number` of a packed source: one array of ids (uint16 or uint32) per side."""
