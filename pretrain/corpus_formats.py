@@ -16,10 +16,10 @@ caption, text that is not UTF-8) is skipped and counted by a `Tally`: one in a h
 more is an error.
 """
 
-import io
 import json
 import logging
 import re
+from codecs import EncodedFile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,7 +155,7 @@ def read_json_list(path: Path, tally: Tally) -> Iterator[dict]:
     """Records of a JSON list of objects, a chunk of the file in memory at a time."""
     with open_bytes(path, is_text=True) as (content, stored):
         # bytes that are not UTF-8 become U+FFFD, and so spoil their own record only
-        records = stream_json(path, io.TextIOWrapper(content, encoding="utf-8-sig", errors="replace"), "")
+        records = stream_json(path, EncodedFile(content, "utf-8", errors="replace"), "")
         for _, record in file_progress(stored, records, f"read {path.name}"):
             if not isinstance(record, dict):
                 tally.skip("records that are no JSON object")

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from raylib.errors import UserError, describe_error
 from raylib.strict_json import parse_json
-from raylib.textfile import CHUNK, HALF_PAIR, open_text, stream_json
+from raylib.textfile import CHUNK, open_bytes, open_text, stream_json
 
 BRIEF = reprlib.Repr()
 
@@ -113,10 +113,11 @@ def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: no such file, not UTF-8, not to be decompressed.
     """
+    prefix = f"{path}:"  # a path is made a string slowly
     with open_text(path, has_lines=True) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", line.rstrip("\r\n")
+                yield f"{prefix}{number}", line.rstrip("\r\n")
 
 
 def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
@@ -126,15 +127,16 @@ def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         UserError: as `stream_lines`; a line that is none, has half a surrogate pair, or a name twice in an
             object.
     """
+    decode = json.JSONDecoder().decode
     for where, line in stream_lines(path):
         try:
-            record = json.loads(line)
-            # a name twice in one object; nested objects have more colons too
-            if type(record) is dict and (line.count('":') > len(record) or HALF_PAIR.search(line)):
+            record = decode(line)
+            # a name twice in one object, as nested objects seem to have; half a surrogate pair
+            if type(record) is dict and (line.count('":') > len(record) or "\\u" in line):
                 record = parse_json(line, finite=False)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: no JSON ({describe_error(e)}); take an undamaged copy") from None
-        yield where, as_object(record, where)
+        yield where, record if type(record) is dict else as_object(record, where)
 
 
 def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
@@ -144,9 +146,10 @@ def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
     Raises:
         UserError: neither, or broken; says after which member.
     """
-    with open_text(path) as file:
+    prefix = f"{path}, member "
+    with open_bytes(path, is_text=True) as (file, _):
         for key, value in stream_json(path, file):
-            yield f"{path}, member {_name(key)}", key, value
+            yield prefix + (key if len(key) < 60 and key.isprintable() else _name(key)), key, value
 
 
 def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -156,9 +159,10 @@ def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
     Raises:
         UserError: no such list, or broken (says after which member); a member that is no object.
     """
-    with open_text(path) as file:
+    prefix, end = (f"{path}, {name}[", "]") if name else (f"{path}, item ", "")
+    with open_bytes(path, is_text=True) as (file, _):
         for number, record in stream_json(path, file, name):
-            where = f"{path}, {name}[{number}]" if name else f"{path}, item {number}"
+            where = f"{prefix}{number}{end}"
             yield where, as_object(record, where)
 
 
@@ -203,9 +207,11 @@ def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str
     Raises:
         UserError: missing, or of another type; names file, line or key, and field.
     """
-    if name not in record:
-        raise UserError(f"{where}: no field '{name}'; it has {', '.join(map(_name, sorted(record)[:12]))}")
-    value = record[name]
+    try:
+        value = record[name]
+    except (KeyError, TypeError):
+        found = ", ".join(map(_name, sorted(as_object(record, where))[:12]))
+        raise UserError(f"{where}: no field '{name}'; it has {found}") from None
     if type(value) is not kind and (type(kind) is not tuple or type(value) not in kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)
         wanted = " or ".join(each.__name__ for each in kinds)
@@ -215,7 +221,10 @@ def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str
 
 def get_optional(record: dict, name: str, kind: type | tuple[type, ...], where: str, default: Any) -> Any:
     """As `get_field`; `default` where the field is missing or null."""
-    return default if record.get(name) is None else get_field(record, name, kind, where)
+    value = record.get(name)
+    return (
+        default if value is None else value if type(value) is kind else get_field(record, name, kind, where)
+    )
 
 
 def get_objects(record: dict, name: str, where: str) -> list[tuple[str, dict]]:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from finetune.formats import (
     Example,
-    as_object,
     first_character,
     get_field,
     get_objects,
@@ -45,12 +44,11 @@ def read_gqa(path: Path) -> Iterator[Example]:
                 str(number), (text,), (image,), {k: parse_number(v, where) for k, v in labels.items()}
             )
         return
-    for where, key, value in stream_members(path):
-        record = as_object(value, where)
+    for where, key, record in stream_members(path):
         text, image = get_field(record, "question", str, where), get_field(record, "imageId", str, where)
         answer = get_field(record, "answer", str, where)
         types = get_optional(record, "types", dict, where, {})
-        kind = get_optional(types, "structural", str, f"{where}, types", "")
+        kind = get_optional(types, "structural", str, where, "")
         yield Example(key, (text,), (image,), {answer: 1.0}, kind)
 
 
