@@ -1,4 +1,5 @@
-"""Ray takes a node away: the run saves, and goes on elsewhere. On a real cluster of three nodes."""
+"""Ray takes a node away: the run saves, and goes on elsewhere; workers of several nodes. On a real cluster of
+three nodes."""
 
 import re
 import subprocess
@@ -75,3 +76,9 @@ def test_preempted_node_is_a_checkpoint_and_the_run_goes_on_elsewhere(nodes, min
     steady = [[{k: v for k, v in r.items() if k.startswith("loss/")} for r in each] for each in records]
     assert steady[0] == steady[1] and len(steady[0]) == 200
     assert checkpoint.find_newest(folder).name == "step_000200"
+
+
+def test_workers_of_two_nodes_find_each_other(nodes, mini):
+    """Three, where a node has room for two: not by the loopback interface, as those of one node do."""
+    result = run(mini("name=spread", "workers=3"))
+    assert result["finished"] and result["workers"] == 3
