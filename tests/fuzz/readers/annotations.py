@@ -269,18 +269,6 @@ def load_scenes(path: Path) -> Any:
     return found
 
 
-def read_result(path: Path) -> Any:
-    from finetune.report import read_result
-
-    return read_result(path.parent)
-
-
-def load_result(path: Path) -> Any:
-    values = load_json(path)
-    assert {"task", "method", "steps"} <= values.keys() and "dev" not in values
-    return values
-
-
 def read_overlaps(path: Path) -> Any:
     from finetune.overlap import _cached_overlaps
     from finetune.tasks.datasets import TASKS
@@ -329,6 +317,7 @@ def load_trim(path: Path) -> Any:
             rest += [*one, *one.values()] if isinstance(one, dict) else one if isinstance(one, list) else []
         return found
 
+    path = path / path.name if path.is_dir() else path  # of a folder, the files in it
     if ".jsonl" in path.suffixes:
         return sorted({text for line in load_lines(path) for text in strings(load_json(line.encode()))})
     return sorted(set(strings(load_json(load_text(path).encode()))))
@@ -428,19 +417,6 @@ READERS = [
         read_scenes,
         load_scenes,
         ("finetune.analysis.parallel:read_scenes",),
-    ),
-    Reader(
-        "finetune_result",
-        write_files(
-            {
-                "result.json": json.dumps(
-                    {"task": "xvnli", "method": "plain", "steps": 3, "accuracy": {"en": 0.5}, "run": "a"}
-                )
-            }
-        ),
-        read_result,
-        load_result,
-        ("finetune.report:read_result",),
     ),
     Reader(
         "overlaps_cache",

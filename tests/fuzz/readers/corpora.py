@@ -10,7 +10,15 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.oracles import dump_lines, load_lines, load_text, open_picture, write_files
+from tests.fuzz.oracles import (
+    dump_lines,
+    load_json,
+    load_lines,
+    load_records,
+    load_text,
+    open_picture,
+    write_files,
+)
 from tests.fuzz.reader import Reader
 
 PAIRS = "".join(f"1.{number}\tSatz {number}\tSentence {number}\n" for number in range(5, 9))
@@ -144,11 +152,9 @@ def load_names(path: Path) -> Any:
     from pretrain.image_overlap import FIELDS
 
     if path.suffix == ".txt":
-        names = [line.strip() for line in load_text(path).splitlines() if line.strip()]
+        names = [line.strip() for line in load_lines(path)]
     else:
-        rest = (
-            [json.loads(load_text(path))] if path.suffix == ".json" else [*map(json.loads, load_lines(path))]
-        )
+        rest = [load_json(path)] if path.suffix == ".json" else load_records(path)
         names = []
         while rest:
             value = rest.pop()
