@@ -25,6 +25,7 @@ import numpy as np
 from raylib.errors import UserError, hub_hint, reading
 from raylib.fileio import sha256_file
 from raylib.randomness import hash64, integers, uniform
+from raylib.strict_json import parse_json
 
 if TYPE_CHECKING:  # texts are read, and corpora written, without PyTorch
     from raylib.packed import Sentences
@@ -155,6 +156,10 @@ def load_tokenizer_json(path: Path) -> Any:
         model = tokenizers.Tokenizer.from_file(str(path))
         if (largest := max(model.get_vocab().values(), default=-1)) >= MAX_VOCABULARY:
             raise ValueError(f"id {largest:,}, where {MAX_VOCABULARY:,} may be at most")
+        # the library gives a token that the vocabulary lacks another id than the file says, without a word
+        for token in parse_json(path.read_bytes())["added_tokens"]:
+            if model.token_to_id(token["content"]) != token["id"]:
+                raise ValueError(f"its token {token['content']!r:.40} has not the id {token['id']}")
     return model
 
 

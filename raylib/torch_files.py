@@ -11,6 +11,7 @@
    allocated: no more than these storages take in the file.
 """
 
+import errno
 import math
 import os
 import re
@@ -102,8 +103,11 @@ def read_torch(
         choose: gets the object with a `TensorRecord` in the place of each tensor.
         classes: names of others that may be in there, as `Record`s.
     Raises:
-        ValueError: no such file, a damaged one, or one with more than tensors and plain values.
+        ValueError: a damaged file, or one with more than tensors and plain values.
+        OSError: no file.
     """
+    if not path.is_file():  # a pipe would never end
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         is_zip = file.read(4) == b"PK\x03\x04"
@@ -272,8 +276,11 @@ def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any,
     if len(pickles) != 1:
         raise Refused("a zip archive without data.pkl, so none of PyTorch's")
     root = pickles[0].removesuffix("data.pkl")
-    if other := next((name for name in members if not name.startswith(root)), None):
-        raise Refused(f"{other} in it, beside {root}")
+    if others := [name for name in members if not name.startswith(root)]:
+        raise Refused(f"a member {others[0]!r:.60} in it, beside {root}")
+    identity = f"{root}.data/serialization_id"
+    if identity in members and not read(identity).isascii():
+        raise Refused("an id that PyTorch never wrote")
     numbers = [f"{root}{name}" for name in NUMBERS if f"{root}{name}" in members]
     if not numbers or not all(NUMBER.fullmatch(read(name)) for name in numbers):
         raise Refused("a version that PyTorch never had")

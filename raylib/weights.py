@@ -44,7 +44,6 @@ def read_tensors(path: Path, device: str = "cpu") -> dict[str, Tensor]:
     """
     if path.suffix == ".safetensors":
         return read_safetensors(path, device=device)[0]
-    _require_file(path)
     with reading(path, "weights (PyTorch)", ADVICE):
         tensors = read_torch(path, _choose_state)
         _require_names(tensors)

@@ -66,7 +66,8 @@ def stored_backbone(description: dict[str, Any], folder: Path, name: str = "") -
     """
     # the code that a model was trained with lies beside it; the user's file may have changed since
     if CODE_KEY not in description:
-        return lookup(description.get("backbone", model_kind(description)), BACKBONES, "backbone")
+        kind = str(description.get("backbone", model_kind(description)))
+        return lookup(kind, BACKBONES, f"backbone in {folder}/config.json:")
     code = Path(str(description[CODE_KEY])).name  # never a path out of the folder
     file = folder / code.partition(":")[0]
     if not file.is_file():

@@ -316,7 +316,7 @@ def is_foreign(path: Path) -> bool:
         return path.is_file()
     stored = read_description(path).get("model_type") if (path / "config.json").is_file() else None
     if stored:
-        return not stored.startswith("polyglance")
+        return not str(stored).startswith("polyglance")
     return any(file.suffix in (".bin", ".pt", ".pth", ".th") for file in path.iterdir())
 
 

