@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raylib.errors import UserError, reading
 from raylib.fileio import read_json
+from raylib.finite import is_finite
 from raylib.saving import FileContent
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's
@@ -146,7 +147,11 @@ class StoredState:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 parts.append(self._open(rank).get_slice(key)[low - first : high - first])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        values = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if not is_finite(values):
+            what = f"the objective's {name}" if kind == VALUE else f"the optimizer's {kind} of {name}"
+            raise UserError(f"{self.folder}: {what} is not finite (NaN or infinite); {ADVICE}")
+        return values
 
     def read_whole(self, kind: str, name: str, like: Tensor) -> Tensor:
         """Read a whole tensor of the shape of `like`, onto its device."""

@@ -36,6 +36,8 @@ LOCAL_HEADER = Struct(
 )  # of a member of a zip: signature, lengths of the name and of the extra field
 NUMBERS = ("version", ".data/version", ".format_version", ".storage_alignment")  # members of the zip
 NUMBER = re.compile(rb"\d{1,4}\n?")
+END = Struct("<4sHHHHLLH")  # of a zip: where its list of members lies
+LONG_END = Struct("<4sQHHLLQQQQ4sLQL22x")  # the same in more bits, where that lies, and `END`
 COUNT = Struct("<q")
 NEWOBJ, BINPERSID = 0x81, ord("Q")  # opcodes: an object of a class, something outside of the pickle
 STORAGES = {
@@ -247,6 +249,7 @@ def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any,
     except zipfile.BadZipFile:  # its list of members is at its end
         raise Refused("it is cut off, as after an unfinished download") from None
     with archive:
+        _require_end(file, size, len(archive.infolist()))
         for member in archive.infolist():
             if member.filename in members:
                 raise Refused(f"two members of one name, {member.filename}")
@@ -292,6 +295,28 @@ def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any,
     return value, lambda key: find(f"{root}data/{key}")
 
 
+def _require_end(file: BinaryIO, size: int, members: int) -> None:
+    """Raise Refused unless a zip ends where its list of members does, in one record that says where that is,
+    or, as PyTorch writes them, in two that say the same: other readers look for another of them."""
+    file.seek(max(0, size - LONG_END.size))
+    tail = file.read(LONG_END.size)
+    if len(tail) < END.size:
+        raise Refused("it is cut off, as after an unfinished download")
+    signature, *_, here, count, length, start, comment = END.unpack(tail[-END.size :])
+    place = size - END.size
+    if tail[-END.size - 20 :][:4] == b"PK\6\7" and len(tail) == LONG_END.size:
+        first, *_, long_here, long_count, long_length, long_start, _, _, place, _ = LONG_END.unpack(tail)
+        longs = (long_here, long_count, long_length, long_start)
+        limits = (0xFFFF, 0xFFFF, 2**32 - 1, 2**32 - 1)
+        if first != b"PK\6\6" or (here, count, length, start) != tuple(map(min, longs, limits)):
+            raise Refused("its end is damaged")
+        here, count, length, start = longs
+        if place != size - LONG_END.size:
+            raise Refused("its end is damaged")
+    if signature != b"PK\5\6" or comment or start + length != place or not here == count == members:
+        raise Refused("its end is damaged, or something follows it")
+
+
 def _read_legacy(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any, "Find"]:
     machine = _TorchMachine(file.read(MAX_PICKLE), classes=classes)
     if machine.data[:1] != b"\x80" or machine.run() != MAGIC or machine.run() != VERSION:
@@ -304,6 +329,8 @@ def _read_legacy(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[A
     require_plain(value, machine.at - start, LEAVES)
     keys = machine.run()
     sizes = {storage.key: storage for storage in machine.storages}
+    if any(sizes[storage.key].num_bytes != storage.num_bytes for storage in machine.storages):
+        raise Refused("a storage of two sizes")
     if type(keys) is not list or {*map(str, keys)} != sizes.keys() or len(keys) != len(sizes):
         raise Refused("its list of storages is another than that of its tensors")
     places, place = {}, machine.at

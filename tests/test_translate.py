@@ -280,7 +280,7 @@ def test_translate_unfit_models_are_refused(tmp_path, capsys):
     (tmp_path / "xtd" / "test_1kcaptions_de.txt").write_text("bild\n")
     for model, words in (
         ("none", "no such folder"),
-        (str(tmp_path), "no translation model can be read there"),
+        (str(tmp_path), "no config.json; give a checkpoint folder"),
     ):
         assert main(["translate", "xtd_few", model, f"data={tmp_path}", 'languages=["de"]']) == 2
         assert words in capsys.readouterr().err

