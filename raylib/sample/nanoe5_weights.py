@@ -182,7 +182,7 @@ def _read_tensor(cursor: "_Cursor") -> tuple[str, np.ndarray]:
     raw = _Cursor(cursor.data, cursor.path, offset).take(size)
     if kind not in (0, 1) or size != (4 * elements if kind == 0 else elements // WEIGHTS * BLOCK.itemsize):
         raise UserError(
-            f"{cursor.path}: tensor {name!r:.60} of kind {kind} has {elements} elements in {size} bytes: damaged"
+            f"{cursor.path}: tensor {name!r:.40} of kind {kind}: {elements} elements in {size} bytes: damaged"
         )
     return name, raw.view("<f4") if kind == 0 else raw.view(BLOCK)
 
