@@ -87,12 +87,13 @@ def test_command_of_a_search_space_needs_permission(command):
     assert apply_changes(allowed, {"data.text.folder": command[0]}).data.text.folder == command[0]
 
 
-def test_path_is_never_a_command(tmp_path, monkeypatch, command):
+def test_path_is_never_a_command(tmp_path, monkeypatch, command, corpus):
     """Settings of folders other than the streams' are paths, whatever they say."""
     monkeypatch.chdir(tmp_path)
     assert is_remote(command[0]) and not is_remote(Path(command[0]))
     with pytest.raises(UserError, match="no such file"):
         Source(Path(command[0]))
+    own = ["tiny", "runtime=local", f"runs={tmp_path}/runs", f"corpus={corpus}"]
     for setting in ("corpus", "data.retrieval", "data.dev"):
-        assert main(["tiny", f"{setting}={command[0]}", "runtime=local", f"runs={tmp_path}/runs"]) == 2
+        assert main([*own, f"{setting}={command[0]}"]) == 2
     assert not command[1].exists() and os.listdir(tmp_path) in ([], ["runs"])
