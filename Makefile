@@ -71,7 +71,7 @@ drills: .venv/.installed
 	@exec $(PYTHON) -m tests.drills $(DRILLS)
 
 fuzz: .venv/.installed
-	@exec $(PYTHON) -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS))
+	@exec $(PYTHON) -m tests.fuzz --seed $(SEED) $(if $(READERS),--readers $(READERS)) $(ARGS)
 
 contracts: .venv/.installed
 	$(PYTHON) -m pytest -q -m slow

@@ -52,6 +52,19 @@ def load_text_vectors(path: Path) -> Any:
     return finite(found)
 
 
+def load_vectors(path: Path) -> Any:
+    """Binary, if a head is followed by what is no line of a word and numbers; else text."""
+    head, second = [*path.read_bytes().split(b"\n", 2), b""][:2]
+    counts = head.split()
+    if len(counts) == 2 and all(field.isdigit() for field in counts):
+        try:
+            numbers = [float(field) for field in second.split()[-int(counts[1]) :]]
+            assert len(second.split()) > int(counts[1]) == len(numbers)
+        except (ValueError, AssertionError):
+            return load_binary_vectors(path)
+    return load_text_vectors(path)
+
+
 def load_binary_vectors(path: Path) -> Any:
     import numpy as np
 
@@ -319,7 +332,9 @@ def load_trim(path: Path) -> Any:
 
     path = path / path.name if path.is_dir() else path  # of a folder, the files in it
     if ".jsonl" in path.suffixes:
-        return sorted({text for line in load_lines(path) for text in strings(load_json(line.encode()))})
+        return sorted(
+            {text for line in load_lines(path) for text in strings(load_json(line.encode(), finite=False))}
+        )
     return sorted(set(strings(load_json(load_text(path).encode()))))
 
 
@@ -329,14 +344,14 @@ READERS = [
         "vectors_glove",
         write_files({"glove.txt": "".join(f"{w} {' '.join(map(str, v))}\n" for w, v in VECTORS.items())}),
         read_vectors,
-        load_text_vectors,
+        load_vectors,
         (f"{LEXICAL}:_read_vectors", f"{LEXICAL}:_read_text"),
     ),
     Reader(
         "vectors_word2vec",
         write_files({"vectors.bin": binary_vectors()}),
         read_vectors,
-        load_binary_vectors,
+        load_vectors,
         (f"{LEXICAL}:_read_vectors", f"{LEXICAL}:_read_binary"),
     ),
     Reader("vectors_npy", example_array, read_vectors, load_array_vectors, (f"{LEXICAL}:_read_array",)),

@@ -510,7 +510,8 @@ READERS = [
         write_files({"meta.json": json.dumps(META)}),
         read_object,
         load_object,
-        ("raylib.fileio:read_json", "raylib.fileio:read_json_object", "raylib.strict_json:parse_json"),
+        tuple(f"raylib.fileio:read_{what}" for what in ("bytes", "json", "json_object"))
+        + ("raylib.strict_json:parse_json",),
     ),
     Reader(
         "registry",
