@@ -206,6 +206,8 @@ def read_meta(folder: Path) -> dict:
         UserError: there is none, or it is damaged.
     """
     path, scores = folder / "meta.json", folder / SCORES
+    if not folder.exists():
+        raise UserError(f"{folder}: gone, a checkpoint of its run; {_advice_of_lost(folder)}")
     if not path.exists():
         raise UserError(f"{path}: missing, so this is no whole checkpoint; {ADVICE}")
     # earlier versions wrote scores that are not finite
@@ -214,6 +216,16 @@ def read_meta(folder: Path) -> dict:
         what = "a checkpoint's scores"
         meta |= read_json_object(scores, (), what, ADVICE, finite=False, shape=StoredScores)
     return {"times": {}, "losses": {}, "evaluation": {}, **meta}
+
+
+def _advice_of_lost(folder: Path) -> str:
+    """Return what to do about a checkpoint whose folder is gone."""
+    older = in_order(path.parent.name for path in folder.parent.glob("step_*/meta.json"))
+    if older:
+        return f"restore it, or go on from an older one: resume={older[-1]}"
+    return (
+        f"restore it; there is no other: to begin anew, remove {folder.parent.parent}, or give another name="
+    )
 
 
 def _read_listing(path: Path) -> dict[str, Any]:

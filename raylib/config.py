@@ -152,6 +152,15 @@ def _check_folder_name(name: str) -> str:
 # of a model: no dimension is larger, nor two of them too large for PyTorch to count their product
 Size = Annotated[int, Field(gt=0, le=1 << 24)]
 SizeOrZero = Annotated[int, Field(ge=0, le=1 << 24)]
+
+
+def _check_given(path: str) -> str:
+    if not path.strip():
+        raise ValueError("give a folder; . is the one that you are in")
+    return path
+
+
+Folder = Annotated[str, AfterValidator(_check_given)]
 FolderName = Annotated[str, AfterValidator(_check_folder_name)]  # of a run, in `runs`
 FolderNameOrNone = Annotated[str, AfterValidator(lambda name: name and _check_folder_name(name))]  # "": none
 ConfigT = TypeVar("ConfigT", bound=Config)

@@ -45,6 +45,12 @@ def convert_run(run: Path) -> int:
     """
     if not any(run.rglob(checkpoint.FOLDER)):
         raise UserError(f"{run}: no folder {checkpoint.FOLDER} in it; give the folder of a run")
+    inner = sorted(path.parent.name for path in run.glob(f"*/{checkpoint.FOLDER}"))
+    if len(inner) > 1 and not any(
+        (run / name).exists() for name in ("config.json", "search.json", checkpoint.FOLDER)
+    ):
+        names = ", ".join(inner[:4]) + (" ..." if len(inner) > 4 else "")
+        raise UserError(f"{run}: no run, but a folder of {len(inner)} ({names}); give one of them")
     count = 0
     with hold_run(run):
         for part in sorted(path.parent for path in run.rglob(checkpoint.FOLDER) if path.is_dir()):

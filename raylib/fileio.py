@@ -27,6 +27,7 @@ from raylib.processes import process_start, try_lock
 from raylib.strict_json import check_member, check_shape, parse_json
 
 CHUNK = 1 << 16  # bytes read at a time
+MAX_TRIES = 1000  # places where a record may begin in a line that a crash has damaged
 MAX_JSON = 1 << 30  # bytes of a file that is read whole
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 DAY = 24 * 60 * 60  # seconds
@@ -303,6 +304,8 @@ def repair_jsonl(path: Path, key: str) -> list[str]:
         if found:
             what = f"the beginning of line {number}"
         notes.append(f"{path}: {what} was cut off by a crash and is dropped")
+    if len(notes) > 4:
+        notes[3:] = [f"{path}: {len(notes) - 3:,} more lines were cut off by crashes, and are dropped"]
     repaired = b"".join(record + b"\n" for record in kept)
     if repaired != b"\n".join(lines):
         write_atomically(path, repaired)
@@ -313,7 +316,9 @@ def _split_records(line: bytes, key: str) -> tuple[list[bytes], bytes]:
     """Return (the records with `key` that end a line, what stands before them)."""
     records: list[bytes] = []
     start = 0 if key in (_parse_record(line) or {}) else line.rfind(b"{")
-    while start >= 0:
+    for _ in range(MAX_TRIES):  # each parses the rest of the line
+        if start < 0:
+            break
         if key in (_parse_record(line[start:]) or {}):
             records, line, start = [line[start:], *records], line[:start], len(line)
         start = line.rfind(b"{", 0, start)

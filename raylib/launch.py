@@ -96,6 +96,11 @@ def open_run(
         changed = [
             p for p in differing_paths(before, config.model_dump(mode="json")) if p not in MUTABLE_SETTINGS
         ]
+        if changed == ["name"]:
+            raise UserError(
+                f"{run} holds the run '{before['name']}', whose folder was renamed: name it so again, or "
+                "give this one another name="
+            )
         if changed:
             raise UserError(
                 f"{run} holds a run with other settings ({name_some(changed)}); give this one another name="

@@ -23,6 +23,7 @@ from pydantic import (
 
 from raylib.config import (
     Config,
+    Folder,
     FolderName,
     NameOrFile,
     Size,
@@ -50,7 +51,7 @@ class LaunchConfig(Config):
     """The recipe that the config began as; set by the command line."""
     name: FolderName = "run"
     """Name of the run: its folder is `runs`/`name`."""
-    runs: str = "runs"
+    runs: Folder = "runs"
     """Folder of all runs; the environment variable POLYGLANCE_RUNS gives another one."""
     runtime: Literal["ray", "local"] = "ray"
     """Train on the workers of a Ray cluster, or in this process (under torchrun, in each of its

@@ -334,3 +334,76 @@ def test_register_after_the_registry_was_removed_loses_no_checkpoint(tmp_path, c
     checkpoint.register(tmp_path, "step_000003", 2)
     assert checkpoint.read_registry(tmp_path) == (steps(1, 2, 3), ("step_000001", 0.9), {})
     assert "registry.json was gone; registered again: step_000001, step_000002" in capsys.readouterr().out
+
+
+OUTSIDE = ["../../victim", "/tmp/victim", "..", ".", "", "step_1/../../../victim", "a\0b", "a\nb", 7, None]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_registry_names_lead_nowhere_else(name, tmp_path):
+    """A registry of a stranger's run would have other folders removed: each start drops what is not kept."""
+    run = tmp_path / "run"
+    make_run(run, {10: 0.5, 20: 0.25})
+    (tmp_path / "victim").mkdir()
+    path = run / checkpoint.FOLDER / checkpoint.REGISTRY
+    whole = json.loads(path.read_text())
+    for damaged in (
+        {**whole, "checkpoints": [name, *steps(10, 20)]},
+        {**whole, "best": {"checkpoint": name, "score": 0.5}},
+        {**whole, "aside": {"step_000010": name}},
+        [name, *steps(10, 20)],
+        *([{**whole, "aside": {name: "checkpoints.before-1"}}] if isinstance(name, str) else []),
+    ):
+        path.write_text(json.dumps(damaged))
+        for action in (checkpoint.settle, checkpoint.find_newest, checkpoint.find_best):
+            with pytest.raises(UserError, match="registry.json: not to be read as a register "):
+                action(run)
+    assert (tmp_path / "victim").is_dir() and names(run) == steps(10, 20)
+
+
+@pytest.mark.parametrize("name", [name for name in OUTSIDE if isinstance(name, str)])
+def test_list_of_a_checkpoints_files_leads_nowhere_else(name, tmp_path):
+    folder = write_checkpoint(tmp_path / "run", 10)
+    listing = json.loads((folder / "files-00000.json").read_text())
+    write_json(folder / "files-00000.json", {**listing, name: listing["model.safetensors"]})
+    with pytest.raises(UserError, match="files-00000.json: not to be read as a list of files"):
+        checkpoint.verify(folder)
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({"step": -1}, "step: should be greater than or equal to 0, not -1"),
+        ({"step": "7"}, "step: should be a valid integer, not '7'"),
+        ({"step": 10**30}, "step: should be less than"),
+        ({"workers": 0}, "workers: should be greater than or equal to 1, not 0"),
+        ({"workers": 10**9}, "workers: should be less than"),
+        ({"score": "0.5"}, "score: should be a valid number, not '0.5'"),
+        ({"score": True}, "score: should be a valid number, not True"),
+        ({"times": [1]}, "times: should be a valid dictionary"),
+        ({"evaluation": {"dev": None}}, "evaluation.dev: should be a valid number, not None"),
+        ({"skipped_steps": -3}, "skipped_steps: should be greater"),
+        ({"interval": {"names": [], "sums": []}}, "interval.count: field required"),
+    ],
+)
+def test_meta_of_other_types_is_a_line(values, reason, tmp_path):
+    folder = write_checkpoint(tmp_path / "run", 10)
+    path = folder / "meta.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(UserError) as found:
+        checkpoint.read_meta(folder)
+    line = str(found.value)
+    assert line.startswith(f"{folder}/meta.json: not to be read as a checkpoint's record ({reason}")
+    assert line.endswith(checkpoint.ADVICE)
+
+
+def test_checkpoint_whose_folder_is_gone_is_told_with_what_to_do(tmp_path):
+    run = tmp_path / "run"
+    make_run(run, {10: 0.5, 20: 0.25})
+    newest = checkpoint.find_newest(run)
+    shutil.rmtree(newest)
+    with pytest.raises(UserError, match=f"{newest}: gone, .*go on from an older one: resume=step_000010$"):
+        checkpoint.verify(newest)
+    shutil.rmtree(run / checkpoint.FOLDER / "step_000010")
+    with pytest.raises(UserError, match="gone, .*there is no other"):
+        checkpoint.verify(newest)

@@ -202,3 +202,9 @@ def test_conversion_runs_no_code_of_a_pickle(old, capsys, way):
 def test_conversion_names_what_is_no_run(tmp_path, capsys):
     assert main(["convert", str(tmp_path)]) == 2
     assert f"{tmp_path}: no folder checkpoints in it" in capsys.readouterr().err
+
+
+def test_convert_of_the_folder_of_all_runs_says_what_to_give(old, capsys):
+    assert main(["convert", str(old)]) == 2
+    line = capsys.readouterr().err
+    assert f"{old}: no run, but a folder of " in line and "give one of them" in line and line.count("\n") == 1

@@ -164,6 +164,20 @@ def test_new_run_keeps_no_password_of_its_settings(mini):
     open_run(config)
 
 
+def test_run_whose_folder_was_renamed_is_told_so(mini):
+    config = mini("name=one")
+    open_run(config)
+    run_folder(config).rename(run_folder(config).with_name("two"))
+    with pytest.raises(UserError, match="/two holds the run 'one', whose folder was renamed: "):
+        open_run(config.model_copy(update={"name": "two"}))
+
+
+@pytest.mark.parametrize("given", ["", " "])
+def test_folder_of_runs_that_is_empty_is_told_what_to_give(given, mini):
+    with pytest.raises(UserError, match="runs: give a folder; . is the one that you are in"):
+        mini(f"runs={given}")
+
+
 @pytest.mark.parametrize("before", [None, 0o644])
 def test_token_of_rays_clusters_is_this_users_alone(before, tmp_path, monkeypatch):
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):

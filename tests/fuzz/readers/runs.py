@@ -130,6 +130,8 @@ def read_setting(path: Path) -> Any:
 
 def load_setting(path: Path) -> Any:
     """None of a file that is damaged: the setting is found elsewhere, or the search says that it is not."""
+    if not path.is_file():
+        return None
     try:
         values = load_json(path) if path.is_file() else None
         assert type(values) is dict
