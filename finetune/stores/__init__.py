@@ -115,7 +115,7 @@ def to_regions(record: Any, where: str) -> Regions:
 
 def _list_names(record: Mapping) -> str:
     """The first few names in a record, shortened."""
-    names = [name[:40] for name in sorted(map(str, record))]
+    names = [name[:40] if name.isprintable() else repr(name[:40]) for name in sorted(map(str, record))]
     return ", ".join(names[:10]) + (f" and {len(names) - 10} others" if len(names) > 10 else "")
 
 
@@ -153,7 +153,7 @@ def _to_number(value: Any, where: str) -> float:
     if type(value) is float or (type(value) is int and abs(value) < 1 << 53):
         return float(value)
     with reading_record(where, "a number"):
-        array = np.asarray(value)
+        array = np.asarray(float(value) if isinstance(value, str | bytes) else value)
         if array.size != 1 or array.dtype.kind not in "iufSU":
             raise ValueError(f"{type(value).__name__} of {array.size} values")
         return float(array.reshape(()).item())

@@ -97,10 +97,8 @@ class ImageStore:
         if not images:
             raise BadImage(f"{self.path}: no image '{name}'; check images=")
         if len(images) > 1:
-            raise UserError(
-                f"{self.path}: {len(images)} images called '{name}': {', '.join(f.path for f in images)}; "
-                "leave one"
-            )
+            paths = ", ".join(image.path for image in images[:3]) + (", ..." if len(images) > 3 else "")
+            raise UserError(f"{self.path}: {len(images)} images called '{name}': {paths}; leave one")
         (image,) = images
         if image.size < 0:
             try:
