@@ -126,14 +126,28 @@ def test_samples_reindexed_shard_of_same_size_is_refused(tmp_path):
     size = (tmp_path / "00000.tar").stat().st_size
     img2dataset(tmp_path, range(4, 8))
     assert (tmp_path / "00000.tar").stat().st_size == size
+    for read in (lambda: read_batch(tmp_path), lambda: list(read_retrieval_set(tmp_path))):
+        with pytest.raises(
+            UserError, match=r"00000.tar: its member 0+[0-3]\..* does not lie where its index"
+        ):
+            read()
+    index_folder(tmp_path, "image_text")
+    assert len(set(read_batch(tmp_path)["image_id"].tolist())) == 4
+
+
+def test_samples_changed_image_of_same_size_is_refused(tmp_path):
+    img2dataset(tmp_path, range(4))
+    index_folder(tmp_path, "image_text")
+    offset, size, _ = Source(tmp_path).sample("en", 2).members["jpg"]
+    with open(tmp_path / "00000.tar", "r+b") as file:
+        file.seek(offset + size // 2)
+        file.write(b"????")
     with pytest.raises(
-        UserError, match="00000.tar: sample 0+[0-3]: its jpg is not what was indexed; fetch the shard anew"
+        UserError, match="00000.tar: sample 0+2: its jpg is not what was indexed; fetch the shard anew"
     ):
         read_batch(tmp_path)
     with pytest.raises(UserError, match="is not what was indexed"):
         list(read_retrieval_set(tmp_path))
-    index_folder(tmp_path, "image_text")
-    assert len(set(read_batch(tmp_path)["image_id"].tolist())) == 4
 
 
 CAPTIONS = [
@@ -314,7 +328,7 @@ def test_samples_manifest_with_invalid_languages_is_refused(tmp_path):
     path = tmp_path / "manifest.json"
     path.write_text(path.read_text().replace('"en"', '"00000.tar"'))  # as it was written before
     with pytest.raises(
-        UserError, match="takes 00000.tar for languages, .*raylib.data.shards .* image_text --language"
+        UserError, match="takes '00000.tar' for languages, .*raylib.data.shards .* image_text --language"
     ):
         read_batch(tmp_path)
 
