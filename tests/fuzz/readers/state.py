@@ -204,6 +204,7 @@ def load_new_lines(path: Path) -> Any:
     for line in data[: data.rfind(b"\n") + 1].splitlines():
         try:
             record = load_json(line, finite=False)
+            json.dumps(record, ensure_ascii=False).encode()  # no half of a surrogate pair
             assert has_shape(record, {str: float})
             found.append((record.pop("step"), record))
         except Exception:
