@@ -274,7 +274,7 @@ class Translator:
 
         from raylib.finite import require_finite_file
         from raylib.models.hf_weights import read_folder
-        from raylib.weights import limit_model
+        from raylib.weights import limit_model, require_no_misfits
 
         transformers = require("transformers", "transfer")
         if not folder.is_dir():
@@ -286,7 +286,11 @@ class Translator:
         read_folder(folder)
         with limit_model(folder / "config.json", folder), reading(folder, "a translation model's folder"):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, local_files_only=True)
+            model, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+        # the library would take random numbers
+        require_no_misfits(folder, [f"missing {name}" for name in report["missing_keys"]])
         self.model = model.eval()
         require_finite_file(folder, self.model.state_dict())
         self.model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -138,8 +138,12 @@ def load_sentencepiece(path: Path) -> Any:
     """
     import sentencepiece
 
+    if not path.is_file():
+        raise UserError(f"{path}: no such tokenizer file{hub_hint(path)}")
     with reading(path, "a SentencePiece model"):
-        return sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        model.id_to_piece(list(range(model.get_piece_size())))  # each is UTF-8, or this is an error
+    return model
 
 
 def load_tokenizer_json(path: Path) -> Any:

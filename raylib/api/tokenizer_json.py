@@ -29,7 +29,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from raylib.errors import UserError, reading
-from raylib.text import SPECIALS, PromptedTokenizer, Tokenizer, load_tokenizer_json
+from raylib.text import SPECIALS, PromptedTokenizer, Tokenizer, load_sentencepiece, load_tokenizer_json
 
 SEPARATOR = "\uffff"  # no character: stands for a moment where nothing may be composed
 COMPARED = 20_000  # pieces of the vocabulary at most that are encoded by both
@@ -102,11 +102,16 @@ def convert_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     Raises:
         NotConvertible: no unigram model, or one with symbols of the user's own or pieces of bytes.
     """
+    load_sentencepiece(path)  # it checks more than what parses its parts here
+    with reading(path, "a SentencePiece model"):
+        return _convert_parts(path)
+
+
+def _convert_parts(path: Path) -> tokenizers.Tokenizer:
     from sentencepiece import sentencepiece_model_pb2 as files
 
     proto = files.ModelProto()  # type: ignore[attr-defined]  # made when it is imported
-    with reading(path, "a SentencePiece model"):
-        proto.ParseFromString(path.read_bytes())
+    proto.ParseFromString(path.read_bytes())
     kinds = {piece.type for piece in proto.pieces}
     if proto.trainer_spec.model_type != UNIGRAM or not kinds <= {NORMAL, UNKNOWN, CONTROL, UNUSED}:
         raise NotConvertible(f"{path.name}: no unigram model of plain pieces")

@@ -32,7 +32,7 @@ from raylib.models.hf_weights import read_folder
 from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
 from raylib.textfile import open_text
-from raylib.weights import limit_model
+from raylib.weights import limit_model, require_no_misfits
 
 IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
 
@@ -51,7 +51,11 @@ class WordAligner:
         # the files by ours first: what is damaged, or no weights, must not come to theirs
         read_folder(Path(folder))
         with limit_model(Path(folder) / "config.json", folder), reading(folder, "an encoder's folder"):
-            model = transformers.AutoModel.from_pretrained(folder, local_files_only=True)
+            model, report = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True
+            )
+        missing = [f"missing {name}" for name in report["missing_keys"] if "pooler." not in name]
+        require_no_misfits(folder, missing)  # the library would take random numbers
         self.model = model.to(device).eval()
         require_finite_file(folder, self.model.state_dict())
         depth = self.model.config.num_hidden_layers

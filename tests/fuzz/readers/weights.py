@@ -264,6 +264,92 @@ def read_clip(path: Path) -> Any:
     return dict(load_backbone(path, "clip").towers.state_dict())
 
 
+def example_cclm(folder: Path) -> Path:
+    import torch
+
+    layer = "text_encoder.bert.encoder.layer.0.attention.self"
+    tensors = {f"{layer}.query.weight": torch.eye(4), f"{layer}.query.bias": torch.arange(4.0)}
+    torch.save({"model": tensors}, folder / "cclm.th")
+    return folder / "cclm.th"
+
+
+def read_cclm(path: Path) -> Any:
+    from raylib.models.cclm import read_published
+
+    file = read_published(path)
+    assert not file.vision
+    return file.text
+
+
+def load_cclm(path: Path) -> Any:
+    tensors = load_torch(path)
+    return {name.removeprefix("text_encoder.").removeprefix("bert."): x for name, x in tensors.items()}
+
+
+def make_swin() -> Any:
+    from raylib.models import BACKBONES
+
+    return BACKBONES["cclm_swin"](BACKBONES["cclm_swin"].sizes["tiny"])
+
+
+def example_swin(folder: Path) -> Path:
+    import torch
+
+    torch.manual_seed(0)
+    make_swin().vision.swin.save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def read_swin(path: Path) -> Any:
+    from raylib.models.hf_weights import load_vision
+
+    model = make_swin()
+    load_vision(model, path)
+    return dict(model.vision.swin.state_dict())
+
+
+def example_translator(folder: Path) -> Path:
+    import torch
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *"abc"])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 6, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(**sizes, decoder_start_token_id=0)
+    transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def read_translator(path: Path) -> Any:
+    from finetune.translation import TranslateConfig, Translator
+
+    return dict(Translator(path, TranslateConfig()).model.state_dict())
+
+
+def example_aligner(folder: Path) -> Path:
+    import torch
+    import transformers
+
+    example_sentencepiece(True)(folder)
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 80, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    config = transformers.BertConfig(**sizes, num_hidden_layers=1, max_position_embeddings=10)
+    transformers.BertModel(config).save_pretrained(folder / "model")
+    (folder / "tokenizer.model").rename(folder / "model" / "tokenizer.model")
+    return folder / "model"
+
+
+def read_aligner(path: Path) -> Any:
+    from finetune.strategies.distillation.word_alignments import WordAligner
+
+    return dict(WordAligner(path, layer=1).model.state_dict())
+
+
 # ---- tokenizers
 
 
@@ -307,6 +393,13 @@ def load_pieces(path: Path) -> Any:
 def same_pieces(values: Any, expected: Any) -> bool:
     # of XLM-R's kind, ids are fairseq's
     return values == expected or values[4:-1] == expected[3:]
+
+
+def read_converted(path: Path) -> Any:
+    from raylib.api.tokenizer_json import convert_sentencepiece
+
+    vocabulary = convert_sentencepiece(path).get_vocab()
+    return sorted(vocabulary, key=vocabulary.__getitem__)
 
 
 def example_tokenizer_json(folder: Path) -> Path:
@@ -393,6 +486,17 @@ def same_shared(values: Any, expected: Any) -> bool:
     return expected.keys() <= values.keys() and same_numbers(
         {name: values[name] for name in expected}, expected
     )
+
+
+def same_patches(values: Any, expected: Any) -> bool:
+    """Of a Swin; `transformers` gives its other tensors new names."""
+    name = "embeddings.patch_embeddings.projection.weight"
+    return same_numbers({name: values[name]}, {name: expected[name]})
+
+
+def same_beginning(values: Any, expected: Any) -> bool:
+    # behind the pieces come special tokens that the model lacks
+    return values[: len(expected)] == expected
 
 
 def example_distances(folder: Path) -> Path:
@@ -625,6 +729,55 @@ READERS = [
         covers=("raylib.models.hf_weights:read_folder",),
         setup=import_transformers,
         memory=MEMORY,
+    ),
+    Reader(
+        name="model_cclm",
+        example=example_cclm,
+        read=read_cclm,
+        oracle=load_cclm,
+        agree=same_tensors,
+        covers=("raylib.models.cclm:read_published",),
+        setup=import_transformers,
+    ),
+    *(
+        Reader(
+            name=name,
+            example=example,
+            read=read,
+            oracle=load_model,
+            agree=agree,
+            targets=("config.json", "model.safetensors"),
+            compares="the weights",
+            covers=(covered,),
+            setup=import_transformers,
+            memory=MEMORY,
+        )
+        for name, example, read, agree, covered in (
+            ("swin", example_swin, read_swin, same_patches, "raylib.models.hf_weights:_load_swin"),
+            (
+                "translator",
+                example_translator,
+                read_translator,
+                same_shared,
+                "finetune.translation:Translator.__init__",
+            ),
+            (
+                "word_aligner",
+                example_aligner,
+                read_aligner,
+                same_shared,
+                "finetune.strategies.distillation.word_alignments:WordAligner.__init__",
+            ),
+        )
+    ),
+    Reader(
+        name="sentencepiece_converted",
+        example=example_sentencepiece(True),
+        read=read_converted,
+        oracle=load_pieces,
+        agree=same_beginning,
+        compares="the pieces",
+        covers=("raylib.api.tokenizer_json:convert_sentencepiece",),
     ),
     Reader(
         name="sentencepiece",
