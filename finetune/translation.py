@@ -104,6 +104,11 @@ def translate(
     return [target for _, target in files]
 
 
+def _name(paths: Sequence[str]) -> str:
+    """Settings as an error's line has them, whatever a damaged file calls them."""
+    return ascii(", ".join(paths))[1:-1][:100]
+
+
 class Batch(TypedDict):
     """A line of what is done; the first has the "identity" of what made it."""
 
@@ -141,7 +146,7 @@ class Output:
             now = {**self.identity, "source": sha256_file(self.source)}
             if changed := differing_paths(read_json_object(self.note), now):
                 raise UserError(
-                    f"{self.target} was made with another {ascii(', '.join(changed))[1:-1]:.99}; remove it to translate anew"
+                    f"{self.target} was made with another {_name(changed)}; remove it to translate anew"
                 )
 
     def read_partial(self, log: Callable[[str], None]) -> dict[str, str]:
@@ -173,7 +178,7 @@ class Output:
             append_jsonl(self.partial, {"texts": [], "translations": [], "identity": self.identity})
         elif changed := differing_paths(records[0].get("identity", {}), self.identity):
             raise UserError(
-                f"{self.partial} was begun with another {ascii(', '.join(changed))[1:-1]:.99}; give the same, or remove it to "
+                f"{self.partial} was begun with another {_name(changed)}; give the same, or remove it to "
                 "translate anew"
             )
         pairs = (zip(r["texts"], r["translations"], strict=True) for r in records)
