@@ -384,7 +384,7 @@ class _Tsv(_KeyedStore):
     def _is_same_line(self, offset: int, line: bytes) -> bool:
         with open(self.path, "rb") as file:
             file.seek(offset)
-            return file.read(len(line)).rstrip() == line.rstrip()
+            return file.readline(MAX_BYTES).rstrip() == line.rstrip()
 
     def locate(self, key: str) -> int | None:
         return self.offsets.get(key)

@@ -777,7 +777,7 @@ READERS = [
         oracle=load_pieces,
         agree=same_beginning,
         compares="the pieces",
-        covers=("raylib.api.tokenizer_json:convert_sentencepiece",),
+        covers=("raylib.api.tokenizer_json:_convert_parts",),
     ),
     Reader(
         name="sentencepiece",
