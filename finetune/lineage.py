@@ -1,5 +1,6 @@
 """Settings of a run and of the runs that it goes on from, without those that change no number; its method."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -185,7 +186,7 @@ def _locate(path: str, run: Path | None, runs: str | None) -> Path:
 
 def _is_there(location: Path) -> bool:
     """Return whether there is such a file or folder, or it is RUN/best of a run that has one."""
-    return location.exists() or (
+    return os.path.exists(location) or (
         location.name == "best" and checkpoint.find_best(location.parent) is not None
     )
 

@@ -202,7 +202,7 @@ def read_retrieval(path: Path) -> Any:
 
 def load_retrieval(path: Path) -> Any:
     found = []
-    for r in json.loads(load_text(path / "captions.json")):
+    for r in load_json(path / "captions.json"):
         value = next((r[name] for name in ("captions", "caption", "text") if r.get(name) is not None), None)
         captions = {}
         for language, texts in value.items():
