@@ -27,7 +27,7 @@ COCO = "COCO_val2014_00000000000{}.jpg"
 LABELS = ("contradiction", "neutral", "entailment")
 LINES = ("finetune.formats:stream_lines", "raylib.textfile:open_text", "raylib.textfile:open_bytes")
 JSONL = ("finetune.formats:stream_jsonl", *LINES)
-LIST = ("finetune.formats:stream_list", "raylib.textfile:stream_json", "raylib.textfile:open_text")
+LIST = ("finetune.formats:stream_list", "raylib.textfile:stream_json", "raylib.textfile:open_bytes")
 
 
 def item(id, texts, images, labels, kind="", tags=(), sources=()) -> tuple:
