@@ -128,7 +128,8 @@ def measure_way(way: str, size: int, rounds: int, place: Path) -> dict[str, floa
         for turn in range(rounds + 1):
             pairs.append((bench.measure(None), saving := bench.measure(way)))
             seconds = f"{saving['seconds']:.2f} s, on disk after {saving['saved']:.2f} s"
-            print(f"{way}, save {turn}: {seconds}; steps alone {pairs[-1][0]['seconds']:.2f} s", flush=True)
+            alone = f"steps alone {pairs[-1][0]['seconds']:.2f} s"
+            print(f"{way}, save {turn}: {seconds}; {alone}", flush=True)
         written = num_bytes(bench.files())
     dist.destroy_process_group()
     stalls, cpu = ([saving[key] - alone[key] for alone, saving in pairs] for key in ("seconds", "cpu"))
@@ -158,7 +159,14 @@ def measure_checkpoint(size: int, rounds: int, place: Path) -> dict[str, Any]:
 
 def table(record: dict[str, Any]) -> str:
     """Markdown of what a checkpoint costs."""
-    head = ("stall", "lowest to highest", "of that in line", "CPU of the training thread", "first stall", "on disk after")
+    head = (
+        "stall",
+        "lowest to highest",
+        "of that in line",
+        "CPU of the training thread",
+        "first stall",
+        "on disk after",
+    )
     rows = [[f"a checkpoint of {record['bytes'] / 1e9:.2f} GB", *head]]
     in_line = record["ways"][IN_LINE]["stall"]
     for way, found in record["ways"].items():

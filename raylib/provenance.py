@@ -32,6 +32,7 @@ from pydantic import BaseModel
 
 from raylib.cache import cached, file_fingerprint
 from raylib.checkpoint import hint_if_unsaved
+from raylib.data.index import JSON_ENDING, hash_index
 from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import read_json_object, sha256_file, write_atomically
@@ -124,7 +125,7 @@ def hash_path(path: Path) -> str:
     if path.is_dir():
         parts = "".join(f"{name} {hash_path(path / name)}\n" for name, _, _ in file_fingerprint(path)[1:])
         return hashlib.sha256(parts.encode()).hexdigest()
-    return sha256_file(path)
+    return hash_index(path) if path.name.endswith(JSON_ENDING) else sha256_file(path)
 
 
 def list_changed_files(before: Mapping[str, dict], now: Mapping[str, dict]) -> list[str]:

@@ -17,12 +17,14 @@ process that opens a shard without one makes it, and it is made anew where what 
 """
 
 import errno
+import hashlib
 import io
 import itertools
 import json
 import math
 import mmap
 import os
+import re
 import struct
 import tarfile
 import weakref
@@ -38,10 +40,12 @@ from raylib.errors import UserError, describe_error, reading
 from raylib.fileio import file_lock, read_json_object, write_atomically, write_json
 
 MAGIC, FORMAT = b"PGLANCE\n", 2
+HEAD_OF_3 = re.compile(rb'\A\{"format":3,("bytes":\d+),"crc32":\d+')
 HEADER = struct.Struct("<8sIIqQQQQQQ")
 SAMPLES, MEMBER = struct.Struct("<6I"), struct.Struct("<4q")  # a sample and the next one; a member
 SAMPLE_BYTES, CHUNK = 12, 1 << 20
 CHECKED = 16  # bytes of the header before those that its CRC-32 is of
+JSON_ENDING = ".index.json"
 JSON_FORMATS = (1, 2, 3)  # the first has no hashes of images, the last a checksum
 NPY_HEADER = 4096  # bytes that surely hold an .npy header of ours
 LARGE = 8**11  # bytes that a tar's header has no digits for
@@ -228,7 +232,7 @@ def index_path(shard: Path) -> Path:
 
 def json_path(shard: Path) -> Path:
     """Return where the index of a shard lies that is part of the data."""
-    return shard.with_name(shard.name.removesuffix(".tar") + ".index.json")
+    return shard.with_name(shard.name.removesuffix(".tar") + JSON_ENDING)
 
 
 def encode_index(shard_bytes: int, samples: Sequence[IndexedSample], source_time: int) -> bytes:
@@ -303,6 +307,12 @@ def write_index(shard: Path, shard_bytes: int, samples: Sequence[IndexedSample])
     stored = {"format": JSON_FORMATS[-1], "bytes": shard_bytes, "crc32": _samples_checksum(samples)}
     write_json(path, {**stored, "samples": samples}, compact=True)
     write_atomically(index_path(shard), encode_index(shard_bytes, samples, path.stat().st_mtime_ns))
+
+
+def hash_index(path: Path) -> str:
+    """Return the SHA-256 of an index in JSON as format 2 would have it, which was without a checksum: runs of
+    before have recorded that."""
+    return hashlib.sha256(HEAD_OF_3.sub(rb'{"format":2,\1', path.read_bytes(), count=1)).hexdigest()
 
 
 def open_index(shard: Path, cache: Path) -> ShardIndex:

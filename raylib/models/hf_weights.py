@@ -447,7 +447,8 @@ def _read_index(path: Path) -> dict[str, set[str]]:
             raise ValueError(f"weight_map is {type(places).__name__}")
         for tensor, name in places.items():
             # a file of the folder, whatever a stranger's index says
-            if not isinstance(name, str) or PurePath(name).name != name or name.startswith("."):
+            is_name = isinstance(name, str) and name.isprintable() and not name.startswith(".")
+            if not is_name or PurePath(name).name != name:
                 raise ValueError(f"{tensor} in {name!r:.60}, which is no name of a file beside it")
             shards.setdefault(name, set()).add(tensor)
     return dict(sorted(shards.items()))

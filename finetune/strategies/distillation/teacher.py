@@ -83,7 +83,7 @@ INDEX = dict[str, Annotated[list[NonNegativeInt], Field(min_length=3, max_length
 
 
 class StatesHeader(BaseModel):
-    """What a shard's header says of its one tensor."""
+    """The header of a shard, of its one tensor."""
 
     dtype: Literal["F32", "F16"]
     shape: Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]
