@@ -56,7 +56,9 @@ def load_task(name: str) -> Task:
     """
     if not user_files(name):
         return lookup(name, TASKS, "task")
-    path = (name if isinstance(name, UserFile) else UserFile(name)).require("task")
+    file = name if isinstance(name, UserFile) else UserFile(name)
+    path = file.require("task")
+    file.tell()
     entry = name.partition(".py:")[2]
     found = {key: value for key, value in vars(load_user_file(path)).items() if isinstance(value, Task)}
     if entry in found:

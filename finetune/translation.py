@@ -278,7 +278,7 @@ class Translator:
         import torch
 
         from raylib.finite import require_finite_file
-        from raylib.models.hf_weights import read_folder
+        from raylib.models.hf_weights import library_output_off, load_by_library
         from raylib.weights import limit_model, require_no_misfits
 
         transformers = require("transformers", "transfer")
@@ -287,13 +287,22 @@ class Translator:
                 f"{folder}: no such folder; give a translation model's, as transformers saves it"
                 f"{hub_hint(folder)}"
             )
-        # the files by ours first: what is damaged, or no weights, must not come to theirs
-        read_folder(folder)
-        with limit_model(folder / "config.json", folder), reading(folder, "a translation model's folder"):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
+        with limit_model(folder / "config.json", folder):
+            model, report = load_by_library(
+                folder,
+                transformers.AutoConfig,
+                transformers.AutoModelForSeq2SeqLM,
+                "a translation model's folder",
             )
+        with reading(folder, "a translation model's folder"), library_output_off():
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        if (folder / "generation_config.json").is_file():
+            with reading(folder / "generation_config.json", "JSON: how a model writes"):
+                model.generation_config = transformers.GenerationConfig.from_pretrained(
+                    folder, local_files_only=True
+                )
         # the library would take random numbers
         require_no_misfits(folder, [f"missing {name}" for name in report["missing_keys"]])
         self.model = model.eval()

@@ -184,7 +184,7 @@ def run_stage(arguments: Sequence[str], stage: Stage) -> int:
     given = parser.parse_intermixed_args(arguments)
     if given.config:
         settings = [given.recipe, *given.settings] if given.recipe else given.settings
-        config = load_config(stage.config_class, local_path(given.config))
+        config = load_config(stage.config_class, local_path(given.config), settings)
     elif given.recipe:
         settings = given.settings
         hint = spell_commands(f"`python -m {stage.package} --help` lists all")

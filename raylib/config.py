@@ -76,6 +76,13 @@ class UserFile(str):
         where = f"{self.run}/config.json: " if self.run else ""
         raise UserError(f"{where}{setting}={self}: no such file")
 
+    def tell(self) -> None:
+        """Tell on stderr, before it runs, of code that stored settings name: they may be another's."""
+        if self.run and (self.run, self.path) not in _told_of:
+            _told_of.add((self.run, self.path))
+            line = f"note: the settings in {self.run} name code, which runs now: {self.path}"
+            print(printable(line), file=sys.stderr, flush=True)
+
 
 def _mark_user_file(value: Any, handler: Callable[[Any], str], info: ValidationInfo) -> str:
     if isinstance(value, UserFile):
@@ -168,6 +175,8 @@ T = TypeVar("T")
 _user_sources: dict[str, "UserSource"] = {}  # by module
 PIPE = "pipe:"  # begins a shell command that takes the place of a folder (`raylib.data.fetch`)
 PERMISSION = "allow_pipe"  # the setting by which such commands of files run
+CODE_PERMISSION = "allow_code"  # and by which code runs that a config file names
+_told_of: set[tuple[Path, Path]] = set()  # runs and their code (`UserFile.tell`)
 MANY = 20  # names that are too many for an error line
 # the type of a pydantic error: a name that no setting has, where a user's file may take any
 NO_USER_FILE = "no_user_file"
@@ -239,8 +248,12 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
         raise UserError(f"{where}: {path + ': ' if path else ''}{message}{got}") from None
 
 
-def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
-    """Read a config from a JSON file, such as `dump_config` makes, or from a YAML one."""
+def load_config(cls: type[ConfigT], path: Path, assignments: Sequence[str] | None = None) -> ConfigT:
+    """Read a config from a JSON file, such as `dump_config` makes, or from a YAML one.
+
+    assignments: "path=value" of the command line that names the file, whose code runs only if they name it
+    too, or allow it; None: it is the config of a run that a command reads, whose code is told of.
+    """
     path = Path(path)
     kind = "YAML" if path.suffix in (".yaml", ".yml") else "JSON"
     if not path.exists():
@@ -249,20 +262,59 @@ def load_config(cls: type[ConfigT], path: Path) -> ConfigT:
         values = (parse_yaml if kind == "YAML" else parse_json)(read_bytes(path))
         if not isinstance(values, dict):
             raise ValueError("it has no settings")
-    config = validate(cls, rename_settings(cls.stored_as, values), str(path), path.parent)
+    values = rename_settings(cls.stored_as, values)
+    if assignments is not None:
+        _require_code_permission(values, path, assignments)
+    config = validate(cls, values, str(path), path.parent)
     # a permission is not the file's to give
-    return config.model_copy(update={PERMISSION: False}) if PERMISSION in cls.model_fields else config
+    given = {PERMISSION, CODE_PERMISSION} & cls.model_fields.keys()
+    return config.model_copy(update=dict.fromkeys(given, False))
 
 
-def find_commands(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
+def _require_code_permission(values: dict[str, Any], where: Path, assignments: Sequence[str]) -> None:
+    """Put what the command line gives in the place of code that plain settings name: to make a config of
+    them runs it.
+
+    Raises:
+        UserError: they name code that the command line neither gives nor allows.
+    """
+    given = {path: _parse(text) for path, _, text in (each.partition("=") for each in assignments)}
+    if given.get(CODE_PERMISSION) is True:
+        return
+    for path, value in given.items():
+        *parents, name = path.split(".")
+        node = values
+        for parent in parents:
+            node = node[parent] if isinstance(node.get(parent), dict) else {}
+        if isinstance(node.get(name), str | dict):
+            # where the user says, not beside the config file
+            node[name] = UserFile(value) if isinstance(value, str) else value
+    for path, code in find_code(values):
+        if not isinstance(code, UserFile):
+            raise UserError(
+                f"{where}: {path} names code, {_shorten(code, 100)!r}, which would run on this machine: read "
+                f"it, and add {CODE_PERMISSION}=true to the command line, or give {path}=... there"
+            )
+
+
+def find_commands(values: Any) -> Iterator[tuple[str, str]]:
     """Yield (dotted path, text) of each shell command, `pipe:...`, in plain settings."""
+    return (found for found in _find_texts(values) if found[1].startswith(PIPE))
+
+
+def find_code(values: Any) -> Iterator[tuple[str, str]]:
+    """Yield (dotted path, text) of each Python file that plain settings name."""
+    return (found for found in _find_texts(values) if user_files(found[1]))
+
+
+def _find_texts(values: Any, path: str = "") -> Iterator[tuple[str, str]]:
     if isinstance(values, dict):
         for name, value in values.items():
-            yield from find_commands(value, f"{path}.{name}" if path else name)
+            yield from _find_texts(value, f"{path}.{name}" if path else str(name))
     elif isinstance(values, list | tuple):
         for value in values:
-            yield from find_commands(value, path)
-    elif isinstance(values, str) and values.startswith(PIPE):
+            yield from _find_texts(value, path)
+    elif isinstance(values, str):
         yield path, values
 
 

@@ -134,11 +134,11 @@ def _ranges(constraints: list[Any], whole: bool) -> Iterator[str]:
             case annotated_types.Gt(gt=value):
                 yield f"{cast(int, value) + 1} or more" if whole else f"above {value:g}"
             case annotated_types.Ge(ge=value):
-                yield f"{value:g} or more"
+                yield f"{value if whole else format(value, 'g')} or more"
             case annotated_types.Lt(lt=value):
                 yield f"{cast(int, value) - 1} or less" if whole else f"below {value:g}"
             case annotated_types.Le(le=value):
-                yield f"{value:g} or less"
+                yield f"{value if whole else format(value, 'g')} or less"
             case FieldInfo():
                 yield from _ranges(each.metadata, whole)
 

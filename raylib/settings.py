@@ -71,6 +71,9 @@ class LaunchConfig(Config):
     allow_pipe: bool = False
     """Run shell commands (`pipe:...`) that a config file, a stored run's too, or a search space has for a
     folder of data; counts only on the command line, of each start."""
+    allow_code: bool = False
+    """Run Python files that a config file names (`task=my.py`, `strategies.my=my.py`, ...) and the command
+    line does not; counts only on the command line, of each start."""
 
 
 # settings that may change when a run goes on: no number depends on them
@@ -85,6 +88,7 @@ MUTABLE_SETTINGS = (
     "resume",
     "keep_optimizer",
     "allow_pipe",
+    "allow_code",
     "fit.stop_after",
     "fit.log_every",
     "fit.eval_every",
@@ -451,6 +455,8 @@ class UserTerm(Config):
         from raylib.objectives import PretrainingTerm
 
         path, name = self.path, self.file.partition(":")[2]
+        if isinstance(self.file, UserFile):
+            self.file.tell()
         entries = {k: v for k, v in vars(load_user_file(path)).items() if isinstance(v, PretrainingTerm)}
         if not entries:
             raise UserError(f"{path}: no function in it is a term; @term above a function makes it one")

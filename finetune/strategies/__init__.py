@@ -65,6 +65,7 @@ def _load_user_config(name: str, value: Any, run: Path | None) -> Any:
         raise UserError(f"strategies.{name}={where}: this name is taken; give another: strategies.my={where}")
     file = where if isinstance(where, UserFile) else UserFile.named(where, run)
     found = file.require(f"strategies.{name}")
+    file.tell()
     user_class = load_user_class(found, StrategyConfig, class_name or None)  # type: ignore[type-abstract]
     config = validate(user_class, settings, where)
     for need in config.required() | config.needs_any:

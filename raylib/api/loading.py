@@ -9,7 +9,7 @@ from finetune.config import FinetuneConfig
 from finetune.formats.answers import LABELS
 from finetune.strategies.base import Context
 from raylib.api.model import Model
-from raylib.config import load_config, user_files, validate
+from raylib.config import find_code, load_config, validate
 from raylib.errors import UserError
 from raylib.launch import no_log
 from raylib.models.base import RUN_KEY, Backbone, RetrievalBackbone, read_description, read_run_settings
@@ -108,18 +108,16 @@ def _with_prompts(config: FinetuneConfig, tokenizer: Tokenizer, network: Any) ->
 
 
 def _refuse_code(settings: dict[str, Any], file: Path) -> None:
-    """Refuse strategies in a user's own file, which an export never has: it may come from a stranger, and its
-    settings would run what they name.
+    """Refuse a task or strategies in a user's own file, which an export never has: it may come from a
+    stranger, and its settings would run what they name.
 
     Raises:
         UserError: there is one.
     """
-    strategies = settings.get("strategies")
-    for name, value in strategies.items() if isinstance(strategies, dict) else ():
-        code = value.get("file") if isinstance(value, dict) else value
-        if code and user_files(str(code).partition(":")[0]):
-            place = f"{RUN_KEY}.strategies.{name}"
-            raise UserError(f"{file}: {place} names code ({code}), which no export has; it is not run")
+    for path, code in find_code(settings):
+        raise UserError(
+            f"{file}: {RUN_KEY}.{path} names code ({code[:100]!r}), which no export has; it is not run"
+        )
 
 
 def _is_bf16(dtype: torch.dtype | str | None, fit: FitConfig | None, device: torch.device) -> bool:

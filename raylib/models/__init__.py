@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from raylib import checkpoint
-from raylib.config import load_user_class, lookup, user_files
+from raylib.config import UserFile, load_user_class, lookup, user_files
 from raylib.errors import UserError, hub_hint
 from raylib.models.base import CODE_KEY, Backbone, read_description
 from raylib.models.cclm import Cclm, CclmSwin
@@ -80,6 +80,8 @@ def stored_backbone(description: dict[str, Any], folder: Path, name: str = "") -
         raise UserError(
             f"{folder} holds code ({file.name}) that would be run: read it, then name it: backbone={file}"
         )
+    if not named:
+        UserFile.named(file.name, folder).tell()
     return find_backbone(f"{folder / code}")
 
 

@@ -9,7 +9,8 @@ from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised whe
 import logging
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, cast
 
@@ -302,16 +303,12 @@ def copy_vision(mapper: WeightMapper, model: "UnifiedModel") -> None:
 
 def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     """`transformers` itself reads the folder, since it knows older names of the tensors."""
-    from transformers import SwinModel
+    from transformers import SwinConfig, SwinModel
 
-    # the files by ours first: what is damaged, or no weights, must not come to theirs
-    read_folder(Path(folder))
-    where = Path(folder) / "config.json"
-    with limit_model(where, folder), reading(folder, "a Swin's folder", "take an undamaged copy"):
-        loaded: Any = SwinModel.from_pretrained(
-            folder, add_pooling_layer=False, output_loading_info=True, local_files_only=True
+    with limit_model(Path(folder) / "config.json", folder):
+        swin, report = load_by_library(
+            Path(folder), SwinConfig, SwinModel, "a Swin's folder", add_pooling_layer=False
         )
-    swin, report = loaded
     weights = {k: v for k, v in swin.state_dict().items() if k not in report["missing_keys"]}
     require_finite_file(folder, weights)
     # for `assert_all_used` to name
@@ -319,6 +316,67 @@ def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     mapper = WeightMapper(weights | unexpected, folder)
     copy_swin(mapper, model)
     mapper.assert_all_used(UNUSED_VISION)
+
+
+@contextmanager
+def library_output_off() -> Iterator[None]:
+    """Keep `transformers` in the block from printing: tables of what does not fit, warnings, bars."""
+    from transformers.utils import logging as output
+
+    level, has_bars = output.get_verbosity(), output.is_progress_bar_enabled()
+    output.set_verbosity(output.CRITICAL)
+    output.disable_progress_bar()
+    try:
+        yield
+    finally:
+        output.set_verbosity(level)
+        if has_bars:
+            output.enable_progress_bar()
+
+
+def load_by_library(
+    folder: Path, config_class: Any, model_class: Any, what: str, **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Make a model of `transformers` from a folder: its class reads names that earlier versions had.
+
+    Its weights are read here. `transformers` would look in the folder for files of its own: another one's
+    weights, an adapter, a checkpoint of several processes, each with readers that are not as careful.
+
+    Args:
+        config_class, model_class: `transformers`' own, `Auto...` too. options: of the model.
+        what: the folder was expected to be.
+    Returns:
+        the model, and {"missing_keys", "unexpected_keys", ...}.
+    Raises:
+        UserError: what is damaged, or no such folder; a tensor of another shape.
+    """
+    weights, _ = read_folder(folder)
+    safe = {
+        "local_files_only": True,
+        "trust_remote_code": False,
+    }  # the folder's code is neither run nor asked about
+    with reading(folder, what), library_output_off():
+        config = config_class.from_pretrained(folder, **safe)
+        for name in ("_attn_implementation", "_experts_implementation"):
+            if "/" in str(vars(config).get(f"{name}_internal")):
+                raise ValueError("its config.json asks for code of the hub's, as its attention")
+        if "Auto" in model_class.__name__:
+            with torch.device("meta"):  # for its class alone
+                model_class = type(model_class.from_config(config, trust_remote_code=False))
+        model, report = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict=weights,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are in the report
+            **safe,
+            **options,
+        )
+    misfits = [
+        f"{name} is {tuple(found)}, wanted {tuple(own)}" for name, found, own in report["mismatched_keys"]
+    ]
+    require_no_misfits(folder, sorted(misfits))
+    return model, report
 
 
 def copy_swin(mapper: WeightMapper, model: "UnifiedModel") -> None:

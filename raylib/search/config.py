@@ -15,7 +15,15 @@ from pydantic import (
     model_validator,
 )
 
-from raylib.config import Config, Folder, FolderNameOrNone, differing_paths, name_some, read_stored_settings
+from raylib.config import (
+    Config,
+    Folder,
+    FolderNameOrNone,
+    differing_paths,
+    find_code,
+    name_some,
+    read_stored_settings,
+)
 from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object
 from raylib.search.space import Space
@@ -283,7 +291,7 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[La
     Raises:
         UserError: it has other settings, which are named.
     """
-    stored = read_search(folder, recipe)
+    stored = read_search(folder, recipe, fingerprint)
     if stored is None:
         return []
     before, now = stored["search"], fingerprint["search"]
@@ -308,16 +316,24 @@ def check_fingerprint(folder: Path, fingerprint: dict[str, Any], recipe: type[La
     return [f"{name}={now[name]} ({before[name]} before)" for name in grown]
 
 
-def read_search(folder: Path, recipe: type[LaunchConfig]) -> dict[str, Any] | None:
+def read_search(
+    folder: Path, recipe: type[LaunchConfig], own: dict[str, Any] | None
+) -> dict[str, Any] | None:
     """Return {"space", "search", "recipe"} of the search in `folder`, by the names of today; None: there is
-    none."""
+    none.
+
+    own: the same of the search that is asked for. To fill in what was not stored runs code that settings
+    name: it is left as it is where they name other code than these do.
+    """
     if not os.path.lexists(folder / "search.json"):
         return None
     advice = "restore it, or remove it to go on with the settings that are given now"
     path, what = folder / "search.json", "the settings of a search"
     stored = read_json_object(path, (), what, advice, shape=StoredSearch)
+    known = {code for _, code in find_code(own)}
     for part, kind in (("search", SearchConfig), ("recipe", recipe)):
-        stored[part] = read_stored_settings(kind, stored[part]).values
+        if all(code in known for _, code in find_code(stored[part])):
+            stored[part] = read_stored_settings(kind, stored[part]).values
     with reading(path, what, advice):
         amounts = {name: stored["search"].get(name) for name in (*GROWING_SETTINGS, "max_hours")}
         check_shape(amounts, dict[str, float | None])

@@ -141,7 +141,7 @@ def load_warm_start(
         return WarmStart([], "")
     folder = Path(config.warm_start).absolute()
     try:
-        stored = read_search(folder, recipe)
+        stored = read_search(folder, recipe, fingerprint)
     except UserError as e:
         raise UserError(f"warm_start={config.warm_start}: {e}") from None
     if stored is None:

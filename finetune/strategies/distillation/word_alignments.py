@@ -26,9 +26,9 @@ import torch
 from torch import Tensor
 
 from finetune.formats import shorten
-from raylib.errors import UserError, hub_hint, reading, require
+from raylib.errors import UserError, hub_hint, require
 from raylib.finite import require_finite_file
-from raylib.models.hf_weights import read_folder
+from raylib.models.hf_weights import load_by_library
 from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
 from raylib.textfile import open_text
@@ -48,11 +48,9 @@ class WordAligner:
                 f"{folder}: no config.json; give the folder of a multilingual encoder{hub_hint(folder)}"
             )
         self.tokenizer = Tokenizer.load(folder)
-        # the files by ours first: what is damaged, or no weights, must not come to theirs
-        read_folder(Path(folder))
-        with limit_model(Path(folder) / "config.json", folder), reading(folder, "an encoder's folder"):
-            model, report = transformers.AutoModel.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True
+        with limit_model(Path(folder) / "config.json", folder):
+            model, report = load_by_library(
+                Path(folder), transformers.AutoConfig, transformers.AutoModel, "an encoder's folder"
             )
         missing = [f"missing {name}" for name in report["missing_keys"] if "pooler." not in name]
         require_no_misfits(folder, missing)  # the library would take random numbers

@@ -325,7 +325,7 @@ def read_space(path: Path) -> Any:
     from finetune.config import FinetuneConfig
     from raylib.search.config import read_search
 
-    return read_search(path.parent, FinetuneConfig)
+    return read_search(path.parent, FinetuneConfig, None)
 
 
 def load_space(path: Path) -> Any:
