@@ -151,7 +151,7 @@ def _make_from_buffer(data: Any, dtype: Any, shape: Any, order: Any, axes: Any =
     return array.transpose(axes)
 
 
-def _make_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
+def make_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
     """Bytes as Python 3 writes them for Python 2: characters of Latin 1."""
     _require(type(text) is str and encoding in ("latin1", "latin-1"), "bytes in another encoding")
     try:
@@ -161,15 +161,15 @@ def _make_bytes(text: Any = "", encoding: Any = "latin1") -> bytes:
 
 
 def refuse_call(*_: Any) -> None:
-    raise Refused("it calls numpy.ndarray")
+    raise Refused("it calls a type, as no file of this kind does")
 
 
 CALLS: dict[str, Callable[..., Any]] = {
     "numpy.ndarray": refuse_call,
     "numpy.dtype": _make_type,
-    "_codecs.encode": _make_bytes,
-    "__builtin__.bytes": _make_bytes,
-    "builtins.bytes": _make_bytes,
+    "_codecs.encode": make_bytes,
+    "__builtin__.bytes": make_bytes,
+    "builtins.bytes": make_bytes,
 }
 for core in ("core", "_core"):  # of NumPy 1 and 2
     CALLS[f"numpy.{core}.multiarray._reconstruct"] = _make_hollow

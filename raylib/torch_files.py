@@ -24,7 +24,8 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.pickles import OPCODES, Machine, Name, Refused, refuse_call, require_plain
+from raylib.pickles import CALLS as PLAIN_CALLS
+from raylib.pickles import OPCODES, Machine, Name, Refused, make_bytes, refuse_call, require_plain
 
 MAX_PICKLE = 1 << 26  # bytes of a pickle: a tensor takes about 300, an optimizer's state of it as many
 MAX_DIMENSIONS = 32
@@ -40,6 +41,7 @@ END = Struct("<4sHHHHLLH")  # of a zip: where its list of members lies
 LONG_END = Struct("<4sQHHLLQQQQ4sLQL22x")  # the same in more bits, where that lies, and `END`
 COUNT = Struct("<q")
 NEWOBJ, BINPERSID = 0x81, ord("Q")  # opcodes: an object of a class, something outside of the pickle
+EMPTY_SET, ADD_ITEMS, FROZEN_SET = 0x8F, 0x90, 0x91
 STORAGES = {
     "Float": torch.float32,
     "Double": torch.float64,
@@ -127,8 +129,15 @@ class _TorchMachine(Machine):
 
     def __init__(self, data: bytes, classes: Collection[str] = ()):
         super().__init__(data)
-        self.calls = {**CALLS, **dict.fromkeys(classes, _make_record)}
-        self.opcodes = {**OPCODES, NEWOBJ: Machine.call, BINPERSID: lambda _: self.push_storage()}
+        self.calls = {**PLAIN_CALLS, **CALLS, **dict.fromkeys(classes, _make_record)}
+        self.opcodes = {
+            **OPCODES,
+            NEWOBJ: Machine.call,
+            BINPERSID: lambda _: self.push_storage(),
+            EMPTY_SET: OPCODES[ord("]")],
+            ADD_ITEMS: OPCODES[ord("e")],
+            FROZEN_SET: OPCODES[ord("l")],
+        }
         self.storages: list[Storage] = []
 
     def find(self, name: str) -> Any:
@@ -151,16 +160,31 @@ class _TorchMachine(Machine):
         self.stack.append(self.storages[-1])
 
     def build(self) -> None:
-        state, target = self.stack.pop(), self.stack[-1]
+        state, target = self.stack[-1], self.stack[-2]
+        if not isinstance(target, dict):  # a dtype, or an array
+            super().build()
+            return
+        self.stack.pop()
         # a state dict carries versions of its modules, which nothing here asks for
         if isinstance(target, Record) and type(state) is dict:
             target.update(state)
-        elif type(target) is not dict:
-            raise Refused("it gives a state to what has none")
+
+    def set_items(self, items: list[Any]) -> None:
+        # settings beside a state may have keys of other kinds
+        items[::2] = [_make_key(key) for key in items[::2]]
+        super().set_items(items)
 
 
 def _make_record(*values: Any) -> Record:
     return Record(values=values)
+
+
+def _make_key(key: Any) -> Any:
+    """A key of a dict, as text where many of its kind may have one hash, which takes forever to compare."""
+    plain = (type(None), bool, float, str, int)
+    parts = key if type(key) is tuple and len(key) <= MAX_DIMENSIONS else (key,)
+    is_plain = type(key) in (str, bytes) or (type(key) is int and abs(key) < 1 << 60)
+    return key if is_plain or any(type(part) not in plain for part in parts) else repr(key)
 
 
 def _rebuild(
@@ -216,12 +240,24 @@ def _make_list(items: Any = ()) -> list:
     return list(items)
 
 
+def _make_complex(*parts: Any) -> str:
+    return repr(parts)
+
+
 def _make_size(items: Any = ()) -> tuple:
     return tuple(_make_list(items))
 
 
-def _make_device(*place: Any) -> str:
-    return ":".join(map(str, place))
+def _make_default_dict(*_: Any) -> dict:
+    return {}
+
+
+def _make_byte_array(data: Any = b"", encoding: Any = "latin-1") -> bytes:
+    return data if type(data) is bytes else make_bytes(data, encoding)
+
+
+def _join(separator: str) -> Callable[..., str]:
+    return lambda *parts: separator.join(map(str, parts))
 
 
 CALLS: dict[str, Callable[..., Any]] = {
@@ -236,10 +272,24 @@ CALLS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": _make_dict,
     "collections.Counter": _make_dict,
     "torch.Size": _make_size,
-    "torch.device": _make_device,
-    "builtins.set": _make_list,
-    "__builtin__.set": _make_list,
+    "torch.device": _join(":"),
+    # beside a model's state: settings, results, what a training was at
+    "argparse.Namespace": _make_record,
+    "collections.defaultdict": _make_default_dict,
+    **{
+        f"pathlib.{module}{kind}Path": _join("/")
+        for module in ("", "_local.")
+        for kind in ("Posix", "Windows")
+    },
 }
+for builtins in ("builtins", "__builtin__"):
+    CALLS[f"{builtins}.set"] = CALLS[f"{builtins}.frozenset"] = _make_list
+    CALLS[f"{builtins}.bytearray"] = _make_byte_array
+    CALLS[f"{builtins}.complex"] = _make_complex
+    # what a defaultdict would fill in
+    CALLS |= {
+        f"{builtins}.{name}": refuse_call for name in ("list", "dict", "int", "long", "float", "str", "bool")
+    }
 
 
 def _read_zip(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any, "Find"]:

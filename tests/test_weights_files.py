@@ -1,10 +1,16 @@
 """Files of weights that are damaged, foreign or hostile: one line, and no memory for what is not there."""
 
 import json
+import random
+from argparse import Namespace
+from collections import Counter, defaultdict
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from raylib.errors import UserError
 from raylib.models.hf_weights import read_folder
@@ -32,6 +38,43 @@ def test_torch_file_that_claims_terabytes_is_refused(tmp_path):
     path.write_bytes(data.replace(b"K\x4dt", b"J\xff\xff\xff\x7ft", 1)[: len(data)])
     with pytest.raises(UserError, match="x.bin: not to be read as weights"):
         read_tensors(path)
+
+
+@pytest.mark.parametrize("is_zip", [True, False])
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_what_published_checkpoints_have_beside_their_weights_is_passed_over(tmp_path, is_zip, protocol):
+    """Arguments of a command, results as NumPy's numbers, states of random generators: none of it is made."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    checkpoint = {
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "args": Namespace(lr=1e-4, output=Path("/data/runs"), sizes=torch.Size([1, 2]), inner=Namespace(a=1)),
+        "best": np.float64(0.5),
+        "epoch": np.int64(3),
+        "curve": np.arange(4.0),
+        "counts": Counter("abba"),
+        "results": defaultdict(list, {"de": [1]}),
+        "totals": defaultdict(int, {"de": 1}),
+        "random": (random.getstate(), np.random.get_state(), torch.get_rng_state()),
+        "amp": {"dtype": torch.bfloat16, "device": torch.device("cuda:0"), "enabled": True},
+        "languages": {"de", "ru"},
+        "kept": frozenset(("de",)),
+        "others": {0.5: 1, None: 2, (0, "de"): 3, True: 4, 1 << 70: 5, b"de": 6},
+        "bytes": bytearray(b"de"),
+        "number": 1 + 2j,
+    }
+    torch.save(
+        checkpoint,
+        tmp_path / "model.pth",
+        _use_new_zipfile_serialization=is_zip,
+        pickle_protocol=protocol,
+    )
+    tensors = read_tensors(tmp_path / "model.pth")
+    assert tensors.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
 
 
 def test_index_of_shards_stays_in_its_folder_and_lacks_nothing(tmp_path):
