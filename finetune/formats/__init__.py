@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from raylib.errors import UserError, describe_error
-from raylib.strict_json import parse_json
+from raylib.strict_json import SURROGATE, parse_json
 from raylib.textfile import CHUNK, open_bytes, open_text, stream_json
 
 BRIEF = reprlib.Repr()
@@ -127,12 +127,17 @@ def stream_jsonl(path: Path) -> Iterator[tuple[str, dict]]:
         UserError: as `stream_lines`; a line that is none, has half a surrogate pair, or a name twice in an
             object.
     """
-    decode = json.JSONDecoder().decode
+    decoder = json.JSONDecoder()
     for where, line in stream_lines(path):
         try:
-            record = decode(line)
-            # a name twice in one object, as nested objects seem to have; half a surrogate pair
-            if type(record) is dict and (line.count('":') > len(record) or "\\u" in line):
+            # `decode` looks for white space at both ends, which takes time
+            record, end = decoder.raw_decode(line.lstrip(" \t"))
+            if end < len(line):
+                record = decoder.decode(line)
+            # a name twice in one object, as nested objects seem to have; half a surrogate pair, as whole ones
+            # seem to be
+            has_half = "\\" in line and SURROGATE.search(line)
+            if type(record) is dict and (has_half or line.count('":') > len(record)):
                 record = parse_json(line, finite=False)
         except (ValueError, RecursionError) as e:
             raise UserError(f"{where}: no JSON ({describe_error(e)}); take an undamaged copy") from None
