@@ -100,6 +100,7 @@ def prepare(
     text: Mapping[str, Iterable[Path | str]] | None = None,
     image_size: int | None = None,
     limit: float = LIMIT,
+    images: Path | None = None,
 ) -> None:
     """Write `out`/image_text, `out`/parallel, `out`/text (those that are asked for) and a copy of the
     tokenizer.
@@ -109,6 +110,8 @@ def prepare(
         image_size: images whose shorter side is longer (pixels) are shrunk to it; None keeps the files'
             bytes.
         limit: share of bad samples in a file that is still normal.
+        images: folder below which the images of `image_text` lie; None: below that of the file that names
+            them.
 
     Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to
     read; a language that cannot name a shard.
@@ -129,10 +132,12 @@ def prepare(
     if copy.resolve() != model.path.resolve():
         shutil.copyfile(model.path, copy)
     if image_text:
-        records = _read_files(image_text, limit, lambda path, tally: read_image_text(path, tally, image_size))
-        items = (
-            ImageText(f"{row:09d}", images, {"en": texts}) for row, (images, texts) in enumerate(records)
+        if images and not images.is_dir():
+            raise UserError(f"{images}: no such folder; give that of the images")
+        records = _read_files(
+            image_text, limit, lambda path, tally: read_image_text(path, tally, image_size, images)
         )
+        items = (ImageText(f"{row:09d}", found, {"en": texts}) for row, (found, texts) in enumerate(records))
         write_image_text(out / "image_text", items)
     for kind, files, read in (("parallel", parallel, read_pairs), ("text", text, read_text)):
         if files:
@@ -278,6 +283,12 @@ def main(arguments: Sequence[str]) -> int:
     )
     for stream in ("--parallel", "--text"):
         parser.add_argument(stream, nargs="+", action="extend", default=[], metavar="LANGUAGE=FILE")
+    parser.add_argument(
+        "--images",
+        type=local_path,
+        metavar="FOLDER",
+        help="the folder below which images lie; else that of the file that names them",
+    )
     parser.add_argument("--image-size", type=int, help="shrink images to this shorter side, in pixels")
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="share of bad samples that is still normal"
@@ -298,6 +309,7 @@ def main(arguments: Sequence[str]) -> int:
         **streams,
         image_size=args.image_size,
         limit=args.limit,
+        images=args.images,
     )
     return 0
 

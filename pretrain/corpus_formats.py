@@ -3,8 +3,8 @@
   image-text   .json   ALBEF's list [{"image": path, "caption": text or list}, ...]
                .jsonl  CCLM's lines {"binary": base64 or path, "caption": text, list or {language: text or
                        list}}
-               Paths are relative to the file, below whose folder images lie (a link may lead there). Captions
-               are English; of a {language: ...} only "en" is read.
+               Images lie below a folder, the file's where none is given (a link may lead there); paths are
+               relative to it, or absolute. Captions are English; of a {language: ...} only "en" is read.
                They may be called otherwise: see `raylib.data.sources`.
   parallel     WikiMatrix's lines margin<TAB>source<TAB>target, those below the margin left out; or plain
                lines English<TAB>other. A name like "WikiMatrix.de-en.tsv.gz" says which column is English,
@@ -18,6 +18,7 @@ more is an error.
 
 import json
 import logging
+import os
 import re
 from codecs import EncodedFile
 from collections import Counter
@@ -37,6 +38,8 @@ from raylib.textfile import open_bytes, stream_json
 MARGIN = 1.04  # WikiMatrix's usual threshold
 LIMIT = 0.01  # share of bad samples that is still normal
 IMAGE_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # first bytes -> extension
+
+OUTSIDE = "images outside of the folder that they are looked for in (give another: --images FOLDER)"
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +73,10 @@ class Tally:
 
 
 def read_image_text(
-    path: Path, tally: Tally, size: int | None = None
+    path: Path, tally: Tally, size: int | None = None, images: Path | None = None
 ) -> Iterator[tuple[dict[str, bytes], list[str]]]:
-    """({extension: image}, English captions) of every good record of an ALBEF list or a CCLM file."""
+    """({extension: image}, English captions) of every good record of an ALBEF list or a CCLM file. images:
+    the folder below which images lie; else the file's."""
     readers = {".json": (read_json_list, "image"), ".jsonl": (read_json_lines, "binary")}
     if path.suffix not in readers:
         raise UserError(
@@ -82,7 +86,7 @@ def read_image_text(
     for record in read(path, tally):
         try:
             captions = _english(record)
-            image = _shrink(_load(record.get(field), path.parent), size)
+            image = _shrink(_load(record.get(field), images or path.parent), size)
         except BadSample as error:
             tally.skip(str(error))
         else:
@@ -183,7 +187,7 @@ def _english(record: dict) -> list[str]:
 
 
 def _load(image: Any, folder: Path) -> bytes:
-    """The bytes of an image that is a path (relative to `folder`) or base64."""
+    """The bytes of an image that is a path below `folder` or base64."""
     if not isinstance(image, str):
         raise BadSample("images that are missing")
     if file := find_file(folder, image):
@@ -191,7 +195,8 @@ def _load(image: Any, folder: Path) -> bytes:
     try:
         return decode_base64(image)
     except ValueError:
-        raise BadSample("images that are missing") from None
+        is_outside = os.path.isabs(image) or image.startswith("..")
+        raise BadSample(OUTSIDE if is_outside else "images that are missing") from None
 
 
 def _shrink(data: bytes, size: int | None) -> dict[str, bytes]:

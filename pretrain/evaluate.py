@@ -78,7 +78,9 @@ def _from_folder(folder: Path) -> Iterator[RetrievalItem]:
             raise UserError(f'{where}: wanted {{"image": PATH, "captions": {{LANGUAGE: TEXT}}}}')
         path = find_file(folder, record["image"])
         if path is None:
-            raise UserError(f"{where}: no image {record['image']!a:.200}")
+            raise UserError(
+                f"{where}: no image {record['image']!a:.200} in that folder; a link in it may lead elsewhere"
+            )
         try:
             captions = parse_captions(record, None)
         except BadCaption as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pretrain.corpora import main, prepare
-from pretrain.corpus_formats import Tally, read_image_text, read_json_list, read_pairs, read_text
+from pretrain.corpus_formats import OUTSIDE, Tally, read_image_text, read_json_list, read_pairs, read_text
 from raylib.data.images import decode_image
 from raylib.data.sources import Source
 from raylib.errors import UserError
@@ -70,12 +70,31 @@ def test_albef_list_is_read_and_bad_records_counted(tmp_path):
     assert found == [({"png": image()}, ["a dog"]), ({"jpg": image("jpg")}, ["a cat", "two cats"])]
     assert tally.good == 2 and tally.bad == {
         "images that do not decode": 1,
-        "images that are missing": 5,
+        "images that are missing": 3,
+        OUTSIDE: 2,
         "empty captions": 1,
         "records without an English caption": 1,
         "records that are no JSON object": 1,
         "captions that are not UTF-8": 1,
     }
+
+
+def test_published_list_names_images_of_another_folder(tmp_path):
+    """ALBEF's lists have absolute paths, or such from the folder of all data sets."""
+    (tmp_path / "data" / "cc3m").mkdir(parents=True)
+    (tmp_path / "data" / "cc3m" / "1.png").write_bytes(image())
+    (tmp_path / "lists").mkdir()
+    path = tmp_path / "lists" / "cc3m.json"
+    names = [str(tmp_path / "data" / "cc3m" / "1.png"), "cc3m/1.png"]
+    path.write_text(json.dumps([{"image": name, "caption": "a dog"} for name in names]))
+    found = list(read_image_text(path, Tally(path), images=tmp_path / "data"))
+    assert found == [({"png": image()}, ["a dog"])] * 2
+    tally = Tally(path)
+    assert not list(read_image_text(path, tally))
+    with pytest.raises(
+        UserError, match=r"1 images outside of the folder .*\(give another: --images FOLDER\)"
+    ):
+        tally.close()
 
 
 def test_albef_list_is_streamed_in_chunks(tmp_path):
