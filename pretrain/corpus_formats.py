@@ -28,7 +28,7 @@ from typing import Any
 
 import cv2
 
-from raylib.data.images import BadImage, decode_image
+from raylib.data.images import BadImage, decode_image, read_image_file
 from raylib.display import file_progress
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file
@@ -191,7 +191,10 @@ def _load(image: Any, folder: Path) -> bytes:
     if not isinstance(image, str):
         raise BadSample("images that are missing")
     if file := find_file(folder, image):
-        return file.read_bytes()
+        try:
+            return read_image_file(file)
+        except BadImage:
+            raise BadSample("images that are too large") from None
     try:
         return decode_base64(image)
     except ValueError:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.embeddings import FrozenStates
-from raylib.data.images import decode_image, resize_image
+from raylib.data.images import decode_image, read_image_file, resize_image
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
 from raylib.display import markdown_table, progress
@@ -88,7 +88,7 @@ def _from_folder(folder: Path) -> Iterator[RetrievalItem]:
         if not captions:
             raise UserError(f"{where}: no captions")
         yield RetrievalItem(
-            record["image"], path.read_bytes(), _clean(captions, where), bool(record.get("heldout"))
+            record["image"], read_image_file(path), _clean(captions, where), bool(record.get("heldout"))
         )
 
 

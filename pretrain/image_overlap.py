@@ -24,13 +24,13 @@ import cv2
 import numpy as np
 import torch
 
-from raylib.data.images import BadImage, decode_image, is_image
+from raylib.data.images import BadImage, decode_image, is_image, read_image_file
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.display import markdown_table, percent, progress
 from raylib.errors import UserError, reading
-from raylib.fileio import nfc, read_json, write_json
+from raylib.fileio import nfc, read_json, require_unicode, write_json
 from raylib.provenance import provenance
 from raylib.runtime import available_cpus
 from raylib.strict_json import parse_json
@@ -160,7 +160,7 @@ def stream_images(path: Path) -> Iterator[tuple[str, bytes]]:
         for file in sorted(p for p in path.rglob("*") if _is_image(p.name)):
             if not file.is_file():
                 raise UserError(f"{file}: a pipe, or a link to nothing, in place of an image; remove it")
-            yield str(file.relative_to(path)), file.read_bytes()
+            yield require_unicode(str(file.relative_to(path)), path), read_image_file(file)
     elif path.suffix == ".tar" and path.is_file():
         with open(path, "rb") as tar:
             for name, (offset, size, *_) in TarScan(path, hashes=False).files.items():

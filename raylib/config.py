@@ -32,7 +32,7 @@ from pydantic import (
 
 from raylib.errors import UserError, printable, reading
 from raylib.file_kinds import recognize
-from raylib.fileio import read_bytes
+from raylib.fileio import is_unicode, read_bytes
 from raylib.renames import MODULES, rename_path, rename_settings
 from raylib.strict_json import parse_json
 from raylib.strict_yaml import parse_yaml
@@ -138,13 +138,16 @@ URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # `Path` makes s3:/ of s3://
 
 
 def path_problem(text: str) -> str:
-    """Say what keeps a text from being a path of this machine: it is a URL, or has a NUL; "": nothing."""
+    """Say what keeps a text from being a path of this machine: it is a URL, has a NUL, or is no UTF-8, in
+    which paths are stored; "": nothing."""
     if URL.match(text):
         return (
             "a path of this machine, no URL: copy it here, or mount it; URLs are taken by "
             "data.image_text.folder, data.parallel.folder and data.text.folder of pretraining, and by "
             "--images of predict, and its --out with --ray"
         )
+    if not is_unicode(text):
+        return "its name is not in UTF-8; rename it"
     return "no path has a NUL character" if "\0" in text else ""
 
 

@@ -382,6 +382,22 @@ def decode_base64(data: str | bytes) -> bytes:
     return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
 
 
+def is_unicode(name: str) -> bool:
+    """Return whether a name can be written in UTF-8: those of files may have any bytes."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def require_unicode(name: str, folder: Path | str) -> str:
+    """Return the name of a file found in `folder`, which results will have.
+
+    Raises:
+        UserError: it is not in UTF-8.
+    """
+    if not is_unicode(name):
+        raise UserError(f"{folder}: the name of a file in it, {name!a:.200}, is not in UTF-8; rename it")
+    return name
+
+
 def nfc(name: str) -> str:
     """Return a name in the normal form by which names are compared."""
     return name if name.isascii() else unicodedata.normalize("NFC", name)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # texts are read, and corpora written, without PyTorch
 # what is looked for in a folder, in order
 TOKENIZER_FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")
 JSON_TOKENIZER = "a tokenizer.json of `tokenizers`"
+MAX_BYTES = 1 << 28  # of a tokenizer's file, which its library reads whole
 MAX_VOCABULARY = 1 << 24  # ids: an array has one for each
 SPECIALS = {
     "cls": ("<s>", "[CLS]", "<|startoftext|>"),
@@ -141,9 +142,15 @@ def load_sentencepiece(path: Path) -> Any:
     if not path.is_file():
         raise UserError(f"{path}: no such tokenizer file{hub_hint(path)}")
     with reading(path, "a SentencePiece model"):
+        _check_size(path)
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         model.id_to_piece(list(range(model.get_piece_size())))  # each is UTF-8, or this is an error
     return model
+
+
+def _check_size(path: Path) -> None:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{size:,} bytes, of which {MAX_BYTES:,} may be")
 
 
 def load_tokenizer_json(path: Path) -> Any:
@@ -157,6 +164,7 @@ def load_tokenizer_json(path: Path) -> Any:
     import tokenizers
 
     with reading(path, JSON_TOKENIZER):
+        _check_size(path)
         model = tokenizers.Tokenizer.from_file(str(path))
         if (largest := max(model.get_vocab().values(), default=-1)) >= MAX_VOCABULARY:
             raise ValueError(f"id {largest:,}, where {MAX_VOCABULARY:,} may be at most")

@@ -35,7 +35,7 @@ from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image, resize_image
 from raylib.display import progress
 from raylib.errors import UserError, name_errors, reading
-from raylib.fileio import read_json_object
+from raylib.fileio import is_unicode, read_json_object, require_unicode
 from raylib.processes import try_lock
 from raylib.strict_json import check_shape, parse_json
 
@@ -249,7 +249,7 @@ def list_images(root: str) -> list[dict[str, Any]]:
     if not is_folder:
         raise UserError(f"{root}: no such folder; give one with images, or embeddings that predict wrote")
     images = (name for name in found if is_image(name.rpartition("/")[2].lower()))
-    names = [name.removeprefix(path).lstrip("/") for name in images]
+    names = [require_unicode(name.removeprefix(path).lstrip("/"), root) for name in images]
     if not names:
         raise UserError(f"{root}: no images in it")
     return [{"image": name} for name in sorted(names)]
@@ -568,6 +568,9 @@ def _parse(arguments: Sequence[str]) -> Any:
         raise UserError(f"--out {given.out}: only --ray writes to a URL; give a file, or --ray")
     if given.out and not given.ray and Path(given.out).exists() and not Path(given.out).is_file():
         raise UserError(f"--out {given.out}: no plain file; give another, or --ray for a folder")
+    for path in filter(None, (given.model, given.images, given.regions, given.vision, given.out)):
+        if not is_unicode(path):
+            raise UserError(f"{path}: its name is not in UTF-8; rename it")
     if given.top < 0 or given.workers < 1 or given.batch < 1:
         raise UserError("--top is 0 or more, --workers and --batch 1 or more")
     return given

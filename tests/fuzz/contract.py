@@ -12,7 +12,7 @@ PRIMITIVES = re.compile(
     r"(^|\.)("
     r"open|read_text|read_bytes|json\.loads?|parse_json|pickle\.loads?|Unpickler|load_plain"
     r"|torch\.load|safe_open|load_file|safetensors\.\w+\.load|load_state_dict_from_url"
-    r"|np\.(load|fromfile|memmap|loadtxt|genfromtxt)|h5py\.File|ZipFile|TarFile|GzipFile|LZMAFile"
+    r"|(np|numpy)\.(load|fromfile|memmap|loadtxt|genfromtxt)|h5py\.File|ZipFile|TarFile|GzipFile|LZMAFile"
     r"|yaml\.(safe_)?load(_all)?|csv\.(reader|DictReader)|ijson\.\w+"
     r"|SentencePieceProcessor|Tokenizer\.from_file|(Auto\w+|SwinModel)\.from_pretrained"
     r"|ParseFromString|cat_file|imdecode|imread"
@@ -24,6 +24,7 @@ EXEMPT = {
     "it only writes, or reads what says nothing": """
         raylib.fileio:sync_file raylib.checkpoint:hold_checkpoint""",
     "any bytes will do": """
+        raylib.data.index:hash_index
         raylib.fileio:sha256_file raylib.file_kinds:recognize raylib.file_kinds:_lfs_advice
         raylib.search.search:_search_in raylib.search.tuner:RecordTrials.on_trial_error
         raylib.provenance:code_version""",
@@ -38,6 +39,7 @@ EXEMPT = {
         tune_spaces.jobs:PretrainSearchJob.run
         cluster:Cluster.request cluster:_wait_until_up cluster:_submit_job""",
     "its own trial has just written it": "tune_spaces.jobs:PretrainSearchJob.run",
+    "it hands on a function of another record": "pretrain.corpora:prepare",
     "it parses a word of the command line": "raylib.config:_parse cluster.submit:main",
     "it reads what this package ships": """
         raylib.sample:read_images raylib.sample:_read_text raylib.sample.scenes:read_labels
@@ -69,11 +71,25 @@ def opening_functions() -> dict[str, list[str]]:
 def find_in(text: str, module: str) -> dict[str, list[str]]:
     """The same of one module's source."""
     found: dict[str, list[str]] = {}
-    _visit(ast.parse(text), module, "", found)
+    tree = ast.parse(text)
+    _visit(tree, module, "", found, _aliases(tree))
     return found
 
 
-def _visit(node: ast.AST, module: str, scope: str, found: dict[str, list[str]]) -> None:
+def _aliases(tree: ast.AST) -> dict[str, str]:
+    """{name here: dotted name} of what a module imports, also within its functions."""
+    names = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {each.asname: each.name for each in node.names if each.asname}
+        if isinstance(node, ast.ImportFrom):
+            names |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
+    return names
+
+
+def _visit(
+    node: ast.AST, module: str, scope: str, found: dict[str, list[str]], aliases: dict[str, str]
+) -> None:
     for child in ast.iter_child_nodes(node):
         inner = scope
         if isinstance(child, ast.ClassDef) or (
@@ -81,18 +97,40 @@ def _visit(node: ast.AST, module: str, scope: str, found: dict[str, list[str]]) 
             isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef) and not _is_function(node, scope)
         ):
             inner = f"{scope}.{child.name}" if scope else child.name
-        if isinstance(child, ast.Call) and _opens(child):
+        # what opens may be called, or handed on by its name: `map(json.loads, lines)`, `read = open`
+        is_call = isinstance(child, ast.Call) and _opens(child, aliases)
+        is_function = isinstance(node, ast.Call) and node.func is child
+        is_name = (
+            not is_function and isinstance(child, ast.Name | ast.Attribute) and _is_opener(child, aliases)
+        )
+        if is_call or is_name:
             found.setdefault(f"{module}:{scope or '<module>'}", []).append(ast.unparse(child)[:80])
-        _visit(child, module, inner, found)
+        _visit(child, module, inner, found, aliases)
 
 
 def _is_function(node: ast.AST, scope: str) -> bool:
     return bool(scope) and not isinstance(node, ast.ClassDef | ast.Module)
 
 
-def _opens(call: ast.Call) -> bool:
+def _dotted(node: ast.expr, aliases: dict[str, str]) -> str:
+    """The name that is meant, whatever it was imported as."""
+    first, dot, rest = ast.unparse(node).partition(".")
+    return aliases.get(first, first) + dot + rest
+
+
+def _is_opener(node: ast.Name | ast.Attribute, aliases: dict[str, str]) -> bool:
+    """Tell whether a name, which is not called here, is that of a function that opens or parses."""
+    name = _dotted(node, aliases)
+    if not isinstance(node.ctx, ast.Load) or name.startswith("self.") or name.rpartition(".")[2][0].isupper():
+        return False  # an attribute of data; a class, of which an instance may be asked
+    return (isinstance(node, ast.Attribute) or node.id in (*aliases, "open")) and bool(
+        PRIMITIVES.search(name)
+    )
+
+
+def _opens(call: ast.Call, aliases: dict[str, str]) -> bool:
     """Tell whether a call opens or parses a file; opening it to write is none."""
-    name = ast.unparse(call.func)
+    name = _dotted(call.func, aliases)
     is_open = name.endswith(("open", "ZipFile", "TarFile"))
     if name == "os.open":  # to lock, or to write
         return not any(flag in ast.unparse(call) for flag in ("O_WRONLY", "O_RDWR", "O_DIRECTORY"))

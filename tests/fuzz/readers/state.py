@@ -456,15 +456,19 @@ def read_journal(path: Path) -> Any:
 
 
 def load_journal(path: Path) -> Any:
-    """How many trials Optuna's records finish; none of them lies in an empty space."""
-    finished, studies = set(), set()
+    """The values of trials that Optuna's records finish and that have no parameter, which lie in an empty
+    space, and how many others there are."""
+    finished, studies, placed = {}, set(), set()
     for r in json_lines(path, {str: Any}):
         if r["op_code"] == 0:
             studies.add(r["study_name"])
         if r["op_code"] == 6 and r.get("state") == 1:
-            finished.add(r["trial_id"])
+            finished[r["trial_id"]] = r["values"]
+        if r["op_code"] == 5:
+            placed.add(r["trial_id"])
     assert "a" in studies
-    return [], len(finished)
+    inside = [values for trial, values in finished.items() if trial not in placed]
+    return inside, len(finished) - len(inside)
 
 
 def read_note(path: Path) -> Any:
