@@ -1,17 +1,21 @@
 """Files of region features that are damaged, cut off, foreign or hostile: one line, little memory."""
 
+import base64
+import io
 import random
 import resource
 import zipfile
 
 import h5py
+import numpy as np
 import pytest
 
+from finetune.stores.arrays import parse_array
 from finetune.stores.lmdb_pages import LmdbPages
 from finetune.stores.regions import open_regions
 from raylib.data.images import BadImage
 from raylib.errors import UserError
-from tests.test_stores import FEATURES, write_flat_h5, write_lmdb, write_store
+from tests.test_stores import BOXES, FEATURES, write_flat_h5, write_lmdb, write_store
 
 
 def read_both(path):
@@ -214,3 +218,32 @@ def test_tsv_that_is_none_is_one_line(tmp_path):
     path.write_text("\t".join(second.split("\t")[:5]))
     with pytest.raises(BadImage, match="r.tsv, 8: 5 columns, wanted 10"):
         open_regions(path).read("8")
+
+
+def test_h5_with_strings_of_python_is_read(tmp_path):
+    """h5py stores `str` and `bytes` with lengths of their own."""
+    with h5py.File(tmp_path / "x.h5", "w") as file:
+        group = file.create_group("7")
+        group["features"], group["boxes"] = (base64.b64encode(x.tobytes()) for x in (FEATURES, BOXES))
+        group["img_h"], group["img_w"], group["tags"] = 20, 40, ["Hund", "süß"]
+    regions = open_regions(tmp_path / "x.h5").read("7")
+    assert (regions.features == FEATURES).all() and (regions.boxes == BOXES).all()
+    assert regions.tags == ("Hund", "süß")
+
+
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"chunks": (1,)}])
+def test_flat_h5_with_compressed_ids_is_read(tmp_path, options):
+    write_flat_h5(tmp_path / "x.h5", wh=[[40, 20]] * 2)
+    with h5py.File(tmp_path / "x.h5", "a") as file:
+        del file["image_id"]
+        strings = h5py.string_dtype()
+        file.create_dataset("image_id", data=["7", "8"], dtype=strings, compression="gzip", **options)
+    store = open_regions(tmp_path / "x.h5")
+    assert all((store.read(name).features == FEATURES).all() for name in ("7", "8")) and not store.has("9")
+
+
+def test_npy_of_each_version_is_read(tmp_path):
+    for version in ((1, 0), (2, 0), (3, 0)):
+        stream = io.BytesIO()
+        np.lib.format.write_array(stream, np.asfortranarray(FEATURES), version=version)
+        assert (parse_array(stream.getvalue()) == FEATURES).all()

@@ -3,6 +3,7 @@ links into other files, loads programs for filters that it does not know, makes 
 announces, and never ends reading strings of a damaged file (`read_strings` is in its place)."""
 
 import math
+import zlib
 from struct import Struct
 from typing import Any
 
@@ -39,6 +40,18 @@ def find_member(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset | Non
             raise ValueError(f"{part} is a link")
         found = found[key]
     return found
+
+
+def read_dataset(file: h5py.File, member: object, name: str) -> Any:
+    """Read a member of a file: numbers, or strings, also such as h5py makes of Python's.
+
+    Raises:
+        ValueError: it holds something else, or the file does not hold what it announces.
+    """
+    if isinstance(member, h5py.Dataset) and h5py.check_string_dtype(member.dtype) and member.dtype.hasobject:
+        strings = read_strings(file, member, name)
+        return strings if member.ndim else strings[0]
+    return check_dataset(member, name)[()]
 
 
 def check_dataset(member: object, name: str, row: bool = False) -> h5py.Dataset:
@@ -121,11 +134,11 @@ def read_strings(file: h5py.File, dataset: h5py.Dataset, name: str) -> list[byte
     """
     check_storage(dataset, name)
     properties = file.id.get_create_plist()
-    if dataset.ndim != 1 or properties.get_sizes() != (8, 8) or properties.get_userblock():
+    if dataset.ndim > 1 or properties.get_sizes() != (8, 8) or properties.get_userblock():
         raise ValueError(f"{name} is stored in another way than h5py does")
-    content = FileBytes(file.filename)
-    references = np.frombuffer(b"".join(_read_references(dataset, content, name)), REFERENCE)[: len(dataset)]
-    if len(references) < len(dataset):
+    content, count = FileBytes(file.filename), dataset.size
+    references = np.frombuffer(b"".join(_read_references(dataset, content, name)), REFERENCE)[:count]
+    if len(references) < count:
         raise ValueError(f"{name} is not stored whole")
     blocks: dict[int, dict[int, bytes]] = {}
     room, strings = len(content), []
@@ -149,10 +162,8 @@ def _read_references(dataset: h5py.Dataset, content: FileBytes, name: str) -> li
     """The bytes of a dataset as they are stored."""
     if dataset.chunks is None:
         offset = dataset.id.get_offset()
-        places = [] if offset is None else [(offset, len(dataset) * REFERENCE.itemsize)]
+        places = [] if offset is None else [(offset, dataset.size * REFERENCE.itemsize, 0)]
     else:
-        if dataset.id.get_create_plist().get_nfilters():
-            raise ValueError(f"{name} is compressed; store it without")
         chunks: list[Any] = []
         dataset.id.chunk_iter(chunks.append)
         chunks.sort(key=lambda chunk: chunk.chunk_offset)
@@ -161,10 +172,27 @@ def _read_references(dataset: h5py.Dataset, content: FileBytes, name: str) -> li
             chunk.chunk_offset != (start,) for chunk, start in zip(chunks, starts, strict=True)
         ):
             raise ValueError(f"{name} is not stored whole")
-        places = [(chunk.byte_offset, chunk.size) for chunk in chunks]
-    if any(offset + size > len(content) for offset, size in places):
+        places = [(chunk.byte_offset, chunk.size, chunk.filter_mask) for chunk in chunks]
+    if any(offset + size > len(content) for offset, size, _ in places):
         raise ValueError(f"{name} lies beyond the file's end")
-    return [content.read(size, offset) for offset, size in places]
+    return [_undo_filters(dataset, content.read(size, offset), mask) for offset, size, mask in places]
+
+
+def _undo_filters(dataset: h5py.Dataset, data: bytes, mask: int) -> bytes:
+    """A chunk out of what is stored of it. mask: a bit for each filter that it did not go through, as one
+    that would not become smaller."""
+    properties = dataset.id.get_create_plist()
+    for i in reversed(range(properties.get_nfilters())):
+        if mask >> i & 1:
+            continue
+        kind = properties.get_filter(i)[0]
+        if kind == h5py.h5z.FILTER_DEFLATE:
+            data = zlib.decompressobj().decompress(data, dataset.chunks[0] * REFERENCE.itemsize)
+        elif kind == h5py.h5z.FILTER_SHUFFLE:
+            data = np.frombuffer(data, np.uint8).reshape(REFERENCE.itemsize, -1).T.tobytes()
+        else:
+            raise ValueError("strings that are compressed in another way than gzip's")
+    return data
 
 
 def _read_block(content: FileBytes, address: int) -> tuple[dict[int, bytes], int]:

@@ -217,12 +217,13 @@ class _H5(_KeyedStore):
             return find_member(file, key)
 
     def load(self, key: str, place: Any) -> dict:
-        from finetune.stores.hdf5 import check_dataset, find_member
+        from finetune.stores.hdf5 import find_member, read_dataset
 
+        file = self.handle()
         with self.reading(key):
             record: dict[str, Any] = dict.fromkeys(place)
             for name in record.keys() & FIELDS:
-                record[name] = check_dataset(find_member(place, name), name)[()]
+                record[name] = read_dataset(file, find_member(place, name), name)
             return record
 
     def __getstate__(self) -> dict:
