@@ -308,6 +308,8 @@ def _stop_all(cluster: Cluster | None, hurry: threading.Event) -> None:
             while any(job["status"] not in FINAL_STATES for job in cluster.jobs()):
                 if time.monotonic() > limit or hurry.wait(0.2):
                     break
+                # what the job leaves is a child of this process, for which Ray waits until it is buried here
+                psutil.wait_procs(psutil.Process().children(), timeout=0)
     if not hurry.is_set():
         psutil.wait_procs([p for p in psutil.Process().children() if _follows(p)], timeout=5)
     for process in psutil.Process().children():
