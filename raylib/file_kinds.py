@@ -51,14 +51,7 @@ KINDS = (
     Kind("a PDF", b"%PDF", ("pdf",)),
     Kind("a program", b"\x7fELF", ()),
     Kind("safetensors", b'{"', ("safetensors",), 8),
-    *(
-        Kind(
-            "a pickle",
-            bytes((0x80, protocol)),
-            ("pickle", "pkl", "pytorch", "pt", "pth", "bin", "th", "ckpt"),
-        )
-        for protocol in range(2, 6)
-    ),
+    *(Kind("a pickle", bytes((0x80, protocol)), PICKLED) for protocol in range(2, 6)),
 )
 
 

@@ -25,11 +25,11 @@ import numpy as np
 
 from raylib.errors import UserError, error_line, reading, unreadable
 from raylib.file_kinds import HEAD, LFS_POINTER, WEB_PAGE
+from raylib.strict_json import DEPTH
 
 RATIO, FLOOR = 250, 1 << 28  # times the file's size, and bytes that are no bomb at any ratio
 LINE = 1 << 26  # bytes of the longest line, and of the longest string in a stream of JSON
 ITEM = 1 << 28  # bytes of the largest item of such a stream
-DEPTH = 100  # arrays and objects in one another
 BUFFER = 1 << 17
 CHUNK = 1 << 14  # bytes of JSON read at a time: of more, the parser is a tenth slower
 PACKED = {".gz": "gzip", ".xz": "xz", ".zip": "a zip of one JSON file"}

@@ -3,48 +3,16 @@ that a header announces is believed before it is compared with what is there."""
 
 import io
 import math
-import os
 import zipfile
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from raylib.data.index import parse_npy_header
+
 MAX_BYTES = 1 << 28  # of one image's file, and of what it holds: a hundred times what detectors write
 MAX_MEMBERS = 1000  # of a zip
-HEADERS = {
-    (1, 0): np.lib.format.read_array_header_1_0,
-    (2, 0): np.lib.format.read_array_header_2_0,
-    # differs in the names of a record's fields alone, and none is read
-    (3, 0): np.lib.format.read_array_header_2_0,
-}
-
-
-def read_file(path: Path) -> bytes:
-    """Read a file of one image's features.
-
-    Raises:
-        ValueError: it is larger than such a file may be.
-    """
-    with open(path, "rb", buffering=0) as file:
-        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
-            raise ValueError(f"{size:,} bytes, of which an image's may have {MAX_BYTES:,}")
-        return file.read(size)
-
-
-def read_header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype, int]:
-    """Return (shape, whether it is in Fortran's order, dtype, where its values begin) of an array in a .npy
-    file.
-
-    Raises:
-        ValueError: no such header.
-    """
-    stream = io.BytesIO(data)
-    version = np.lib.format.read_magic(stream)
-    if version not in HEADERS:
-        raise ValueError(f"format {version[0]}.{version[1]} of arrays")
-    return *HEADERS[version](stream), stream.tell()
 
 
 def parse_array(data: bytes) -> np.ndarray:
@@ -53,7 +21,7 @@ def parse_array(data: bytes) -> np.ndarray:
     Raises:
         ValueError: they hold none, or more or less than it.
     """
-    shape, is_fortran, dtype, start = read_header(data)
+    start, shape, is_fortran, dtype = parse_npy_header(data)
     if dtype.kind not in "biufSU" or not dtype.itemsize:
         raise ValueError(f"an array of {dtype}, and numbers and strings are read")
     if (size := math.prod(shape) * dtype.itemsize) != len(data) - start or min(shape, default=0) < 0:

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from finetune.stores import Regions, decode_floats, folders_of, may_hold, reading_record, stem, to_regions
-from finetune.stores.arrays import MAX_BYTES, parse_archive, parse_array, read_file, read_header
+from finetune.stores.arrays import MAX_BYTES, parse_archive, parse_array
 from finetune.stores.lmdb_pages import LmdbPages
 from raylib.cache import open_once
 from raylib.data.images import BadImage
+from raylib.data.index import parse_npy_header
 from raylib.errors import UserError, reading
-from raylib.fileio import unicode_forms
+from raylib.fileio import read_bytes, unicode_forms
 from raylib.pickles import load_plain
 
 OSCAR_BOX_DIM = 6  # x1, y1, x2, y2, width, height behind each region's features
@@ -315,7 +316,7 @@ class _Npz(_Folder):
     def load(self, key: str, place: str) -> dict:
         file = self.path / f"{key}.npz"
         with reading_record(str(file), "region features (npz)"):
-            record = parse_archive(read_file(file), FIELDS)
+            record = parse_archive(read_bytes(file, MAX_BYTES), FIELDS)
             if "norm_bb" in record:
                 record |= {"boxes": record["norm_bb"][:, :4], "img_h": 1.0, "img_w": 1.0}
         return record
@@ -330,10 +331,10 @@ class _Npy(_Folder):
     def load(self, key: str, place: str) -> dict:
         file, info = self.path / f"{key}.npy", self.path / f"{key}_info.npy"
         with reading_record(str(file), "region features (npy)"):
-            features = parse_array(read_file(file))
+            features = parse_array(read_bytes(file, MAX_BYTES))
         with reading_record(str(info), "what is known of regions (npy)"):
-            data = read_file(info)
-            shape, _, dtype, start = read_header(data)
+            data = read_bytes(info, MAX_BYTES)
+            start, shape, _, dtype = parse_npy_header(data)
             if shape or not dtype.hasobject:  # what follows is an array of one object, pickled
                 raise ValueError(f"an array of {dtype} {shape} in place of a dict")
             record = load_plain(data[start:], str(info))

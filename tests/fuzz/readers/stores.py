@@ -344,7 +344,7 @@ READERS = [
         example_npz,
         read_regions,
         each(load_npz),
-        (f"{STORE}:_Npz.load", "finetune.stores.arrays:read_file", "finetune.stores.arrays:parse_archive"),
+        (f"{STORE}:_Npz.load", "finetune.stores.arrays:parse_archive"),
         targets=("1.npz",),
     ),
     Reader("regions_uc2", example_uc2, read_regions, each(load_npz), (f"{STORE}:_Npz.load",)),
@@ -353,7 +353,7 @@ READERS = [
         example_npy,
         read_regions,
         each(load_npy),
-        (f"{STORE}:_Npy.load", "finetune.stores.arrays:read_file"),
+        (f"{STORE}:_Npy.load",),
     ),
     Reader(
         "regions_lxmert",
