@@ -16,10 +16,11 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
+from pydantic import BaseModel, Field
 from torch import Tensor, nn
 
 from raylib.data.index import FileBytes
@@ -32,9 +33,9 @@ from raylib.finite import is_finite
 from raylib.lock import make_folder
 from raylib.packed import Ragged
 from raylib.runtime import free_memory
+from raylib.strict_json import Count
 
 T = TypeVar("T")
-STORED_DTYPES = {"float32": 4, "float16": 2}  # bytes of a number
 # no part of the data beside them: opening an LMDB writes the first, opening a shard the second
 WRITTEN_BY_READERS = ("lock.mdb", ".index.bin")
 
@@ -105,6 +106,16 @@ def file_fingerprint(path: str | Path) -> tuple:
     return str(path), *((str(f.relative_to(path)), (s := f.stat()).st_size, s.st_mtime_ns) for f in files)
 
 
+class StoredIndex(BaseModel):
+    """The index of a worker's states; rows: first token, tokens of each item."""
+
+    tokens: Count
+    width: Count
+    dtype: Literal["float32", "float16"]
+    rows: dict[str, Annotated[list[Count], Field(min_length=2, max_length=2)]]
+    faults: dict[str, str] = {}
+
+
 class EncoderStates:
     """The folder that `write_encoder_states` made. May be sent to loader processes: files are opened where
     they are first read.
@@ -120,15 +131,16 @@ class EncoderStates:
         self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
         for worker in range(len(list(folder.glob("index-*.json")))):
             path, what, advice = folder / f"index-{worker}.json", "an index of states", self._advice
-            index = read_json_object(path, ("tokens", "width", "dtype", "rows"), what, advice)
+            index = read_json_object(path, (), what, advice, shape=StoredIndex)
             with reading(path, what, advice):
-                shape, rows = _parse_states_index(index, folder / f"states-{worker}.bin")
+                _require_fit(index, folder / f"states-{worker}.bin")
+                shape = index["tokens"], index["width"], index["dtype"]
                 # `read` puts items of several workers into one array
                 others = {other[1:] for other in (*self.shapes, shape) if other[0]}
                 if len(others) > 1:
                     raise ValueError(f"width and dtype {shape[1:]}, where another worker has others")
             self.shapes.append(shape)
-            self.rows |= {name: (worker, *row) for name, row in rows.items()}
+            self.rows |= {name: (worker, first, count) for name, (first, count) in index["rows"].items()}
             self.faults |= index.get("faults", {})
         self._files: dict[int, FileBytes] = {}
 
@@ -190,34 +202,15 @@ class EncoderStates:
         return torch.from_numpy(values)
 
 
-def _parse_states_index(
-    index: dict[str, Any], states: Path
-) -> tuple[tuple[int, int, str], dict[str, tuple[int, int]]]:
-    """Return ((tokens, width, dtype) of a worker's `states`, {name: (first token, tokens)}).
-
-    Raises:
-        ValueError: they are of other types, or do not lie in the file.
-    """
-    tokens, width, dtype, rows = (index[name] for name in ("tokens", "width", "dtype", "rows"))
-    faults = index.get("faults", {})
-    if not all(type(count) is int and count >= 0 for count in (tokens, width)) or dtype not in STORED_DTYPES:
-        raise ValueError(f"tokens {tokens!r}, width {width!r}, dtype {dtype!r}")
-    if not isinstance(rows, dict) or not isinstance(faults, dict):
-        raise ValueError(f"rows are {type(rows).__name__}, faults {type(faults).__name__}")
-    if wrong := [name for name, fault in faults.items() if not isinstance(fault, str)]:
-        raise ValueError(f"fault of {wrong[0]!r}: {type(faults[wrong[0]]).__name__}")
-    wanted = tokens * width * STORED_DTYPES[dtype]
+def _require_fit(index: dict[str, Any], states: Path) -> None:
+    """Raise ValueError where the rows of a worker's index do not lie in its `states`."""
+    tokens = index["tokens"]
+    wanted = tokens * index["width"] * np.dtype(index["dtype"]).itemsize
     if (size := states.stat().st_size) != wanted:
         raise ValueError(f"{states.name} has {size:,} bytes, and should have {wanted:,}")
-    for name, row in rows.items():
-        match row:
-            case [int() as first, int() as count] if (
-                0 <= first and 0 < count <= tokens - first and (type(first) is type(count) is int)
-            ):
-                pass
-            case _:
-                raise ValueError(f"row of {name!r}: {str(row)[:40]}, of {tokens} tokens")
-    return (tokens, width, dtype), {name: (first, count) for name, (first, count) in rows.items()}
+    for name, (first, count) in index["rows"].items():
+        if not 0 < count <= tokens - first:
+            raise ValueError(f"row of {name!r:.40}: {first}, {count}, of {tokens} tokens")
 
 
 class ItemStates:

@@ -30,7 +30,7 @@ from pydantic import (
     field_validator,
 )
 
-from raylib.errors import UserError, printable, reading
+from raylib.errors import UserError, reading, shorten_text
 from raylib.file_kinds import recognize
 from raylib.fileio import is_unicode, read_bytes
 from raylib.renames import MODULES, rename_path, rename_settings
@@ -234,7 +234,7 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
         return cls.model_validate(values, context={"run": run})
     except ValidationError as e:
         first = e.errors()[0]
-        path = _shorten(".".join(str(part) for part in first["loc"]), 100)
+        path = shorten_text(".".join(str(part) for part in first["loc"]), 100)
         if first["type"] in ("extra_forbidden", NO_USER_FILE):
             advice = f"; or name your file: {path}=FILE.py" if first["type"] == NO_USER_FILE else ""
             similar = suggest(path, setting_paths(cls))
@@ -434,17 +434,6 @@ def differing_paths(a: Any, b: Any, prefix: str = "") -> list[str]:
         for name in sorted({*a, *b})
         for path in differing_paths(a.get(name), b.get(name), f"{prefix}{name}.")
     ]
-
-
-def name_some(paths: Sequence[str]) -> str:
-    """Return the first of some paths of settings, shortened, and how many there are besides."""
-    shown = ", ".join(_shorten(path, 40) for path in paths[:6])
-    return shown + (f" and {len(paths) - 6} more" if len(paths) > 6 else "")
-
-
-def _shorten(text: str, most: int) -> str:
-    """Return at most so many characters, none of which is a control character."""
-    return printable(text if len(text) <= most else f"{text[: most - 3]}...")
 
 
 def without_settings(values: dict[str, Any], paths: Set[str], prefix: str = "") -> dict[str, Any]:

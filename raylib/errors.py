@@ -9,7 +9,7 @@ import re
 import resource
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
@@ -197,16 +197,24 @@ def describe_error(error: BaseException) -> str:
         byte = f"byte {error.object[error.start]:#04x} at {error.start:,}"
         return f"not {error.encoding.upper()} text: {byte}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    text = printable(lines[0])
-    if isinstance(error, KeyError):
-        text = f"no {text} in it"
-    return text if len(text) <= LONGEST_REASON else f"{text[: LONGEST_REASON - 3]}..."
+    return shorten_text(f"no {lines[0]} in it" if isinstance(error, KeyError) else lines[0], LONGEST_REASON)
 
 
 def printable(text: str) -> str:
     """Return a text with its line breaks and control characters, which may be commands to a terminal, as
     Python spells them."""
     return text if text.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def shorten_text(text: str, most: int) -> str:
+    """Return at most so many characters of a text, and as `printable` has them."""
+    return printable(text if len(text) <= most else f"{text[: most - 3]}...")
+
+
+def name_some(names: Sequence[str]) -> str:
+    """Return the first of some names that come from a file, shortened, and how many there are besides."""
+    shown = ", ".join(shorten_text(name, 40) for name in names[:6])
+    return shown + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 @contextmanager

@@ -248,7 +248,9 @@ def test_remote_manifest_writes_nothing_outside_the_cache(images, tmp_path):
     values["shards"][0]["sha256"] = "../../x"
     path.write_text(json.dumps(values))
     before = sorted(p for p in tmp_path.rglob("*") if cache not in p.parents)
-    fails(lambda: Source(f"file://{images}", cache=cache).sample("en", 0), "sha256 '../../x'")
+    fails(
+        lambda: Source(f"file://{images}", cache=cache).sample("en", 0), "shards.0.sha256: ", "not '../../x'"
+    )
     after = sorted(p for p in tmp_path.rglob("*") if cache not in p.parents and p not in cache.parents)
     assert [p for p in after if p not in before and p != cache] == []
 

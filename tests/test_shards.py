@@ -244,7 +244,7 @@ def test_shards_bad_source_is_one_line_error(images, tmp_path):
     edit_manifest(images, lambda manifest: manifest["shards"][1].update(name="../x.tar"))
     fails("no plain file name")
     edit_manifest(images, lambda manifest: manifest["shards"].clear())
-    fails("not to be read as a manifest of shards .no list of shards.; make it anew: ")
+    fails("not to be read as a manifest of shards .no shards.; make it anew: ")
 
 
 def read_all(shard, cache):

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from raylib.errors import UserError, describe_error
+from raylib.errors import UserError, describe_error, name_some
 from raylib.strict_json import SURROGATE, parse_json
 from raylib.textfile import CHUNK, open_bytes, open_text, stream_json
 
@@ -154,7 +154,7 @@ def stream_members(path: Path) -> Iterator[tuple[str, str, Any]]:
     prefix = f"{path}, member "
     with open_bytes(path, is_text=True) as (file, _):
         for key, value in stream_json(path, file):
-            yield prefix + (key if len(key) < 60 and key.isprintable() else _name(key)), key, value
+            yield prefix + (key if len(key) < 60 and key.isprintable() else ascii(key)[:60]), key, value
 
 
 def stream_list(path: Path, name: str = "") -> Iterator[tuple[str, dict]]:
@@ -201,11 +201,6 @@ def describe_value(value: Any) -> str:
     return f"{type(value).__name__}, {shorten(value)}"
 
 
-def _name(key: str) -> str:
-    """A key as an error's line has it."""
-    return key if len(key) < 60 and key.isprintable() else ascii(key)[:60]
-
-
 def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str) -> Any:
     """`record[name]`, of this type, or one of these; no bool is an int.
 
@@ -215,7 +210,7 @@ def get_field(record: dict, name: str, kind: type | tuple[type, ...], where: str
     try:
         value = record[name]
     except (KeyError, TypeError):
-        found = ", ".join(map(_name, sorted(as_object(record, where))[:12]))
+        found = name_some(sorted(as_object(record, where)))
         raise UserError(f"{where}: no field '{name}'; it has {found}") from None
     if type(value) is not kind and (type(kind) is not tuple or type(value) not in kind):
         kinds = kind if isinstance(kind, tuple) else (kind,)

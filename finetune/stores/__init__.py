@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from raylib.data.images import BadImage
-from raylib.errors import UserError, reading
+from raylib.errors import UserError, name_some, reading
 from raylib.fileio import decode_base64, nfc
 from raylib.finite import is_finite
 
@@ -90,7 +90,7 @@ def to_regions(record: Any, where: str) -> Regions:
         )
     missing = [key for key in ("features", "boxes", "img_h", "img_w") if key not in record]
     if missing:
-        raise BadImage(f"{where}: no {', '.join(missing)}; it has {_list_names(record)}")
+        raise BadImage(f"{where}: no {', '.join(missing)}; it has {name_some(sorted(map(str, record)))}")
     boxes, features = (_to_floats(record[name], f"{where}, {name}") for name in ("boxes", "features"))
     if boxes.size % 4 or (boxes.ndim > 1 and boxes.shape[-1] != 4):
         raise BadImage(f"{where}: {boxes.size} values of boxes, which have four each")
@@ -111,12 +111,6 @@ def to_regions(record: Any, where: str) -> Regions:
     _require_inside(boxes, height, width, where)
     tags = _to_tags(record.get("tags", ()), f"{where}, tags")
     return Regions(features.reshape(len(boxes), -1), boxes, height, width, tags)
-
-
-def _list_names(record: Mapping) -> str:
-    """The first few names in a record, shortened."""
-    names = [name[:40] if name.isprintable() else repr(name[:40]) for name in sorted(map(str, record))]
-    return ", ".join(names[:10]) + (f" and {len(names) - 10} others" if len(names) > 10 else "")
 
 
 def _require_inside(boxes: np.ndarray, height: float, width: float, where: str) -> None:

@@ -8,21 +8,43 @@ or allowed that of a config file (`raylib.config.require_permission`).
 
 import hashlib
 import os
-import re
 import shlex
 import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, Field
 
 from raylib.config import PIPE
-from raylib.data.shards import KINDS, MANIFEST, PLAIN_NAME, index_command
+from raylib.data.shards import KINDS, MANIFEST, ShardName, index_command
 from raylib.errors import MachineError, UserError, name_errors, reading
 from raylib.fileio import atomic_file, file_lock, read_json_object, sha256_file
+from raylib.strict_json import Count
 
 CHUNK = 1 << 20
 MANIFEST_BYTES = 1 << 28  # the most that a remote manifest may take
 LOCAL_URL = "file://"
-SHA256 = re.compile("[0-9a-f]{64}")
+
+
+class StoredShard(BaseModel):
+    """A shard in `manifest.json`. A manifest comes from elsewhere: names in it could lead anywhere on this
+    machine, and so could a hash, which a name in the cache begins with."""
+
+    name: ShardName
+    language: str
+    samples: Count
+    bytes: Count
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class StoredManifest(BaseModel):
+    """`manifest.json` (`raylib.data.shards`)."""
+
+    format: Literal[1]
+    kind: str
+    tokenizer: str | None = None
+    shards: list[StoredShard]
+    images: list[str] | None = None
 
 
 class ShardEntry(NamedTuple):
@@ -112,47 +134,22 @@ def fetch_manifest(base: str | Path, cache, kind: str | None) -> Manifest:
             f"{error}; for a folder of tars, `{index_command(base, kind or 'KIND')}` makes one"
         ) from None
     what, advice = "a manifest of shards", f"make it anew: {index_command(base, kind or 'KIND')}"
-    values = read_json_object(path, ("format", "kind", "shards"), what, advice)
+    stored = read_json_object(path, (), what, advice, shape=StoredManifest)
     with reading(path, what, advice):
-        return _parse_manifest(values)
+        return _parse_manifest(stored)
 
 
-def _parse_manifest(values: dict[str, Any]) -> Manifest:
-    """Raises ValueError: of another format."""
-    kind, shards, images = values["kind"], values["shards"], values.get("images")
-    if values["format"] != 1 or not isinstance(kind, str) or kind not in KINDS:
-        raise ValueError(f"format {values['format']!r}, kind {kind!r}")
-    if not isinstance(shards, list) or not shards:
-        raise ValueError("no list of shards")
-    if images is not None and not (isinstance(images, list) and all(isinstance(x, str) for x in images)):
-        raise ValueError(f"images {images!r}, wanted a list of extensions")
-    tokenizer = values.get("tokenizer")
-    if not isinstance(tokenizer, str | None):
-        raise ValueError(f"tokenizer {tokenizer!r}")
-    entries = [_parse_shard(number, shard) for number, shard in enumerate(shards)]
-    if len({entry.name for entry in entries}) < len(entries):
+def _parse_manifest(stored: dict[str, Any]) -> Manifest:
+    """Raises ValueError: of an unknown kind, or with no shards, or with one twice."""
+    kind, images = stored["kind"], stored.get("images")
+    if kind not in KINDS:
+        raise ValueError(f"kind {kind!r}; there are: {', '.join(KINDS)}")
+    shards = [ShardEntry(*(shard[name] for name in ShardEntry._fields)) for shard in stored["shards"]]
+    if not shards:
+        raise ValueError("no shards")
+    if len({shard.name for shard in shards}) < len(shards):
         raise ValueError("a shard occurs twice")
-    return Manifest(kind, tokenizer, entries, None if images is None else tuple(images))
-
-
-def _parse_shard(number: int, fields: Any) -> ShardEntry:
-    if not isinstance(fields, dict) or (missing := [x for x in ShardEntry._fields if x not in fields]):
-        raise ValueError(
-            f"shard {number}: {'no ' + ', '.join(missing) if isinstance(fields, dict) else 'no object'}"
-        )
-    entry = ShardEntry(**{name: fields[name] for name in ShardEntry._fields})
-    # a manifest comes from elsewhere: a name with a folder in it could lead anywhere on this machine, and so
-    # could what the name in the cache begins with
-    if not isinstance(entry.name, str) or not PLAIN_NAME.fullmatch(entry.name):
-        raise ValueError(f"shard name {entry.name!r} is no plain file name that ends in .tar")
-    if not isinstance(entry.sha256, str) or not SHA256.fullmatch(entry.sha256):
-        raise ValueError(f"{entry.name}: sha256 {entry.sha256!r}")
-    if not isinstance(entry.language, str):
-        raise ValueError(f"{entry.name}: language {entry.language!r}")
-    for what, count in (("samples", entry.samples), ("bytes", entry.bytes)):
-        if type(count) is not int or not 0 <= count < 1 << 62:
-            raise ValueError(f"{entry.name}: {what} {count!r}")
-    return entry
+    return Manifest(kind, stored.get("tokenizer"), shards, None if images is None else tuple(images))
 
 
 def _download(base: str, name: str, target: Path, limit: int) -> None:

@@ -48,6 +48,10 @@ CHECKED = 16  # bytes of the header before those that its CRC-32 is of
 JSON_ENDING = ".index.json"
 JSON_FORMATS = (1, 2, 3)  # the first has no hashes of images, the last a checksum
 NPY_HEADER = 4096  # bytes that surely hold an .npy header of ours
+NPY_VERSIONS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
 LARGE = 8**11  # bytes that a tar's header has no digits for
 # a folder that others write: a data set that many read
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -279,6 +283,32 @@ def list_samples(scan: TarScan) -> list[IndexedSample]:
     return samples
 
 
+class NpyHeader(NamedTuple):
+    """The header of a .npy file; start: its bytes, behind which the values lie."""
+
+    start: int
+    shape: tuple[int, ...]
+    is_fortran: bool
+    dtype: np.dtype
+
+
+def parse_npy_header(data: bytes) -> NpyHeader:
+    """Parse the header of the .npy file that `data` begin.
+
+    Raises:
+        ValueError: it is none.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in NPY_VERSIONS:
+            raise ValueError(f"format {version[0]}.{version[1]} of arrays")
+        shape, is_fortran, dtype = NPY_VERSIONS[version](file)
+    except Exception as error:  # the header is a Python literal, at which its parser raises much
+        raise ValueError(describe_error(error)) from error
+    return NpyHeader(file.tell(), shape, is_fortran, dtype)
+
+
 def read_npy_header(data: bytes, size: int, kinds: str = "ui") -> tuple[int, tuple[int, ...], np.dtype]:
     """Return (bytes of the header, shape, dtype) of a .npy file of `size` bytes, of which `data` are the
     first. kinds: of numbers that it may hold, by NumPy's letters.
@@ -286,19 +316,13 @@ def read_npy_header(data: bytes, size: int, kinds: str = "ui") -> tuple[int, tup
     Raises:
         ValueError: it is none, or not of such numbers in C order, or has other than these bytes.
     """
-    file = io.BytesIO(data)
-    try:
-        is_first = np.lib.format.read_magic(file) == (1, 0)
-        read = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(file)
-    except Exception as error:  # the header is a Python literal, at which its parser raises much
-        raise ValueError(describe_error(error)) from error
-    if (fortran and len(shape) > 1) or dtype.kind not in kinds:
-        raise ValueError(f"{dtype}{' in Fortran order' * fortran}: other numbers are wanted, in C order")
+    start, shape, is_fortran, dtype = parse_npy_header(data)
+    if (is_fortran and len(shape) > 1) or dtype.kind not in kinds:
+        raise ValueError(f"{dtype}{' in Fortran order' * is_fortran}: other numbers are wanted, in C order")
     # whoever reads the elements trusts the shape: it must be that of the bytes that are there
-    if min(shape, default=0) < 0 or file.tell() + math.prod(shape) * dtype.itemsize != size:
+    if min(shape, default=0) < 0 or start + math.prod(shape) * dtype.itemsize != size:
         raise ValueError(f"{size:,} bytes do not hold {shape} of {dtype}")
-    return file.tell(), shape, dtype
+    return start, shape, dtype
 
 
 def write_index(shard: Path, shard_bytes: int, samples: Sequence[IndexedSample]) -> None:
@@ -410,19 +434,14 @@ def _parse_samples(stored: dict[str, Any]) -> list[IndexedSample]:
             case [str(), dict() as members, int() as rows] if _is_count(rows) and rows < 1 << 32:
                 for name, place in members.items():
                     if not _is_place(place, shard_bytes) or "\0" in name:
-                        raise ValueError(f"sample {number}, {name!r}: {_shorten(place)}")
+                        raise ValueError(f"sample {number}, {name!r}: {place!a:.60}")
             case _:
-                raise ValueError(f"sample {number}: {_shorten(sample)}")
+                raise ValueError(f"sample {number}: {sample!a:.60}")
     places = [place[:2] for _, members, _ in samples for place in members.values()]
     table = np.unique(np.array(places, np.int64).reshape(-1, 2), axis=0)  # links stand for one place
     if (table[1:, 0] < table[:-1].sum(1)).any():
         raise ValueError("members that overlap")
     return [IndexedSample(*sample) for sample in samples]
-
-
-def _shorten(value: Any) -> str:
-    text = ascii(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _is_count(value: Any) -> bool:

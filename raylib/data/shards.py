@@ -32,9 +32,10 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
+from pydantic import AfterValidator
 
 from raylib.command import command_parser, entry_point, local_path
 from raylib.data.index import index_path, json_path, list_samples, read_npy_header, write_index
@@ -42,13 +43,23 @@ from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.display import hide_progress, progress
 from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object, write_json
+from raylib.strict_json import check_shape
 from raylib.text import is_language_code, language_of
 
 KINDS = {"image_text": 1, "text": 1, "parallel": 2}  # kind -> sides
 BLOCK_ROWS = 8192
 MANIFEST = "manifest.json"
-PLAIN_NAME = re.compile(r"(?![.-])[^/\\\x00-\x1f\x7f]+\.tar")  # of a shard
+PLAIN_NAME = re.compile(r"(?![.-])[^/\\\x00-\x1f\x7f]+\.tar")
 SERIAL_BYTES = 64 << 20  # of tars that are read faster than other processes start
+
+
+def _check_shard_name(name: str) -> str:
+    if not PLAIN_NAME.fullmatch(name):
+        raise ValueError(f"shard name {name!r:.100} is no plain file name that ends in .tar")
+    return name
+
+
+ShardName = Annotated[str, AfterValidator(_check_shard_name)]
 
 
 def index_folder(
@@ -317,11 +328,9 @@ def _list_stale(manifest: Path) -> set[str]:
     what, advice = "a manifest of shards", "delete it, or write into another folder"
     shards = read_json_object(manifest, ("shards",), what, advice)["shards"]
     with reading(manifest, what, advice):
-        names = {shard["name"] for shard in shards}
-        # they will be deleted: none may lead out of the folder
-        if wrong := [name for name in names if not PLAIN_NAME.fullmatch(name)]:
-            raise ValueError(f"shard name {wrong[0]!r} is no plain file name that ends in .tar")
-        return names
+        names = [shard["name"] for shard in shards]
+        check_shape(names, list[ShardName])  # they will be deleted: none may lead out of the folder
+        return set(names)
 
 
 class _TarWriter:

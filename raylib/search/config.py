@@ -21,10 +21,9 @@ from raylib.config import (
     FolderNameOrNone,
     differing_paths,
     find_code,
-    name_some,
     read_stored_settings,
 )
-from raylib.errors import UserError, reading
+from raylib.errors import UserError, name_some, reading
 from raylib.fileio import read_json_object
 from raylib.search.space import Space
 from raylib.settings import MUTABLE_SETTINGS, LaunchConfig
