@@ -16,7 +16,8 @@ PRIMITIVES = re.compile(
     r"|yaml\.(safe_)?load(_all)?|csv\.(reader|DictReader)|ijson\.\w+"
     r"|SentencePieceProcessor|Tokenizer\.from_file|(Auto\w+|SwinModel)\.from_pretrained"
     r"|ParseFromString|cat_file|imdecode|imread"
-    r"|read_json|read_json_object|read_jsonl|repair_jsonl|open_text|stream_json|read_tensors"
+    r"|read_json|read_json_object|read_jsonl|repair_jsonl|open_text|open_bytes|read_tensors|read_safetensors"
+    r"|stream_json|stream_jsonl|stream_lines|stream_list|stream_members|read_torch|TarScan"
     r")$"
 )
 # functions that need no record, by reason
@@ -51,6 +52,8 @@ EXEMPT = {
         raylib.sample.rebuild:write_caption_tables raylib.sample.scenes.subset:cut_wordnet
         raylib.sample.scenes.subset:cut_vectors raylib.sample.scenes.subset:_read""",
     "it takes a path, and a way to open it": "raylib.cache:open_once",
+    "it hands on what the reader of another record returns": """
+        raylib.api.predict:main raylib.convert:_load raylib.data.index:_compare_places""",
     "it reads by a function of another record, of a checkpoint that a list with hashes has sealed": """
         raylib.engine:Engine._load_values raylib.convert:convert_checkpoint""",
 }

@@ -70,7 +70,7 @@ class Reader:
     memory, memory_factor: bytes that reading may take: `memory` + `memory_factor` x bytes of the example's
         folder.
     seconds: CPU time that reading may take; a hang too, where nothing moves for as long.
-    address_space: bytes of addresses beyond the above, for libraries that reserve more than they use (LMDB).
+    address_space: bytes of addresses beyond the above, for libraries that reserve more than they use.
     writes: the reader may change files below the example's folder (a lock, an index beside a shard).
     """
 

@@ -261,6 +261,35 @@ def load_predictions(path: Path) -> Any:
     return records
 
 
+def read_questions(path: Path) -> Any:
+    from raylib.api.predict import read_questions
+
+    return read_questions(path)
+
+
+def load_questions(path: Path) -> Any:
+    """What its answers were, where it was asked before, is left out."""
+    return [
+        {key: value for key, value in record.items() if key not in ("answers", "error")}
+        for record in load_records(path)
+    ]
+
+
+def read_embeddings(path: Path) -> Any:
+    from raylib.api.predict import read_embeddings
+
+    return read_embeddings(path)
+
+
+def load_embeddings(path: Path) -> Any:
+    """Of the images that could be read."""
+    import numpy as np
+
+    records = [record for record in load_records(path) if "error" not in record]
+    vectors = [[float(typed({"": x}, "", int, float)) for x in r["embedding"]] for r in records]
+    return [typed(r, "image", str) for r in records], np.array(vectors, np.float32)
+
+
 def read_scenes(path: Path) -> Any:
     from finetune.analysis.parallel import Inapplicable, read_scenes
     from raylib.errors import UserError
@@ -413,6 +442,35 @@ READERS = [
         read_predictions,
         load_predictions,
         ("finetune.predict:read_predictions",),
+    ),
+    Reader(
+        "questions",
+        write_files(
+            {
+                "questions.jsonl": dump_lines(
+                    {"image": "a.jpg", "question": "what?"},
+                    {"image": "b.jpg", "question": "wie viele?", "id": 3, "answers": [{"answer": "2"}]},
+                )
+            }
+        ),
+        read_questions,
+        load_questions,
+        ("raylib.api.predict:read_questions",),
+    ),
+    Reader(
+        "embeddings",
+        write_files(
+            {
+                "images.jsonl": dump_lines(
+                    {"image": "a.jpg", "embedding": [0.5, -1, 1e-3]},
+                    {"image": "b.jpg", "error": "b.jpg: does not decode"},
+                    {"image": "c.jpg", "embedding": [1.0, 0.25, 2]},
+                )
+            }
+        ),
+        read_embeddings,
+        load_embeddings,
+        ("raylib.api.predict:read_embeddings",),
     ),
     Reader(
         "scenes",

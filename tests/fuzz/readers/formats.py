@@ -477,7 +477,7 @@ READERS = [
         ANSWERS,
         "read_multinli",
         multinli,
-        LINES,
+        (*LINES, f"{ANSWERS}:_table"),
     ),
     reader(
         "nlvr2",

@@ -383,7 +383,11 @@ READERS = [
         read=read_foreign,
         oracle=load_foreign,
         setup=import_torch,
-        covers=("raylib.data.index:list_samples", "raylib.data.tars:TarScan.__init__"),
+        covers=(
+            "raylib.data.index:list_samples",
+            "raylib.data.shards:_index_shard",
+            "raylib.data.tars:TarScan.__init__",
+        ),
         compares="keys, extensions and bytes of the samples",
     ),
     Reader(

@@ -393,7 +393,11 @@ READERS = [
         lambda folder: write_files({"images.tar": tar_of_images()})(folder),
         read_pictures,
         load_pictures,
-        ("finetune.stores.images:ImageStore._bytes", "raylib.data.images:decode_image"),
+        (
+            "finetune.stores.images:_open_images",
+            "finetune.stores.images:ImageStore._bytes",
+            "raylib.data.images:decode_image",
+        ),
         agree=same_pixels,
         compares="pixels, to within 4 of 255",
     ),
