@@ -299,6 +299,17 @@ class AugmentConfig(Config):
 PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
 
 
+def check_heads(sizes: Any) -> Any:
+    """Return a model's sizes.
+
+    Raises:
+        ValueError: their width is not one that their heads divide among themselves.
+    """
+    if sizes.width % sizes.heads:
+        raise ValueError(f"width {sizes.width} is not a multiple of heads {sizes.heads}")
+    return sizes
+
+
 class SwinSizes(Config):
     """Sizes of a Swin Transformer; the defaults are Swin-B."""
 
@@ -377,8 +388,7 @@ class ModelConfig(Config):
 
     @model_validator(mode="after")
     def _divisible(self) -> "ModelConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+        check_heads(self)
         if self.vision_width and self.vision_width % (self.width // self.heads):
             raise ValueError(
                 f"vision_width {self.vision_width} is not a multiple of a head's {self.width // self.heads}"

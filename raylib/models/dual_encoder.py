@@ -27,7 +27,7 @@ from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD
 from raylib.packed import Ragged, upload
-from raylib.settings import Checkpointing
+from raylib.settings import Checkpointing, check_heads
 from raylib.weights import limit_model, load_state
 
 FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
@@ -59,11 +59,7 @@ class MClipConfig(Config):
     dropout: float = 0.1
     eps: float = 1e-5
 
-    @model_validator(mode="after")
-    def _fits(self) -> "MClipConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
+    _fits = model_validator(mode="after")(check_heads)
 
 
 class ClipConfig(Config):

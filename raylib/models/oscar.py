@@ -43,6 +43,7 @@ from raylib.models.layers import TextEmbedding, init_weights
 from raylib.models.single_stream import SingleStreamBackbone
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows, select_mask
 from raylib.precision import LayerNorm
+from raylib.settings import check_heads
 from raylib.weights import limit_model
 
 # numbers behind a region's features that are taken: x1, y1, x2, y2, width, height, as shares of the image;
@@ -78,11 +79,7 @@ class OscarConfig(Config):
     features: Size | None = 2048
     region_eps: float | None = 1e-12
 
-    @model_validator(mode="after")
-    def _fits(self) -> "OscarConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
+    _fits = model_validator(mode="after")(check_heads)
 
 
 TINY = OscarConfig(vocabulary=12000, width=32, heads=2, feedforward=64, layers=2, positions=64, features=6)

@@ -32,6 +32,7 @@ from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.single_stream_weights import read_single_stream
 from raylib.packed import Ragged, first_tokens, join_rows, select_mask, upload
 from raylib.precision import LayerNorm
+from raylib.settings import check_heads
 from raylib.weights import limit_model
 
 # Numbers behind a region's features, as readers give them: x1, y1, x2, y2, width, height, area, as shares of
@@ -194,11 +195,7 @@ class SingleStreamConfig(Config):
     pooled: Size | None = None
     activation: Literal["tanh", "relu"] = "tanh"
 
-    @model_validator(mode="after")
-    def _fits(self) -> "SingleStreamConfig":
-        if self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
-        return self
+    _fits = model_validator(mode="after")(check_heads)
 
 
 _VOLTA: dict[str, Any] = dict(locations=5, whole_image=True, pooler="product", pooled=1024, activation="relu")
