@@ -24,7 +24,7 @@ from typing import Any
 
 from raylib.errors import UserError, name_errors, reading
 from raylib.processes import process_start, try_lock
-from raylib.strict_json import check_member, check_shape, parse_json
+from raylib.strict_json import check_shape, parse_json
 
 CHUNK = 1 << 16  # bytes read at a time
 MAX_TRIES = 1000  # places where a record may begin in a line that a crash has damaged
@@ -195,15 +195,6 @@ def read_json_object(
         if missing := sorted({*keys} - values.keys()):
             raise ValueError(f"no {', '.join(missing)} in it")
     return values
-
-
-def member_path(folder: Path, name: object) -> Path:
-    """Return the path in `folder` of what a file there calls `name`, perhaps with folders.
-
-    Raises:
-        ValueError: it is no name, or leads out of the folder.
-    """
-    return folder / check_member(name)
 
 
 def append_jsonl(path: Path, record: dict[str, Any], durable: bool = False) -> None:
