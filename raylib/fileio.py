@@ -149,7 +149,7 @@ def read_bytes(path: Path, most: int = MAX_JSON) -> bytes:
     if status.st_size > most:
         raise ValueError(f"{status.st_size:,} bytes, of which {most:,} may be")
     with open(path, "rb") as file:  # a folder: its error says so
-        return file.read(most + 1)
+        return file.read(status.st_size)  # `most` would be made room for
 
 
 def read_json(
