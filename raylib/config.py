@@ -30,7 +30,7 @@ from pydantic import (
     field_validator,
 )
 
-from raylib.errors import UserError, reading, shorten_text
+from raylib.errors import UserError, printable, reading, shorten_text
 from raylib.file_kinds import recognize
 from raylib.fileio import is_unicode, read_bytes
 from raylib.renames import MODULES, rename_path, rename_settings
@@ -295,7 +295,7 @@ def _require_code_permission(values: dict[str, Any], where: Path, assignments: S
     for path, code in find_code(values):
         if not isinstance(code, UserFile):
             raise UserError(
-                f"{where}: {path} names code, {_shorten(code, 100)!r}, which would run on this machine: read "
+                f"{where}: {path} names code, {shorten_text(code, 100)!r}, which would run on this machine: read "
                 f"it, and add {CODE_PERMISSION}=true to the command line, or give {path}=... there"
             )
 
