@@ -295,8 +295,8 @@ def _require_code_permission(values: dict[str, Any], where: Path, assignments: S
     for path, code in find_code(values):
         if not isinstance(code, UserFile):
             raise UserError(
-                f"{where}: {path} names code, {shorten_text(code, 100)!r}, which would run on this machine: read "
-                f"it, and add {CODE_PERMISSION}=true to the command line, or give {path}=... there"
+                f"{where}: {path} names code, {shorten_text(code, 100)!r}, which would run on this machine: "
+                f"read it, and add {CODE_PERMISSION}=true to the command line, or give {path}=... there"
             )
 
 
