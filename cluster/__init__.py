@@ -275,9 +275,11 @@ def _submit_job(cluster: Cluster, command: list[str]) -> int:
     )
     while follower.poll() is None and cluster.head.poll() is None:
         time.sleep(0.3)
+        _reap(follower, cluster.head)
     # the follower ends with the job, or because it lost its connection
     while (job := _find_job(cluster)) and job["status"] not in FINAL_STATES:
         time.sleep(1)
+        _reap(cluster.head)
     if job is None:  # it was not accepted
         return follower.returncode or 1
     code = job["driver_exit_code"]
@@ -308,8 +310,7 @@ def _stop_all(cluster: Cluster | None, hurry: threading.Event) -> None:
             while any(job["status"] not in FINAL_STATES for job in cluster.jobs()):
                 if time.monotonic() > limit or hurry.wait(0.2):
                     break
-                # what the job leaves is a child of this process, for which Ray waits until it is buried here
-                psutil.wait_procs(psutil.Process().children(), timeout=0)
+                _reap(cluster.head)
     if not hurry.is_set():
         psutil.wait_procs([p for p in psutil.Process().children() if _follows(p)], timeout=5)
     for process in psutil.Process().children():
@@ -321,6 +322,16 @@ def _stop_all(cluster: Cluster | None, hurry: threading.Event) -> None:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
         psutil.wait_procs(processes, timeout=0.2)
+
+
+def _reap(*own: subprocess.Popen) -> None:
+    """Let go of children that have ended, `own` with their exit codes. The job's processes are among them,
+    once their parent has ended: to Ray, which waits for a job that it stops, they live until then."""
+    for process in own:
+        process.poll()
+    with contextlib.suppress(ChildProcessError):  # there is none
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _follows(process: Any) -> bool:
