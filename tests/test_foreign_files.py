@@ -8,6 +8,7 @@ import pytest
 from finetune.__main__ import main as finetune
 from pretrain.__main__ import main as pretrain
 from raylib.api.predict import main as predict
+from raylib.data.images import BadImage, decode_image
 from tests.fuzz.contract import find_in
 
 NAME = os.fsdecode(b"caf\xe9")
@@ -42,6 +43,17 @@ def test_image_larger_than_memory_is_one_line(tmp_path, model, retrieval_set, co
         assert code == 2
     err = capsys.readouterr().err
     assert err.count("1,099,511,627,776 bytes, of which an image may have") == 2 and err.count("\n") == 2
+
+
+@pytest.mark.parametrize("place", [0.1, 0.5, 0.9, 40, 60, -20])
+@pytest.mark.parametrize("cut", [True, False])
+def test_damaged_png_is_one_line_and_none_of_libpng(retrieval_set, capfd, cut, place):
+    data = bytearray(max(retrieval_set.glob("*.png"), key=lambda path: path.stat().st_size).read_bytes())
+    at = int(place * len(data)) if isinstance(place, float) else place % len(data)
+    data[at] ^= 0x10
+    with pytest.raises(BadImage, match="cut off|damaged|pixels"):
+        decode_image(bytes(data[:at] if cut else data), "x.png")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_names_that_are_no_utf8_are_one_line(tmp_path, model, retrieval_set, corpus, scenes, capsys):

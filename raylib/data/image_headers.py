@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from struct import Struct
 from struct import error as StructError
+from zlib import crc32
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from raylib.file_kinds import LFS_POINTER, WEB_PAGE
 # As Pillow, which warns there: a quarter of a GiB as RGB
 MAX_PIXELS = 89_478_485
 MAX_BYTES = 1 << 28  # of an image's file
+MAX_CHUNKS = 100_000  # of a PNG; writers make them of 8 KB and more
 MAX_SCANS = 100  # of a progressive JPEG, which have ten
 MARKER = re.compile(rb"\xff+[^\x00\xff]")
 # without a length of their own: restarts, the image's beginning and end
@@ -90,7 +92,23 @@ def _check_scans(data: bytes, place: int, channels: int) -> None:
 
 
 def _size_of_png(data: bytes) -> tuple[int, int]:
-    return UINT32.unpack_from(data, 16)[0], UINT32.unpack_from(data, 20)[0]
+    """Follow its chunks to the end: where one breaks off or is damaged, libpng would print lines of its
+    own."""
+    place, view = 8, memoryview(data)
+    for _ in range(MAX_CHUNKS):
+        end = place + 12 + UINT32.unpack_from(data, place)[0]
+        kind = data[place + 4 : place + 8]
+        if end > len(data):
+            raise ValueError(f"{len(data)} bytes: it is cut off")
+        # those without which there is no image begin with a capital letter
+        if kind[:1].isupper() and crc32(view[place + 4 : end - 4]) != UINT32.unpack_from(data, end - 4)[0]:
+            raise ValueError(
+                f"a PNG whose part {kind!a:.20} at byte {place:,} is damaged: its checksum differs"
+            )
+        if kind == b"IEND":
+            return UINT32.unpack_from(data, 16)[0], UINT32.unpack_from(data, 20)[0]
+        place = end
+    raise ValueError(f"a PNG of more than {MAX_CHUNKS:,} parts")
 
 
 def _size_of_webp(data: bytes) -> tuple[int, int]:
