@@ -162,8 +162,14 @@ def load_study(path: Path) -> Any:
     from raylib.search.optuna import JOURNAL
 
     records = crash_records(path / JOURNAL, "op_code")
-    names = list(dict.fromkeys(r["study_name"] for r in records if r["op_code"] == 0))
-    return sum(r["op_code"] == 4 and r["study_id"] == names.index("a") for r in records)
+    names: list[str] = []
+    count = 0
+    for record in records:
+        if record["op_code"] == 0 and record["study_name"] not in names:
+            names.append(record["study_name"])
+        # trials of a study that is not there yet are none: its first line may have been damaged
+        count += record["op_code"] == 4 and dict(enumerate(names)).get(record["study_id"]) == "a"
+    return count
 
 
 def read_embeddings_note(path: Path) -> Any:
