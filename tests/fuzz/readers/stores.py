@@ -194,7 +194,7 @@ def load_table(path: Path, name: str) -> dict[str, Any]:
     """A line of three columns is OSCAR's, of ten LXMERT's."""
     import numpy as np
 
-    rows = [line.rstrip("\n").split("\t") for line in io.StringIO(path.read_bytes().decode(), newline="\n")]
+    rows = [line.rstrip("\r\n").split("\t") for line in io.StringIO(path.read_bytes().decode(), newline="\n")]
     cells, *others = [row for row in rows if row[0].rsplit("/", 1)[-1].removesuffix(".jpg") == name]
     # an image that comes twice is one image if it is the same
     assert all(other == cells for other in others)
