@@ -96,11 +96,13 @@ def test_code_of_a_run_that_a_command_reads_is_told(trace, capsys):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"task": "task.py"}, {"strategies": {"my": {"file": "task.py:X"}}}, {"backbone": "task.py"}]
+    "settings", [{"strategies": {"my": {"file": "task.py:X"}}}, {"task": "xvnli", "backbone": "task.py"}]
 )
 def test_code_that_an_export_names_is_refused(trace, settings):
     with pytest.raises(UserError, match="names code .* which no export has"):
         _refuse_code(settings, trace.parent / "config.json")
+    _refuse_code({"task": "task.py"}, trace.parent / "config.json")  # a label, which nothing loads
+    assert not trace.exists()
 
 
 def test_code_that_another_search_names_is_not_run(trace):

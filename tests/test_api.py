@@ -386,6 +386,6 @@ def test_load_runs_no_code_that_an_export_names(library, tmp_path, form):
     value = json.loads(json.dumps(form).replace("{file}", str(code)))
     settings["polyglance_run"] = {"task": "xgqa", "strategies": {"mine": value}}
     (folder / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"strategies.mine names code \(.*mine.py"):
+    with pytest.raises(UserError, match=r"strategies.mine(.file)? names code \(.*mine.py"):
         polyglance.load(folder)
     assert not (tmp_path / "ran").exists()

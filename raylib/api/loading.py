@@ -108,15 +108,16 @@ def _with_prompts(config: FinetuneConfig, tokenizer: Tokenizer, network: Any) ->
 
 
 def _refuse_code(settings: dict[str, Any], file: Path) -> None:
-    """Refuse a task or strategies in a user's own file, which an export never has: it may come from a
+    """Refuse strategies, or more, in a user's own file, which an export never has: it may come from a
     stranger, and its settings would run what they name.
 
     Raises:
         UserError: there is one.
     """
-    for path, code in find_code(settings):
+    # a task's name is that of its data set here: nothing loads it
+    for path, code in find_code({name: value for name, value in settings.items() if name != "task"}):
         raise UserError(
-            f"{file}: {RUN_KEY}.{path} names code ({code[:100]!r}), which no export has; it is not run"
+            f"{file}: {RUN_KEY}.{path} names code ({code[:250]!r}), which no export has; it is not run"
         )
 
 
