@@ -28,6 +28,7 @@ from raylib.pickles import CALLS as PLAIN_CALLS
 from raylib.pickles import OPCODES, Machine, Name, Refused, make_bytes, refuse_call, require_plain
 
 MAX_PICKLE = 1 << 26  # bytes of a pickle: a tensor takes about 300, an optimizer's state of it as many
+FIRST_READ = 1 << 20  # bytes
 MAX_DIMENSIONS = 32
 MAX_VIEWS = 8  # elements of all tensors together, for each element of their storages; a few are free
 FREE_ELEMENTS = 1 << 22
@@ -368,7 +369,18 @@ def _require_end(file: BinaryIO, size: int, members: int) -> None:
 
 
 def _read_legacy(file: BinaryIO, size: int, classes: Collection[str]) -> tuple[Any, "Find"]:
-    machine = _TorchMachine(file.read(MAX_PICKLE), classes=classes)
+    # what is pickled is small beside the storages behind it, which are not to be read twice
+    for length in (FIRST_READ, MAX_PICKLE):
+        file.seek(0)
+        try:
+            return _parse_legacy(file, _TorchMachine(file.read(length), classes=classes))
+        except Refused:
+            if size <= length or length == MAX_PICKLE:
+                raise
+    raise Refused("no file of PyTorch's")
+
+
+def _parse_legacy(file: BinaryIO, machine: _TorchMachine) -> tuple[Any, "Find"]:
     if machine.data[:1] != b"\x80" or machine.run() != MAGIC or machine.run() != VERSION:
         raise Refused("no file of PyTorch's")
     facts = machine.run()
