@@ -269,7 +269,7 @@ class StoredResult(BaseModel, extra="allow"):
     trainable: Count | None = None
     share: float | None = None
     accuracy: dict[str, float] | None = None
-    retrieval: dict[str, dict[str, float]] | None = None
+    retrieval: dict[str, dict[str, float | list[float] | None]] | None = None
     by_type: dict[str, dict[str, float]] = {}
     interval: dict[str, list[float] | None] = {}
     mean_targets: float | None

@@ -325,7 +325,10 @@ class Engine(ABC):
                 "train"
             )
         path = stored.folder / "model.safetensors"
-        load_state(self.objective.model, read_tensors(path, str(self.device)), path)
+        try:
+            load_state(self.objective.model, read_tensors(path, str(self.device)), path)
+        except UserError as e:
+            raise UserError(f"{e}; or go on from an older checkpoint with resume=step_NNNNNN") from e
         with torch.no_grad():
             for name, value in self._objective_values().items():
                 value.copy_(stored.read_whole(VALUE, name, value))

@@ -59,7 +59,7 @@ def read_safetensors(
     Raises:
         UserError: it is damaged, or something else; a tensor is not finite (it is named).
     """
-    _require_file(path)
+    _require_file(path, what)
     with reading(path, what, advice):
         try:
             with safe_open(path, "pt", device) as file:
@@ -79,9 +79,9 @@ def _require_names(tensors: Iterable[str]) -> None:
             raise ValueError(f"a tensor is called {name[:40]!r}...")
 
 
-def _require_file(path: Path | str) -> None:
+def _require_file(path: Path | str, what: str) -> None:
     if not Path(path).is_file():  # a pipe would never end
-        raise UserError(f"{path}: no such file; give a file of weights")
+        raise UserError(f"{path}: no such file; wanted {what}")
 
 
 def _choose_state(value: Any) -> dict[str, TensorRecord]:
@@ -112,6 +112,10 @@ def load_state(model: nn.Module, tensors: Mapping[str, Tensor], path: Path | str
     Raises:
         UserError: a tensor is missing, left over, of another shape or kind of numbers; names it.
     """
+    # a module may make a parameter that a state has, such as the bias of a contrast
+    with reading(path, "weights of this model", ADVICE):
+        own = model.state_dict()
+        model.load_state_dict({name: x for name, x in tensors.items() if name not in own}, strict=False)
     own = model.state_dict()
     misfits = [f"missing {name}" for name in own if name not in tensors]
     misfits += [f"unused {name}" for name in tensors if name not in own]

@@ -484,7 +484,7 @@ def test_analyse_unfinished_run_is_one_line_error(tmp_path, capsys):
     error = capsys.readouterr().err.strip()
     assert (
         error.startswith("error: ")
-        and "(No such file or directory); give finished runs" in error
+        and "no such file; give finished runs" in error
         and "\n" not in error
     )
 

@@ -352,7 +352,7 @@ def test_finetune_mistake_leaves_no_folder(finetune, tmp_path, vilt):
         "image_size=null",
     ]
     code, printed = finetune("scenes_xvnli", *few)
-    assert code == 2 and "vilt: model_type vilt is none of bert, roberta, xlm-roberta" in printed
+    assert code == 2 and "vilt: model_type 'vilt' is none of bert, roberta, xlm-roberta" in printed
     assert "; name its file: backbone=FILE.py" in printed and not (tmp_path / "one").exists()
     (tmp_path / "my_vilt.py").write_text((vilt / "my_vilt.py").read_text().replace("vilt.pooler", "pooler"))
     backbone = f"backbone={tmp_path / 'my_vilt.py'}"

@@ -264,7 +264,9 @@ def tagged(parallel, tmp_path):
         records = [json.loads(line) for line in (data / f"cvil/{split}.jsonl").read_text().splitlines()]
         for i, record in enumerate(records):
             record["o"] = "dog;polar bear" if i % 3 else ""
-            images[record["img_id"]] = rng.random((1 + i % 4, TINY.features + REGION_BOX_DIM))
+            regions = rng.random((1 + i % 4, TINY.features + REGION_BOX_DIM))
+            regions[:, TINY.features : TINY.features + 4].sort()  # x1, y1 below x2, y2
+            images[record["img_id"]] = regions
         (data / f"cvil/{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         if split == "train":
             pairs = [(record["ru"].split(), record["en"].split()) for record in records]

@@ -220,7 +220,7 @@ def test_hugging_face_folder_without_encoder_is_named(finetune, tmp_path):
     (tmp_path / "text" / "config.json").write_text('{"model_type": "clip"}')
     shutil.copy2(DATA / "tokenizer.model", tmp_path / "text")
     _, printed = finetune("scenes_xvnli", f"model={tmp_path / 'text'}")
-    assert "text: model_type clip is none of bert," in error(printed) and "backbone=FILE.py" in printed
+    assert "text: model_type 'clip' is none of bert," in error(printed) and "backbone=FILE.py" in printed
 
 
 @pytest.mark.parametrize(("task", "shots"), [("xgqa", 5), ("marvl", 4), ("xflickrco", 5)])

@@ -144,7 +144,7 @@ def test_distances_are_cached_until_inputs_change(tmp_path):
     two, report = vector_distances(("dog", "glorp", "cat"), vectors, cache)
     assert torch.equal(one, two) and report.unknown == ("glorp",) and len(list(cache.iterdir())) == 5
     file.write_bytes(file.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged.*delete it"):
+    with pytest.raises(UserError, match="not to be read as distances of labels.*delete it"):
         wordnet_distances(LABELS, WORDNET, 0.8, 0.7, cache)
 
 

@@ -205,7 +205,7 @@ def test_text_sizes_takes_sizes_from_config_json(tmp_path, kind, positions):
 def test_text_sizes_of_vision_folder_is_refused(tmp_path):
     ViTConfig().save_pretrained(tmp_path)
     with pytest.raises(
-        UserError, match=r"model_type vit is none of bert, .*; name its file: backbone=FILE.py"
+        UserError, match=r"model_type 'vit' is none of bert, .*; name its file: backbone=FILE.py"
     ):
         text_sizes(tmp_path)
 

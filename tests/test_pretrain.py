@@ -443,9 +443,9 @@ def test_pretrain_evaluate_refuses_folder_without_retrieval_set(mini, tmp_path, 
     folder.mkdir()
     for text, words in (
         (None, "no retrieval set"),
-        ("{", "not UTF-8 JSON"),
+        ("{", "not to be read as JSON"),
         ('[{"captions": {"en": "a"}}]', "record 0: wanted"),
-        ('[{"image": "none.png", "captions": {"en": "a"}}]', "record 0: no image none.png"),
+        ('[{"image": "none.png", "captions": {"en": "a"}}]', "record 0: no image 'none.png' in that folder"),
         ('[{"image": "captions.json", "captions": {"en": ""}}]', "an empty caption in 'en'"),
         ('[{"image": "captions.json", "captions": {"en": "a"}}]', "does not decode"),
         ("[]", "no images"),

@@ -211,7 +211,7 @@ def test_strategies_without_answers_work_on_retrieval(finetune, tmp_path):
         (["strategies.prior.alfa=1"], "did you mean strategies.prior.alpha"),
         (["strategies.unfreezing.layers=5"], "strategies.unfreezing.layers=5, but the model has 4 layers"),
         (['strategies.code_mixing.languages=["xx"]'], "xx"),
-        (["strategies.sparse.mask=none"], "none: no pruning mask is read there"),
+        (["strategies.sparse.mask=none"], "none: no such file; wanted a pruning mask"),
         (
             ["strategies.sparse.epochs=3"],
             "strategies.sparse.epochs=3: a round is cut out of a run of epochs=2",

@@ -31,7 +31,7 @@ BMP_HEADERS = (12, 40, 52, 56, 64, 108, 124)  # bytes
 def check_image(data: bytes) -> None:
     """Raise ValueError, which says why, where `data` are no whole image of a kind that is read, or one of too
     many pixels."""
-    for magic, offset, size_of in KINDS:
+    for magic, offset, size_of in IMAGE_KINDS:
         if data.startswith(magic, offset):
             try:
                 width, height = size_of(data)
@@ -153,7 +153,7 @@ def _size_of_avif(data: bytes) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-KINDS: tuple[tuple[bytes, int, Callable[[bytes], tuple[int, int]]], ...] = (
+IMAGE_KINDS: tuple[tuple[bytes, int, Callable[[bytes], tuple[int, int]]], ...] = (
     (b"\xff\xd8\xff", 0, _size_of_jpeg),
     (b"\x89PNG\r\n\x1a\n", 0, _size_of_png),
     (b"RIFF", 0, _size_of_webp),
