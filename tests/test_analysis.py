@@ -482,11 +482,7 @@ def test_analyse_unfinished_run_is_one_line_error(tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
     assert main(["analyse", str(tmp_path)]) == 2
     error = capsys.readouterr().err.strip()
-    assert (
-        error.startswith("error: ")
-        and "no such file; give finished runs" in error
-        and "\n" not in error
-    )
+    assert error.startswith("error: ") and "no such file; give finished runs" in error and "\n" not in error
 
 
 def test_attention_shares_of_items_equal_mean_of_each_alone(tokenizer, scenes):

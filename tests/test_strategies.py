@@ -282,7 +282,9 @@ def test_pruning_mask_files_round_trip_and_name_mistakes(tmp_path):
         apply_mask(Stack(), read, str(tmp_path / "m.safetensors"))
     (tmp_path / "no").write_text("mask")
     for name in ("no", "none"):
-        with pytest.raises(UserError, match="not to be read as a pruning mask|no such file; wanted a pruning mask"):
+        with pytest.raises(
+            UserError, match="not to be read as a pruning mask|no such file; wanted a pruning mask"
+        ):
             read_mask(tmp_path / name)
 
 
