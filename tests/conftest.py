@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(items):
 def signal_handlers():
     """Those that Ray and Tune leave in the process go: a child that another test forks would meet them, and
     may outlive SIGTERM."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
     before = {number: signal.getsignal(number) for number in numbers}
     yield
     for number, handler in before.items():

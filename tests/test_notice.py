@@ -31,10 +31,13 @@ ALONE = ("runtime=local", "workers=1")
 
 @pytest.fixture(autouse=True)
 def listens():
-    """Ctrl-C counts, even where these tests run in the background of a shell, in which it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    """Ctrl-C and a closed terminal count, even where these tests run in the background of a shell, or under
+    nohup, in which they are ignored."""
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
-    signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGINT, interrupt)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def start(config) -> int:

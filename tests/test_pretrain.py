@@ -448,7 +448,7 @@ def test_pretrain_evaluate_refuses_folder_without_retrieval_set(mini, tmp_path, 
         ('[{"image": "none.png", "captions": {"en": "a"}}]', "record 0: no image 'none.png' in that folder"),
         ('[{"image": "captions.json", "captions": {"en": ""}}]', "an empty caption in 'en'"),
         ('[{"image": "captions.json", "captions": {"en": "a"}}]', "does not decode"),
-        ("[]", "no images"),
+        ("[]", "no list of images and captions"),
     ):
         if text is not None:
             (folder / "captions.json").write_text(text)
