@@ -155,7 +155,9 @@ def _open_images(path: Path) -> ImageStore:
         members = TarScan(path, hashes=False).files.items()
         found = (ImageFile(name, str(path), offset, size) for name, (offset, size) in members)
     else:
-        raise UserError(f"{path}: neither a folder nor a .tar of images; give it with images=")
+        # the default is DATA/images.tar, or else this
+        tar = "" if path.exists() or path.suffix == ".tar" else f", and no {path.name}.tar beside it"
+        raise UserError(f"{path}: neither a folder nor a .tar of images{tar}; give it with images=")
     # names are compared without folder and ending; two in one folder could not be told apart later
     files: dict[str, list[ImageFile]] = {}
     for image in progress(found, f"list {path}", unit="files"):
