@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import shutil
+import signal
 import sys
 import tempfile
 import textwrap
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
     if unknown := [name for name in given.row if name not in ROWS]:
         parser.error(f"no row {', '.join(unknown)}; there are: {', '.join(ROWS)}")
     names = given.row or list(ROWS)
+    # of rows that send it, even where this runs in the background of a shell, in which it is ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if given.list:
         for name in names:
             print(textwrap.fill(f"{name}: {describe(name)}", 110, subsequent_indent="    "))
