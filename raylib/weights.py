@@ -167,7 +167,7 @@ def limit_model(where: Path | str, *weights: Path | str | None, free: int = FREE
 
 def _files_of(path: Path) -> Iterable[Path]:
     if not path.is_dir():
-        return [path]
+        return [path] if path.exists() else []  # whoever reads it says that it is not there
     return (file for file in path.iterdir() if file.suffix in ENDINGS and file.is_file())
 
 
