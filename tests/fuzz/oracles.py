@@ -147,6 +147,8 @@ def open_picture(data: bytes) -> Any:
             body = b"prVt" + data[start + 8 : end]
             data = data[: start + 4] + body + zlib.crc32(body).to_bytes(4) + data[end + 4 :]
         start = end + 4
+    if data.startswith(b"RIFF"):  # a WebP ends where it says; Pillow stumbles over bytes behind it
+        data = data[: 8 + int.from_bytes(data[4:8], "little")]
     image = Image.open(io.BytesIO(data))
     image.load()
     return image
