@@ -46,6 +46,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     jpeg = data[:2] == b"\xff\xd8"
     try:
         check_image(data)
+        if data.startswith(b"RIFF"):  # the decoder would take what lies behind a WebP's end for pixels
+            data = data[: 8 + int.from_bytes(data[4:8], "little")]
         image: np.ndarray | None = cv2.imdecode(
             np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED
         )
