@@ -30,12 +30,6 @@ def load_json(data: Path | bytes, finite: bool = True) -> Any:
     return json.loads(raw, object_pairs_hook=once, parse_float=number, parse_constant=number)
 
 
-def load_jsonl(data: Path | bytes) -> list[Any]:
-    """The value of every line of JSON that is not empty; UTF-8, also with its mark before the first."""
-    raw = data if isinstance(data, bytes) else data.read_bytes()
-    return [load_json(line) for line in raw.removeprefix(b"\xef\xbb\xbf").split(b"\n") if line.strip()]
-
-
 def write_files(files: Mapping[str, str | bytes]) -> Callable[[Path], Path]:
     """An `example` of these files: of one, it is what is read; of several, their folder, `data`."""
 

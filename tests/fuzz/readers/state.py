@@ -1,7 +1,6 @@
 """Readers of what a run and a search are stored in, and of their configs."""
 
 import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -484,29 +483,6 @@ def load_note(path: Path) -> Any:
 NOTE = {"settings": {"text": True}, "weights": "ab", "tokenizer": "cd", "inputs": "ef"}
 INPUTS = [{"image": f"{n}.png"} for n in range(4)]
 OUTPUT = dump_lines(*({**item, "embedding": [0.5, 1.5]} for item in INPUTS[:3]))
-
-
-def read_output(path: Path) -> Any:
-    from raylib.api.predict import _keep_whole_batches
-
-    with open(path, "a+b") as file:
-        return _keep_whole_batches(file, INPUTS, 1), path.read_bytes()
-
-
-def load_output(path: Path) -> Any:
-    """The lines up to the first that is not whole, or not of its input."""
-    kept, errors = [], 0
-    data = Path(path.parent.parent / "before").read_bytes()
-    for item, line in zip(INPUTS, io.BytesIO(data), strict=False):
-        try:
-            assert line.endswith(b"\n")
-            record = load_json(line)
-            assert all(record.get(name) == value for name, value in item.items())
-        except Exception:
-            break
-        kept.append(line)
-        errors += "error" in record
-    return (len(kept), errors), b"".join(kept)
 
 
 READERS = [
