@@ -33,6 +33,7 @@ from raylib.display import hide_secrets
 from raylib.errors import UserError, error_line, printable
 from raylib.help import recipe_list, settings_page, table, wrap
 from raylib.notice import Interrupted, last_notice, signals_handled
+from raylib.settings import LaunchConfig, update_deviations
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
 RECIPE_SETTINGS = "Settings with their values here; each path=value changes one:"
@@ -170,7 +171,7 @@ class Stage(NamedTuple):
     commands: Mapping[str, Main]
     recipes: Mapping[str, Callable[[], Any]]
     families: Mapping[str, str]
-    config_class: type[Config]
+    config_class: type[LaunchConfig]
     run: Callable[[Any], Any]
     example: str
 
@@ -196,7 +197,7 @@ def run_stage(arguments: Sequence[str], stage: Stage) -> int:
         return 0 if given.help else 2
     if "POLYGLANCE_RUNS" in os.environ:  # a job's working directory is a copy that goes away
         config = override(config, [f"runs={os.environ['POLYGLANCE_RUNS']}"])
-    config = override(config, settings)
+    config = update_deviations(override(config, settings))
     if given.help:
         doc = given.config or spell_commands(stage.recipes[given.recipe].__doc__ or "")
         start = f"--config {given.config}" if given.config else given.recipe

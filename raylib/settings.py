@@ -5,9 +5,10 @@ for that code needs PyTorch, which takes seconds to import: help, errors of a co
 `--print-config` need settings alone (tests/test_help.py).
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     BeforeValidator,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from raylib.objectives import PretrainingTerm
+
+LaunchConfigT = TypeVar("LaunchConfigT", bound="LaunchConfig")
 
 # ---- a run, its training, its optimizer
 
@@ -74,6 +77,44 @@ class LaunchConfig(Config):
     allow_code: bool = False
     """Run Python files that a config file names (`task=my.py`, `strategies.my=my.py`, ...) and the command
     line does not; counts only on the command line, of each start."""
+    deviations: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """Settings of a paper's recipe that are not as published: each path with the value here (`ours`), the
+    paper's (`published`), and the reason."""
+
+
+def deviates(published: Any, reason: str) -> dict[str, Any]:
+    """Return the entry of a recipe's `deviations` for a setting that its paper publishes as `published`."""
+    return {"published": published, "reason": reason}
+
+
+def update_deviations(config: LaunchConfigT) -> LaunchConfigT:
+    """Return `config` with the values that it has now among its `deviations`, without those that changes of
+    its settings have ended."""
+    if not config.deviations:
+        return config
+    values, found = config.model_dump(mode="json"), {}
+    for path, entry in config.deviations.items():
+        ours = setting_value(values, path)
+        if not same_value(ours, entry["published"]):
+            found[path] = {"ours": ours, "published": entry["published"], "reason": entry["reason"]}
+    return config.model_copy(update={"deviations": found})
+
+
+def setting_value(values: Mapping[str, Any], path: str) -> Any:
+    """Return the value at a dotted path of plain settings; None in a part that is off."""
+    node: Any = values
+    for name in path.split("."):
+        node = node[name] if isinstance(node, Mapping) else None
+    return node
+
+
+def same_value(ours: Any, published: Any) -> bool:
+    """Return whether a plain value is the published one, or one of several: {"one_of": [...]}."""
+    if isinstance(published, Mapping):
+        return any(same_value(ours, each) for each in published["one_of"])
+    return json.dumps(ours) == json.dumps(published) or (  # true is not 1, but 1 is 1.0
+        isinstance(ours, float) and type(published) in (int, float) and ours == published
+    )
 
 
 # settings that may change when a run goes on: no number depends on them
@@ -89,6 +130,7 @@ MUTABLE_SETTINGS = (
     "keep_optimizer",
     "allow_pipe",
     "allow_code",
+    "deviations",
     "fit.stop_after",
     "fit.log_every",
     "fit.eval_every",

@@ -39,6 +39,7 @@ from raylib.launch import LaunchConfig, run_folder
 from raylib.lock import make_folder, require_owned, work_for
 from raylib.search.config import SearchContext, SearchJob
 from raylib.search.space import Setting, apply_changes, config_changes
+from raylib.settings import update_deviations
 
 REPORTS = "told.jsonl"
 SETTING = "setting.json"  # that the trial has now, in its folder
@@ -217,9 +218,8 @@ def setting_config(context: SearchContext, setting: Setting | None, part: str, n
     """Return the config of a setting, with a run folder in this `part` of the search's folder."""
     changes = {} if setting is None else config_changes(context.space.knobs, setting)
     config = apply_changes(context.base, changes)
-    return config.model_copy(
-        update={"runs": str(context.folder / part), "name": name, "recipe": context.config.recipe}
-    )
+    folder = {"runs": str(context.folder / part), "name": name, "recipe": context.config.recipe}
+    return update_deviations(config.model_copy(update=folder))
 
 
 def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
