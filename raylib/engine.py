@@ -373,7 +373,10 @@ class TorchEngine(Engine):
         with autocast(self.device, self.bf16):
             loss, terms = self.module(batch)
         self.guard.check_loss(loss, terms).backward()
-        norm = nn.utils.clip_grad_norm_(self.objective.parameters(), self.config.clip)
+        parameters = list(self.objective.parameters())
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self.config.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.config.clip, norm)
         # as GradScaler does it: where `found_inf` is 1, fused AdamW changes nothing, not even its count of
         # steps, and no host has to wait for the device to know
         self.optimizer.found_inf = self.guard.count(step, norm)

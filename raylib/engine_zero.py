@@ -73,7 +73,7 @@ class DeepSpeedEngine(Engine):
         settings = {
             "train_micro_batch_size_per_gpu": 1,  # unused: the objective divides by global counts itself
             "gradient_accumulation_steps": 1,
-            "gradient_clipping": self.config.clip,
+            "gradient_clipping": self.config.clip or 0.0,  # 0: none
             "zero_optimization": zero_settings(num_elements, world_size()),
             "communication_data_type": "bf16" if self.gradient_dtype == "bfloat16" else "fp32",
             "zero_allow_untested_optimizer": True,

@@ -155,7 +155,8 @@ class StepMonitor:
         """Return what to do about a run that ended."""
         path = self.find_newest()
         last = f"the last good checkpoint is {path}" if path else "there is no checkpoint yet"
-        return f"lower optim.lr or optim.clip, under another name=; {last}"
+        clip = " or optim.clip" if self.engine.config.clip else ", or set optim.clip=1"
+        return f"lower optim.lr{clip}, under another name=; {last}"
 
     def _forward(self, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         with autocast(self.engine.device, self.engine.bf16):

@@ -274,8 +274,8 @@ class OptimConfig(Config):
     """AdamW's decay rates of the mean of gradients and of their squares."""
     eps: PositiveFloat = 1e-8
     """AdamW's term in the denominator."""
-    clip: PositiveFloat = 1.0
-    """Largest norm of the whole gradient; a longer one is scaled down to it."""
+    clip: NonNegativeFloat | None = 1.0
+    """Largest norm of the whole gradient; a longer one is scaled down to it. 0 or null: none is scaled."""
 
 
 # ---- images

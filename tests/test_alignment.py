@@ -45,9 +45,18 @@ def test_alignment_routines_pair_captions_as_worked_by_hand(routine, shown, pivo
     method = TranslationAlignmentConfig(routine=routine).build(context())
     changed = method.example(Captioned("1.jpg", ("ein Hund",)))
     assert changed == Captioned("1.jpg", (shown,), (pivot,))
-    assert method.example(Captioned("2.jpg", ("a bus",))) == Captioned(
-        "2.jpg", ("a bus",), ("a bus",)
-    )  # its own pivot
+    english = method.example(Captioned("2.jpg", ("a bus",)))
+    rows = method.batch_inputs()([changed, english], None, {})
+    assert rows["aligned"].tolist() == [True, False]
+
+
+@pytest.mark.parametrize("routine", [1, 2, 3])
+def test_alignment_english_alone_has_no_term(routine):
+    method = TranslationAlignmentConfig(routine=routine).build(context(languages=("en",)))
+    example = Captioned("2.jpg", ("a bus",))
+    assert method.example(example) == example  # no pivot that could be encoded
+    assert method.terms(None) == {}
+    assert method.batch_inputs() is None
 
 
 def test_alignment_independent_captions_take_english_ones_in_turn():
@@ -122,6 +131,36 @@ def test_alignment_losses_equal_slow_loops(loss):
     assert float(total) == pytest.approx(
         expected["i2t"] + expected["t2i"] + weight * expected["alignment"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("loss", ["mse", "pivot", "image"])
+def test_alignment_english_rows_count_in_no_term(loss):
+    """Of six rows the second and the last are English: the term is a mean over the others alone, whose
+    negatives they are; of a batch of English alone it is 0."""
+    model, batch, rows = make_model().eval(), aligned_batch(), [0, 2, 3, 4]
+    part = batch["image_text"]
+    part["aligned"] = torch.tensor([True, False, True, True, True, False])
+    term = TranslationAlignment({}, loss, 1.0, ("en", "de")).terms(model)["alignment"]
+    objective = ContrastObjective(
+        model, 0.5, {"alignment": AddedTerm(*term, reads=TranslationAlignmentConfig.needs)}
+    )
+    value = float(objective(batch)[1]["alignment"])
+    with torch.no_grad():
+        image = model.embed_images(model.encode_images(part["images"]), normalize=False).float()
+        text = model.embed_text(
+            type(part["pivot"])(part["text"].clean, part["text"].lengths), normalize=False
+        ).float()
+        pivot = model.embed_text(part["pivot"], normalize=False).float()
+    if loss == "mse":
+        expected = float((text - pivot)[rows].square().mean())
+    else:
+        keys = text if loss == "pivot" else image
+        scores = torch.nn.functional.normalize(pivot) @ torch.nn.functional.normalize(keys).T / 0.5
+        scores[1, 4] = scores[4, 1] = -torch.inf  # of one image
+        expected = float(torch.nn.functional.cross_entropy(scores[rows], torch.tensor(rows)))
+    assert value == pytest.approx(expected, rel=1e-5)
+    part["aligned"][:] = False
+    assert float(objective(batch)[1]["alignment"]) == 0.0
 
 
 def on_share(rank, world):

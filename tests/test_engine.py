@@ -76,13 +76,13 @@ def test_adamw_equals_the_formula():
         torch.testing.assert_close(layer.weight.detach(), weight)
 
 
-def train(engine_class, rank, world, bf16=False, recompute=("none", 1), **settings):
+def train(engine_class, rank, world, bf16=False, recompute=("none", 1), optim=None, **settings):
     """Losses of the last of four steps of this worker's rows, and the weights after them."""
     model = make_model(dtype=torch.float32)
     set_recomputation(model, *recompute)
     objective = UnifiedObjective(model, ObjectiveConfig())
     cpu = torch.device("cpu")
-    engine = engine_class(objective, OptimConfig(), cpu, bf16, None, **settings)
+    engine = engine_class(objective, optim or OptimConfig(), cpu, bf16, None, **settings)
     for step in range(4):
         terms = engine.step(take_rows(make_batch(step, 6, 6, 6), rank, world), step, 1e-3)
     return terms, {name: value.detach().clone() for name, value in objective.model.state_dict().items()}
@@ -117,6 +117,29 @@ def test_sharding_changes_nothing_and_gradient_dtype_rounds(world):
             error = float(errors.abs().mean())
             assert error < limits[1], (name, dtype, bf16)
             assert dtype == "float32" or error > 1e-7, "nothing was rounded on its way"
+
+
+def train_with_clips(rank, world):
+    os.environ["LOCAL_RANK"] = str(rank)
+    clips = (1e9, 0, None, 0.01)
+    return {
+        (engine.name, clip): train(engine, rank, world, optim=OptimConfig(eps=1e-2, clip=clip))
+        for engine in (TorchEngine, DeepSpeedEngine)
+        for clip in clips
+    }
+
+
+def test_clipping_of_0_or_null_scales_no_gradient():
+    """A large epsilon lets AdamW's steps tell how long a gradient is."""
+    for found in run_workers(train_with_clips, 2):
+        for engine in ("torch", "deepspeed"):
+            terms, free = found[engine, 1e9]
+            for clip in (0, None):
+                assert float(found[engine, clip][0]["grad_norm"]) == float(terms["grad_norm"]) > 0.01
+                for name, value in free.items():
+                    torch.testing.assert_close(found[engine, clip][1][name], value, rtol=0, atol=0)
+            clipped = found[engine, 0.01][1]
+            assert any(not torch.allclose(clipped[name], value) for name, value in free.items())
 
 
 def train_recomputing(rank, world):

@@ -7,10 +7,14 @@ says of the same image, the pivot.
 | 2 | the target's caption | the English caption, translated into the target | as it is |
 | 3 | the target's caption, translated into English | the English caption | translated into English |
 
+None of them is about English itself: a training on it alone has no alignment term, and in one on several
+languages at once English rows count in none.
+
 `finetune.translation` writes such translations in advance.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import NonNegativeFloat
@@ -22,6 +26,8 @@ from raylib.randomness import Key
 
 if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
     from torch import Tensor
+
+    from finetune.batches import ExtraInputs
 
 Pivots = dict[tuple[str, str], tuple[str, str]]  # (image, caption) -> (what is trained on, its pivot)
 
@@ -62,41 +68,53 @@ class TranslationAlignmentConfig(StrategyConfig):
         assert context.captions is not None  # `needs` has been checked
         pivots: Pivots = {}
         for language in context.languages:
-            pivots |= _pivots_of(self.routine, context.captions, language)
-        return TranslationAlignment(pivots, self.loss, self.weight)
+            if language != "en":
+                pivots |= _pivots_of(self.routine, context.captions, language)
+        return TranslationAlignment(pivots, self.loss, self.weight, context.languages)
 
 
 class TranslationAlignment(Strategy):
-    """Texts drawn to their pivots by a `loss`."""
+    """Texts drawn to their pivots by a `loss`; languages: of what is trained on, English having no pivots."""
 
-    def __init__(self, pivots: Pivots, loss: str, weight: float):
+    def __init__(self, pivots: Pivots, loss: str, weight: float, languages: Sequence[str] = ()):
         self.pivots, self.loss, self.weight = pivots, loss, weight
+        self.is_english = tuple(languages) == ("en",)
+        self.has_english = "en" in languages and not self.is_english
 
     def example(self, example: Any, *key: Key) -> Captioned:
-        text, pivot = self.pivots[example.image, example.captions[0]]
+        if self.is_english:
+            return example
+        text = example.captions[0]
+        # every row of a batch has a pivot; `_aligned` leaves out those that are their own
+        text, pivot = self.pivots.get((example.image, text), (text, text))
         return example._replace(captions=(text,), pivots=(pivot,))
 
+    def batch_inputs(self) -> "ExtraInputs | None":
+        if not self.has_english:
+            return None
+        # texts as they are trained on: `example` has changed them
+        return functools.partial(_aligned, {(image, text) for (image, _), (text, _) in self.pivots.items()})
+
     def terms(self, model: Any) -> dict[str, Term]:
-        if not self.weight:
+        if not self.weight or self.is_english:
             return {}
         # contrast is a sum over the worker's rows
-        divisor = None if self.loss == "mse" else _rows
+        divisor = None if self.loss == "mse" and not self.has_english else _rows
         return {"alignment": Term(self.weight, self._values, divisor)}
 
     def _values(self, outputs: Outputs, part: dict) -> "Tensor":
         import torch.nn.functional as F
 
-        text, pivot = outputs.text_embeddings, outputs.pivot_embeddings
+        text, pivot, rows = outputs.text_embeddings, outputs.pivot_embeddings, part.get("aligned")
         if self.loss == "mse":
-            return F.mse_loss(text, pivot, reduction="none").mean(1)
-        return outputs.contrast(pivot, text if self.loss == "pivot" else outputs.image_embeddings)
+            values = F.mse_loss(text, pivot, reduction="none").mean(1)
+            return values if rows is None else values[rows]
+        return outputs.contrast(pivot, text if self.loss == "pivot" else outputs.image_embeddings, rows)
 
 
 def _pivots_of(routine: int, read: Captions, language: str) -> Pivots:
-    """{(image, caption): (what is trained on, pivot)}; an English caption is its own pivot."""
+    """{(image, caption): (what is trained on, pivot)} of a language that is not English."""
     captions = read("", language)
-    if language == "en":
-        return {(image, text): (text, text) for image, texts in captions.items() for text in texts}
     english = pivots = read("", "en")
     if routine == 2:
         pivots = read("_from_en", language)
@@ -118,10 +136,24 @@ def _pivots_of(routine: int, read: Captions, language: str) -> Pivots:
     }
 
 
-def _rows(part: dict) -> "Tensor":
+def _aligned(
+    texts: Set[tuple[str, str]], pairs: Sequence[Any], visual: Any, part: dict[str, Any]
+) -> dict[str, Any]:
+    """{"aligned": (b,) bool, which rows are drawn to a pivot}; texts: (image, text) of those that have
+    one."""
     import torch
 
-    return torch.full((), float(len(part["image_id"])), device=part["text"].clean.device)
+    return {"aligned": torch.tensor([(pair.image, pair.captions[0]) in texts for pair in pairs])}
+
+
+def _rows(part: dict) -> "Tensor":
+    """Number of this worker's rows that are drawn to a pivot."""
+    import torch
+
+    device = part["text"].clean.device
+    if "aligned" in part:  # not 0 over all workers, where a batch is English alone: no term is 0 / 0
+        return part["aligned"].sum().to(device, torch.float32).clamp(min=1e-30)
+    return torch.full((), float(len(part["image_id"])), device=device)
 
 
 def _same_number(

@@ -134,8 +134,8 @@ class Outputs:
     image_embeddings, text_embeddings, pivot_embeddings: (b, e) of a retrieval, of any length; a batch without
         pivots has None.
     scores: `scores(queries (b, e), keys (b, e))`, cosines over the temperature with the keys of all workers,
-        (b, B). contrast: of the same arguments, InfoNCE of these, summed over the rows, where equal images
-        and texts are no negatives.
+        (b, B). contrast: of the same arguments, InfoNCE of these, summed over the rows, or over those of a
+        third one, (b,) bool; equal images and texts are no negatives.
     rerun: `rerun()`, the `Outputs` of another forward pass over this batch, with gradient and dropout of its
         own; of a strategy that needs logits or embeddings.
     """
@@ -146,7 +146,7 @@ class Outputs:
     text_embeddings: "Tensor"
     pivot_embeddings: Any
     scores: "Callable[[Tensor, Tensor], Tensor]"
-    contrast: "Callable[[Tensor, Tensor], Tensor]"
+    contrast: "Callable[..., Tensor]"
     rerun: Callable[[], "Outputs"]
 
     def __init__(self, reader: str = "a term", **computed: Any):

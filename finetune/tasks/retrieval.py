@@ -29,7 +29,7 @@ from raylib.packed import Ragged, concatenate, upload
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
 
-Comparison = Callable[[Tensor, Tensor], Tensor]
+Comparison = Callable[..., Tensor]
 CONTRAST_AND_ITM = ObjectiveConfig(  # image-text contrast and matching, on whole sentences
     weights=TermWeights(ucl_translation=0, vlm=0, tlm=0, xmlm=0),
     ucl_text="clean",
@@ -255,9 +255,11 @@ def _comparisons(part: dict, temperature: Tensor) -> tuple[Comparison, Compariso
             queries, keys = unit_vectors(queries, keys)
             return queries / temperature.to(queries) @ keys.T
 
-    def contrast(queries: Tensor, keys: Tensor) -> Tensor:
+    def contrast(queries: Tensor, keys: Tensor, rows: Tensor | None = None) -> Tensor:
         queries, keys = unit_vectors(queries, keys)
-        mask = pairs.logit_mask(queries.dtype)
-        return info_nce(queries, keys, pairs.index, mask, temperature.to(queries))[0]
+        index, mask = pairs.index, pairs.logit_mask(queries.dtype)
+        if rows is not None:  # of the queries; the others stay negatives of these
+            queries, index, mask = queries[rows], index[rows], mask[rows]
+        return info_nce(queries, keys, index, mask, temperature.to(queries))[0]
 
     return scores, contrast
