@@ -102,6 +102,10 @@ class Config(BaseModel):
     stored_as: ClassVar[str] = ""  # the kind in `raylib.renames` by which stored ones are read
     takes_urls: ClassVar[tuple[str, ...]] = ()  # settings that may be a URL; a path may not
 
+    def __hash__(self) -> int:
+        # pydantic's own takes no dict among the settings (deviations, prompts by language)
+        return hash(self.model_dump_json())
+
     @field_validator("*", mode="after")
     @classmethod
     def _is_no_url(cls, value: Any, info: ValidationInfo) -> Any:

@@ -359,3 +359,12 @@ def test_command_refuses_urls_in_paths(arguments, tmp_path, monkeypatch, capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
     err = capsys.readouterr().err
     assert URL in err and err.count("\n") == 1
+
+
+def test_config_with_a_dict_among_its_settings_is_hashable():
+    """Tasks remember their answers by the run's config (`Classification.label_names`)."""
+    from finetune.recipes import RECIPES
+
+    config = RECIPES["p2_xvnli"]()
+    named = config.model_copy(update={"deviations": {"batch": {"ours": 8}}})
+    assert hash(named) == hash(named.model_copy()) != hash(config)
