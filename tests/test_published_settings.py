@@ -84,7 +84,8 @@ def find_problems(name, config, records):
             published[record.setting, record.by] = record
     if getattr(config, "trains", True):
         required = PRETRAINED if name in PRETRAIN else FINETUNED
-        missing = set(required) - {setting for setting, _ in published}
+        known = {part for setting, _ in published for part in (setting, setting.partition(".")[0])}
+        missing = set(required) - known
         problems += [f"{setting}: no record" for setting in sorted(missing)]
     for setting in dict.fromkeys(setting for setting, _ in published):
         record = published.get((setting, "paper")) or published.get((setting, "code"))
