@@ -27,7 +27,15 @@ from raylib.distributed import rank
 from raylib.errors import UserError
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
-from raylib.models.finetuned import find_evaluated, freeze, is_foreign, tokenizer_at, weights_of
+from raylib.models.finetuned import (
+    find_evaluated,
+    freeze,
+    is_foreign,
+    model_for_language,
+    set_dropout,
+    tokenizer_at,
+    weights_of,
+)
 from raylib.models.recompute import set_recomputation
 from raylib.provenance import DataFile
 from raylib.randomness import hash64
@@ -246,7 +254,8 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     files += config.strategies.files(data)
     files += _translations(config)
     # what a run started from may be gone by the time that it is evaluated again
-    files += [weights_of(config.model), tokenizer_of(config)] if Path(config.model).exists() else []
+    for model in dict.fromkeys(part.model for part in parts.values()):
+        files += [weights_of(model), tokenizer_at(model)] if Path(model).exists() else []
     files += [Path(config.vision)] if config.vision else []
     large = []
     if task.needs_images(config):
@@ -283,8 +292,22 @@ def _translations(config: FinetuneConfig) -> list[Path]:
     ]
 
 
+def with_language_model(config: FinetuneConfig, language: str | None = None) -> FinetuneConfig:
+    """`config` with the model that the part of `language`, or of its first one, starts from: where each
+    language is trained apart, so may the run have been that it goes on from (paper 3's students).
+
+    Raises:
+        UserError: that run has no model for the language.
+    """
+    if not config.trains_apart:
+        return config
+    model = model_for_language(config.model, language or languages_of(config)[0])
+    return config if model == config.model else config.model_copy(update={"model": model})
+
+
 def build_model(config: FinetuneConfig) -> torch.nn.Module:
     """The model that training starts from, without the changes of strategies."""
+    config = with_language_model(config)
     # a new head, and whatever weights a folder lacks, are drawn from the run's seed, on every worker alike
     torch.manual_seed(int(hash64(config.fit.seed, "head")) >> 1)
     task = find_task(config)
@@ -295,6 +318,7 @@ def build_model(config: FinetuneConfig) -> torch.nn.Module:
     elif config.image_size:
         backbone.resize_images(config.image_size)
     freeze(backbone, config.freeze)
+    set_dropout(backbone, config.dropout, config.attention_dropout)
     return model
 
 
@@ -305,9 +329,10 @@ def with_stored_code(config: FinetuneConfig) -> FinetuneConfig:
     Raises:
         UserError: as of `stored_backbone`.
     """
-    if is_foreign(Path(config.model)):
+    model = with_language_model(config).model
+    if is_foreign(Path(model)):
         return config
-    folder = find_evaluated(config.model)
+    folder = find_evaluated(model)
     description = read_description(folder)
     if CODE_KEY not in description:
         return config
@@ -394,7 +419,7 @@ def share_with_trials(tokenizer: Tokenizer, items: Iterable[Any], folder: Path) 
 
 def tokenizer_of(config: FinetuneConfig) -> Path:
     """The tokenizer file of `config.model`."""
-    return tokenizer_at(config.model)
+    return tokenizer_at(with_language_model(config).model)
 
 
 def open_visual_for(config: FinetuneConfig, model: Any) -> VisualSource | None:

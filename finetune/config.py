@@ -35,6 +35,8 @@ class FinetuneConfig(LaunchConfig):
     """Folder or tar of the images; null: `data`/images.tar, or `data`/images."""
     regions: str | None = None
     """Folder or file of region features, in the place of images."""
+    max_regions: PositiveInt | None = None
+    """Regions of an image that are read, the first ones of its features (paper 3: 50); null: all."""
     wordnet: str | None = None
     """Folder like nltk_data/corpora/wordnet, for synonyms among answers and the linguistic prior; null:
     `data`/wordnet. Without one, results have no "synonym_accuracy" and "confusions"."""
@@ -80,6 +82,10 @@ class FinetuneConfig(LaunchConfig):
     """Passes over the training set."""
     length: int = Field(40, ge=3)
     """Longest text, in tokens with the specials; longer ones are cut."""
+    dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout of embeddings and hidden states in training, the image encoder's apart; null: the model's."""
+    attention_dropout: float | None = Field(None, ge=0, lt=1)
+    """Dropout of attention in the same layers; null: the model's."""
     head_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout of the classifier."""
     loss: Literal["ce", "bce"] = "ce"

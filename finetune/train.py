@@ -25,6 +25,7 @@ from finetune.build import (
     run_files,
     test_split,
     tokenizer_of,
+    with_language_model,
     with_stored_code,
 )
 from finetune.config import FinetuneConfig
@@ -278,9 +279,12 @@ def _parts(config: FinetuneConfig) -> list[tuple[FinetuneConfig, str | None]]:
     if not config.trains_apart:
         return [(config, None)]
     targets = [code for code in languages_of(config) if config.setting == "single_language" or code != "en"]
+    place = {"runs": str(run_folder(config))}
     return [
         (
-            config.model_copy(update={"name": code, "runs": str(run_folder(config)), "languages": (code,)}),
+            with_language_model(config, code).model_copy(
+                update={"name": code, "languages": (code,), **place}
+            ),
             code,
         )
         for code in targets
@@ -348,6 +352,7 @@ class _Stages:
         self.config, self.language, self.reporter = config, language, reporter
         self.spent: dict[str, float] = {"seconds": 0.0, "steps": 0, "skipped_steps": 0}
         self.figures: dict[str, Any] = {}
+        self.settings: dict[str, Mapping[str, Any]] = {}  # of strategies whose stages are done
         self.epochs = 0
 
     def run(self) -> tuple[FinetuneConfig, Path | None]:
@@ -361,7 +366,9 @@ class _Stages:
         folder, is_main = run_folder(config), is_main_process(config)
         for name, strategy in config.strategies.active().items() if config.trains else ():
             train = functools.partial(self._train, name)
-            outcome = strategy.stages_before(StageRun(folder, is_main, lambda: build_model(config), train))
+            run = StageRun(folder, is_main, lambda: build_model(config), train, config.optim, start)
+            outcome = strategy.stages_before(run)
+            self.settings[name] = outcome.strategy_settings
             last, start = _with_settings(last, name, outcome.strategy_settings), outcome.start or start
             self.figures |= outcome.figures
         return last, start
@@ -380,8 +387,11 @@ class _Stages:
                 _open_run(part)
             reporter = self.reporter and self.reporter.after(self.epochs, stage.run_settings.get("epochs"))
             # the folder's config is without the strategy's own settings: files that they name may move
-            launched = _with_settings(part, name, stage.strategy_settings)
-            result = launch(FinetuneJob(self.language, stage.epochs, stage.start), launched, folder, reporter)
+            launched = part
+            for other, settings in {**self.settings, name: stage.strategy_settings}.items():
+                launched = _with_settings(launched, other, settings)
+            job = FinetuneJob(self.language, stage.epochs, stage.start, selects=stage.selects)
+            result = launch(job, launched, folder, reporter)
             if result["finished"] and is_main:
                 write_json(done, result)
         # an older part.json has no skipped_steps
@@ -389,9 +399,7 @@ class _Stages:
         if not result["finished"]:
             raise _StoppedEarly(result)
         self.epochs += stage.epochs
-        newest = checkpoint.find_newest(folder)
-        assert newest is not None  # it is finished
-        return newest
+        return checkpoint.find_trained(folder, part.select if stage.selects else "last")
 
 
 def _with_settings(config: FinetuneConfig, name: str, settings: Mapping[str, Any]) -> FinetuneConfig:

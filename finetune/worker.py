@@ -42,8 +42,8 @@ class FinetuneJob:
     """`job(runtime, config)` on a worker; an object, so that it can be sent there.
 
     language: of a part that has one language of its own. epochs: stop after so many, and evaluate nothing (a
-    pruning round). start: a checkpoint whose weights training starts from in place of the model's.
-    strategies: of `config`, where this process has built them before.
+    stage), or, if it `selects`, the dev sets after each epoch. start: a checkpoint whose weights training
+    starts from in place of the model's. strategies: of `config`, where this process has built them before.
     """
 
     def __init__(
@@ -52,8 +52,10 @@ class FinetuneJob:
         epochs: int | None = None,
         start: Path | None = None,
         strategies: Strategies | None = None,
+        selects: bool = False,
     ):
         self.language, self.epochs, self.start, self.strategies = language, epochs, start, strategies
+        self.selects = selects
 
     def __call__(self, runtime: Runtime, config: FinetuneConfig) -> dict[str, Any]:
         """{"languages": {code: figures}, "params", "trainable", "finished", ...}."""
@@ -86,7 +88,7 @@ class FinetuneJob:
         examples, unknown = task.training_items(
             training_examples(config, self.language, pipeline.visual), model
         )
-        dev = {} if self.epochs else load_dev_items(config, self.language)
+        dev = load_dev_items(config, self.language) if self.selects or not self.epochs else {}
         sets = [examples, *dev.values()]
         # pruning rounds and the parts of a run share image states
         folder = Path(config.runs).absolute() if self.epochs or self.language else runtime.run

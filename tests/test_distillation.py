@@ -248,14 +248,17 @@ def test_distillation_terms_equal_slow_loops(wordpiece, term, own, slots):
 
 @pytest.mark.parametrize("slots", [0, 5])
 def test_distillation_single_mean_of_public_code(wordpiece, slots):
-    """One mean over all positions of the batch times the width, a layer."""
-    objective, batch, teacher = make_lesson(wordpiece, layers={1: 1.0, 3: 0.25}, slots=slots, public=True)
+    """One mean over all positions of the batch times the width, a layer; which tokens of texts are pairs
+    there, tests/test_cvil.py compares with the code itself."""
+    layers, kinds = {1: 1.0, 3: 0.25}, ("cls", "image")
+    objective, batch, teacher = make_lesson(wordpiece, kinds, layers, slots, public=True)
     with torch.no_grad():
         loss, values = objective(batch)
         parts = slow_parts(objective, batch, teacher, wordpiece, slots)
     expected = 0.0
     for m, weight in enumerate((1.0, 0.25)):
-        pairs = [pair for per_layer, _, _ in parts for rows in per_layer[m].values() for pair in rows]
+        rows = [per_layer[m][kind] for per_layer, _, _ in parts for kind in (*kinds, "empty")]
+        pairs = [pair for row in rows for pair in row]
         expected += weight * sum(map(mse, pairs)) / len(pairs)
     assert float(loss) == pytest.approx(expected, rel=1e-4) and float(sum(values.values())) == pytest.approx(
         expected, rel=1e-4

@@ -262,21 +262,25 @@ class SharedFeatures(PrecomputedFeatures):
 
 class RegionFeatures:
     """Detector features with their boxes side by side. `has_tags`: the model reads tags of the objects
-    too."""
+    too. `limit`: of an image's regions the first so many are read."""
 
     num_draws = 0
 
-    def __init__(self, store: RegionStore, has_tags: bool = False):
-        self.store, self.has_tags = store, has_tags
+    def __init__(self, store: RegionStore, has_tags: bool = False, limit: int | None = None):
+        self.store, self.has_tags, self.limit = store, has_tags, limit
 
     def read(self, names: Sequence[str], draws: np.ndarray | None = None) -> dict[str, Any]:
         """Read {"regions": n rows (R, f + 7)}; if `has_tags`, with "tags": the names of each image's
         objects."""
-        return join_regions([self.store.read(name) for name in names], self.has_tags)
+        return join_regions([self.store.read(name) for name in names], self.has_tags, self.limit)
 
 
-def join_regions(images: Sequence[Regions], has_tags: bool = False) -> dict[str, Any]:
+def join_regions(
+    images: Sequence[Regions], has_tags: bool = False, limit: int | None = None
+) -> dict[str, Any]:
     """Region features of images as a model reads them (`RegionFeatures`)."""
+    if limit:
+        images = [r._replace(features=r.features[:limit], boxes=r.boxes[:limit]) for r in images]
     lengths, width = [len(regions.boxes) for regions in images], images[0].features.shape[1]
     values, start = np.empty((sum(lengths), width + BOX_DIM), np.float32), 0
     for regions, length in zip(images, lengths, strict=True):
@@ -295,7 +299,7 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
     """Open the images of a run, or the region features in their place; `has_tags`: with the names of the
     objects."""
     if config.regions:
-        return RegionFeatures(open_regions(config.regions), has_tags)
+        return RegionFeatures(open_regions(config.regions), has_tags, config.max_regions)
     return ImageSource(open_images(config.images_path), size, config.augment)
 
 

@@ -229,7 +229,11 @@ def check_strategies(run: Any, offered: frozenset[Need], trains: bool) -> None:
                 )
     # each of these only one strategy can have
     places = [(config.place, name) for name, config in active.items() if config.place]
-    places += [("to train before the run itself", name) for name, c in active.items() if c.stage_epochs]
+    places += [
+        ("to train before the run itself", name)
+        for name, config in active.items()
+        if config.stage_epochs and not config.continues_stages
+    ]
     for place, name in places:
         if (other := dict(places)[place]) != name:
             raise UserError(

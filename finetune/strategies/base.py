@@ -25,6 +25,7 @@ from finetune.formats import Example
 from raylib.config import Config, UserFile
 from raylib.errors import UserError
 from raylib.randomness import Key
+from raylib.settings import OptimConfig
 from raylib.text import Tokenizer
 
 if TYPE_CHECKING:  # settings of strategies are read without PyTorch (`raylib.settings`)
@@ -59,8 +60,9 @@ NEEDS: dict[Need, str] = {
     "dense_weights": "all weights of the model in training",
     "pruning_rounds": "rounds that look for a pruning mask",
 }
-# What a training is for: finding a mask, drawing states to a teacher's, or the run itself.
-Purpose = Literal["pruning", "states", "run"]
+# What a training is for: finding a mask, drawing states to a teacher's, a classifier on frozen layers, or the
+# run itself.
+Purpose = Literal["pruning", "states", "head", "run"]
 # captions(translation, language) -> {image: its training captions}; translation: "" for the captions
 # themselves, "_to_en" or "_from_en"
 Captions = Callable[[str, str], dict[str, tuple[str, ...]]]
@@ -284,6 +286,7 @@ class Stage(NamedTuple):
     epochs: it stops after so many. start: the checkpoint whose weights it starts from, if not the model's.
     run_settings: of the run, in this training. strategy_settings: of the strategy, in this training; not
         stored with it, for they name files of the run, which may move.
+    selects: it leaves the checkpoint that the run's `select` chooses on the dev set, else its last one.
     """
 
     name: str
@@ -292,6 +295,7 @@ class Stage(NamedTuple):
     start: Path | None = None
     run_settings: Mapping[str, Any] = {}
     strategy_settings: Mapping[str, Any] = {}
+    selects: bool = False
 
 
 class StageOutcome(NamedTuple):
@@ -305,12 +309,17 @@ class StageOutcome(NamedTuple):
 
 class StageRun(NamedTuple):
     """The run whose stages a strategy makes. `train(stage)` trains one, unless that is done already, and
-    returns the checkpoint that it left."""
+    returns the checkpoint that it left.
+
+    optim: the run's optimizer. start: the checkpoint that the stages of strategies before have left.
+    """
 
     folder: Path
     is_main_process: bool
     build_model: Callable[[], Any]
     train: Callable[[Stage], Path]
+    optim: OptimConfig
+    start: Path | None = None
 
 
 class StrategyConfig(Config):
@@ -330,6 +339,7 @@ class StrategyConfig(Config):
     mutable_fields: ClassVar[tuple[str, ...]] = ()  # a search may change them within a trial
     run_fields: ClassVar[tuple[str, ...]] = ()  # paths that may lead into other runs
     file_fields: ClassVar[tuple[str, ...]] = ()  # other paths
+    continues_stages: ClassVar[bool] = False  # its stages begin where those of other strategies end
     translations: ClassVar[
         tuple[str, ...]
     ] = ()  # "_to_en", "_from_en": of the training captions, read as files

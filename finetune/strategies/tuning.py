@@ -14,7 +14,17 @@ from typing import Any, ClassVar, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from finetune.strategies.base import Context, Need, Purpose, Strategy, StrategyConfig, TrainingProgress
+from finetune.strategies.base import (
+    Context,
+    Need,
+    Purpose,
+    Stage,
+    StageOutcome,
+    StageRun,
+    Strategy,
+    StrategyConfig,
+    TrainingProgress,
+)
 from raylib.errors import UserError
 from raylib.text import PromptedTokenizer, Tokenizer
 
@@ -116,36 +126,63 @@ class TopLayers(Strategy):
 
 
 class HeadFirstConfig(StrategyConfig):
-    """In the first `epochs` the classifier, and with it the pooler of a backbone that has one, is all that
-    trains; then everything at `factor` times the rate (paper 3, section V-C: 1e-4, then 5e-5). The schedule
-    of the rate goes on through both."""
+    """The classifier trains alone for `epochs`, then everything (paper 3, section V-C: 5 epochs at 1e-4, then
+    all layers at 5e-5).
+
+    With `lr` these are two trainings, as in the paper and its public code: the classifier's, RUN/classifier,
+    of which the best checkpoint goes into the run's. Each has a schedule and an optimizer of its own, and in
+    the first all but the classifier is frozen, a pooler too. Without `lr` they are one: its first epochs,
+    in which a pooler trains with the classifier, and the others at `factor` times the rate."""
 
     display_fields = ("epochs",)
+    continues_stages = True
 
     epochs: PositiveInt = 5
     """Epochs in which the classifier alone trains."""
+    lr: PositiveFloat | None = None
+    """Learning rate of the classifier's epochs, which are then a training of their own, before the run's;
+    null: they are the first epochs of the run."""
     factor: float = Field(0.5, gt=0)
-    """Factor of the learning rate of everything after them."""
+    """Factor of the learning rate of everything after them, where `lr` is null."""
 
     def build(self, context: Context) -> "HeadFirst":
-        return HeadFirst(self.epochs, self.factor)
+        return HeadFirst(self.epochs, self.factor, alone=self.lr is not None)
 
     def during(self, purpose: Purpose) -> "HeadFirstConfig | None":
         """A training on states alone has no head that could come first."""
-        return None if purpose == "states" else self
+        return None if purpose == "states" or (purpose == "run" and self.lr) else self
+
+    @property
+    def stage_epochs(self) -> int:
+        return self.epochs if self.lr else 0
+
+    def stages_before(self, run: StageRun) -> StageOutcome:
+        """The classifier's training, from what the stages before have left."""
+        if not self.lr:
+            return StageOutcome()
+        optim = run.optim.model_copy(update={"lr": self.lr})
+        settings = {"epochs": self.epochs, "optim": optim}
+        stage = Stage("classifier", "head", self.epochs, run.start, run_settings=settings, selects=True)
+        return StageOutcome(start=run.train(stage))
 
     def warmup_epochs(self, depths: int) -> int:
-        return self.epochs + 1
+        return 0 if self.lr else self.epochs + 1
 
 
 class HeadFirst(Strategy):
-    """The classifier for `epochs`, then all layers at `factor` times the rate."""
+    """The classifier for `epochs`, then all layers at `factor` times the rate. `alone`: in a training of as
+    many epochs, in which nothing but the classifier trains."""
 
-    def __init__(self, epochs: int, factor: float):
-        self.epochs, self.factor = epochs, factor
+    def __init__(self, epochs: int, factor: float, alone: bool = False):
+        self.epochs, self.factor, self.alone = epochs, factor, alone
 
     def adapt(self, model: Any) -> None:
         """Raises UserError: an image encoder would train with the classifier: it is outside of the layers."""
+        if self.alone:
+            for name, parameter in model.named_parameters():
+                if not name.startswith("head."):
+                    parameter.requires_grad_(False)
+            return
         vision = model.backbone.image_encoder
         if vision is not None and any(p.requires_grad for p in vision.parameters()):
             raise UserError(

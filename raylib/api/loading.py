@@ -21,6 +21,7 @@ from raylib.models.finetuned import (
     is_foreign,
     load_backbone,
     tokenizer_at,
+    trained_languages,
 )
 from raylib.precision import set_residual
 from raylib.settings import FitConfig, stored_fit
@@ -81,15 +82,13 @@ def language_part(path: Path, language: str | None) -> Path:
     Raises:
         UserError: the run has none, or no one said which.
     """
-    parts = sorted(p.parent.name for p in path.glob("*/config.json") if (p.parent / "part.json").is_file())
-    settings = read_description(path) if (path / "config.json").is_file() else {}
-    apart = settings.get("setting") in ("few_shot", "single_language") and parts
-    if language is None and apart:
+    parts = trained_languages(path)
+    if language is None and parts:
         raise UserError(f"{path} has a model for each language: give language=, one of {', '.join(parts)}")
     if language is None:
         return path
-    if not apart or language not in parts:
-        has = f"it has {', '.join(parts)}" if apart else "it has one model for all languages"
+    if language not in parts:
+        has = f"it has {', '.join(parts)}" if parts else "it has one model for all languages"
         raise UserError(f"{path} has no model for language={language}: {has}")
     return path / language
 

@@ -98,6 +98,7 @@ class Model:
         self.labels = network.labels if isinstance(network, FinetuneModel) else ()
         self.region_dim = network.description["regions"] if isinstance(network, FinetuneModel) else None
         self.sigmoid = config is not None and config.loss == "bce"
+        self.max_regions = config.max_regions if config else None
         if config:
             self.length = config.length
         elif isinstance(network, RetrievalBackbone):
@@ -282,7 +283,7 @@ class Model:
             return chunk, {}
         if self.region_dim:
             regions = [self._regions(image) for image in images]
-            return chunk, join_regions(regions, "tags" in self.backbone.row_parts)
+            return chunk, join_regions(regions, "tags" in self.backbone.row_parts, self.max_regions)
         keys = [str(image) if isinstance(image, str | Path) else id(image) for image in images]
         names = [f"image of text {i}" for _, about, i in chunk for _ in about]
         unique = dict(zip(keys, zip(images, names, strict=True), strict=True))

@@ -19,6 +19,7 @@ from raylib.config import Config, Size, user_files, validate
 from raylib.errors import UserError
 from raylib.lock import is_under_way
 from raylib.models import find_backbone, find_model, find_tokenizer, peft, stored_backbone
+from raylib.models.attention import Attention
 from raylib.models.base import (
     Backbone,
     FusionBackbone,
@@ -284,6 +285,32 @@ def _kind(description: dict, path: Path, folder: Path) -> str:
     return kind
 
 
+def trained_languages(path: Path) -> list[str]:
+    """Return the languages of a run of fine-tuning that trained a model for each, in folders of their names;
+    [] of any other model."""
+    settings = read_description(path) if (path / "config.json").is_file() else {}
+    # the model of one language has checkpoints, and its stages folders, of its own
+    if settings.get("setting") not in ("few_shot", "single_language") or (path / checkpoint.FOLDER).is_dir():
+        return []
+    return sorted(p.parent.name for p in path.glob("*/config.json") if (p.parent / "part.json").is_file())
+
+
+def model_for_language(path: str, language: str) -> str:
+    """Return the path of the model that a training in `language` starts from: of a run that trained one for
+    each language, the one for it; else the model itself.
+
+    Raises:
+        UserError: the run has none for it.
+    """
+    languages = trained_languages(Path(path))
+    if languages and language not in languages:
+        raise UserError(
+            f"model={path}: it has trained a model each for {', '.join(languages)}, and none for "
+            f"'{language}'; set languages={','.join(languages)}, or give another model="
+        )
+    return str(Path(path) / language) if languages else path
+
+
 def find_run(path: Path, folder: Path) -> Path | None:
     """The run that the model in `folder`, found at `path`, is of; None of an export."""
     # a checkpoint is RUN/checkpoints/STEP, of earlier versions also RUN/best
@@ -358,3 +385,17 @@ def freeze(backbone: Backbone, parts: tuple[str, ...]) -> None:
         if part not in known:
             raise UserError(f"freeze: {backbone.kind} has no part '{part}'; it has: {', '.join(known)}")
         known[part].requires_grad_(False)
+
+
+def set_dropout(backbone: Backbone, hidden: float | None, attention: float | None) -> None:
+    """Set the dropout of a backbone outside of its image encoder: of embeddings and hidden states, and of
+    attention; None leaves it as it is."""
+    encoder = backbone.image_encoder
+    outside = set() if encoder is None else set(encoder.modules())
+    for module in backbone.modules():
+        if module in outside:
+            continue
+        if hidden is not None and isinstance(module, nn.Dropout):
+            module.p = hidden
+        if attention is not None and isinstance(module, Attention):
+            module.dropout = attention

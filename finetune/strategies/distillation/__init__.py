@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finetune.strategies.base import Context, Need, Purpose, Stage, StageOutcome, StageRun, StrategyConfig
 from raylib.errors import UserError
@@ -67,6 +67,8 @@ class DistillationConfig(StrategyConfig):
     epochs: PositiveInt | None = None
     """Distil for so many epochs in a training of its own, RUN/distilled, which the run's goes on from on
     answers alone (the paper's two steps in one run); null: the run itself distils."""
+    lr: PositiveFloat | None = None
+    """Learning rate of that training of its own; null: the run's."""
     alignments: str | None = None
     """Folder of word alignments, LANGUAGE.text and LANGUAGE.align; null: `alignments` in the data folder."""
     share: float = Field(0.15, gt=0, le=1)
@@ -76,6 +78,8 @@ class DistillationConfig(StrategyConfig):
     def _fits(self) -> "DistillationConfig":
         if len(set(self.tokens)) < len(self.tokens):
             raise ValueError(f"tokens {list(self.tokens)}: name each once")
+        if self.lr and not self.epochs:
+            raise ValueError("lr is of a training of its own; set epochs, or optim.lr in its place")
         return self
 
     def removes(self) -> Mapping[Need, str]:
@@ -112,7 +116,8 @@ class DistillationConfig(StrategyConfig):
         """The student is distilled first; the run goes on from it, on answers alone."""
         if not self.epochs:
             return StageOutcome()
-        settings = {"epochs": self.epochs, "select": "last"}
+        optim = run.optim.model_copy(update={"lr": self.lr or run.optim.lr})
+        settings = {"epochs": self.epochs, "select": "last", "optim": optim}
         stage = Stage("distilled", "states", self.epochs, run_settings=settings)
         return StageOutcome(start=run.train(stage))
 

@@ -11,8 +11,14 @@ the number of examples of the global batch:
 | tags (4) | sub-words of tags that match | 1 / (t t') of tokens; the paper's t^2, where tokenizers agree |
 | mixed (5) | sub-words of aligned words that match | 1 / (n n'), n and n' tokens of words |
 
-With `public` (cViL's code) they are one mean over the pairs of all terms and examples: regions outweigh
-everything else.
+With `public` (cViL's code) they are one mean over the pairs of all terms and examples, so that regions
+outweigh everything else; and more tokens are pairs:
+
+| term | pairs, with `public` |
+| --- | --- |
+| image | as many slots in every image, those without a region too (`slots`) |
+| tags | the SEP after the question; words of tags one by one, their sub-words that are equal at one place |
+| mixed | every word of the student's text that is in the English one, at its last place there |
 
 Shape legend: P pairs; T, T' tokens of student and teacher; n rows; d width.
 """
@@ -89,6 +95,45 @@ def _equal_pieces(left: Sequence[str], right: Sequence[str]) -> list[Span]:
             first = right.index(piece, first) + 1
             pairs.append((i, first - 1))
     return pairs
+
+
+WORD_START = "▁"  # how `Tokenizer.pieces` begins those that begin a word
+SEP_PIECE = f"{WORD_START}[SEP]"
+
+
+def public_tag_matches(student: Sequence[str], teacher: Sequence[str]) -> list[Span]:
+    """Pairs of places of the sub-words of tags, as cViL's code finds them: word after word of both, sub-words
+    that are equal at the same place of their word."""
+    pairs, i, j = [], 0, 0
+    while i < len(student) and j < len(teacher):
+        size = 1 + _continued(student, i)
+        # it looks on behind a shorter word of the teacher's
+        pairs += [
+            (i + k, j + k) for k in range(min(size, len(teacher) - j)) if student[i + k] == teacher[j + k]
+        ]
+        i, j = i + size, j + 1 + _continued(teacher, j)
+    return pairs
+
+
+def public_word_matches(student: Sequence[str], teacher: Sequence[str]) -> list[Span]:
+    """Pairs of places of the sub-words of words that both texts have, as cViL's code finds them: all of the
+    student's, not those alone that were mixed in, each with the last such word of the English text."""
+    places = {tuple(teacher[j : j + 1 + _continued(teacher, j)]): j for j in _word_starts(teacher)}
+    pairs = []
+    for i in _word_starts(student):
+        word = tuple(student[i : i + 1 + _continued(student, i)])
+        pairs += [(i + k, places[word] + k) for k in range(len(word)) if word in places]
+    return pairs
+
+
+def _word_starts(pieces: Sequence[str]) -> list[int]:
+    return [i for i, piece in enumerate(pieces) if piece.startswith(WORD_START)]
+
+
+def _continued(pieces: Sequence[str], start: int) -> int:
+    """Count the sub-words behind `start` that belong to the same word."""
+    following = (i for i in range(start + 1, len(pieces)) if pieces[i].startswith(WORD_START))
+    return next(following, len(pieces)) - start - 1
 
 
 TOKEN_KINDS = ("cls", "image", "tags", "mixed")
@@ -227,6 +272,8 @@ class TeacherInputs:
     def _tag_pairs(self, tags: Sequence[str], student: TokenSegments, teacher: TokenSegments) -> TokenPairs:
         """Both read the same words; the SEP after them matches too, as in cViL's code."""
         matches = []
+        if self.public:
+            return self._public_tag_pairs(tags, student, teacher)
         for i, text in enumerate(tags):
             sizes = [int(side.tags.lengths[i]) for side in (student, teacher)]
             words = word_spans(text)
@@ -236,6 +283,23 @@ class TeacherInputs:
             matches.append([*tokens, (sizes[0] - 1, sizes[1] - 1)] if text else [])
         return matched_pairs(student.tags, teacher.tags, matches, self.public)
 
+    def _public_tag_pairs(
+        self, tags: Sequence[str], student: TokenSegments, teacher: TokenSegments
+    ) -> TokenPairs:
+        """With the SEP after each question, whether tags follow it or not."""
+        matches = []
+        for i, text in enumerate(tags):
+            rows = []
+            for side, segments in ((self.student, student), (self.teacher, teacher)):
+                size = int(segments.tags.lengths[i])
+                ids = side.plain.encode([text])[0][: max(0, size - 1)].tolist()
+                rows.append([*side.plain.pieces(ids), *([SEP_PIECE] if size else [])])
+            matches.append(public_tag_matches(*rows))
+        of_tags = matched_pairs(student.tags, teacher.tags, matches, public=True)
+        ends = [side.text.values[side.text.starts + side.text.lengths - 1] for side in (student, teacher)]
+        of_questions = TokenPairs(*ends, torch.ones(len(ends[0])))
+        return TokenPairs(*(torch.cat(both) for both in zip(of_questions, of_tags, strict=True)))
+
     def _word_pairs(
         self, examples: Sequence[Example], student: TokenSegments, teacher: TokenSegments
     ) -> TokenPairs:
@@ -244,10 +308,15 @@ class TeacherInputs:
         for i, e in enumerate(examples):
             mixed = e.texts[-1], [word for word, _ in e.aligned], self.student.plain
             english = e.pivot, [word for _, word in e.aligned], self.teacher.plain
+            if self.public:
+                rows = [side[2].pieces(side[2].encode([side[0]])[0].tolist()) for side in (mixed, english)]
+                tokens = public_word_matches(*rows)
+            else:
+                tokens = matching_tokens(mixed, english, whole=True)
             # words lie behind the CLS and a prompt, and before the SEP
             shifts = 1 + self.student.prompt_length(e.texts[-1]), 1 + self.teacher.prompt_length(e.pivot)
             sizes = [int(side.text.lengths[i]) - 1 for side in (student, teacher)]
-            tokens = [(a + shifts[0], b + shifts[1]) for a, b in matching_tokens(mixed, english, whole=True)]
+            tokens = [(a + shifts[0], b + shifts[1]) for a, b in tokens]
             matches.append([(a, b) for a, b in tokens if a < sizes[0] and b < sizes[1]])
         return matched_pairs(student.text, teacher.text, matches, self.public, specials=2)
 
