@@ -278,7 +278,7 @@ class Translator:
         import torch
 
         from raylib.finite import require_finite_file
-        from raylib.models.hf_weights import library_output_off, load_by_library
+        from raylib.models.hf_folders import library_output_off, load_by_library
         from raylib.weights import limit_model, require_no_misfits
 
         transformers = require("transformers", "transfer")

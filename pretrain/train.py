@@ -32,7 +32,8 @@ from raylib.lock import require_owned
 from raylib.loop import fit
 from raylib.memory import GB, StepSize, find_settings, next_settings
 from raylib.models import find_model, find_tokenizer
-from raylib.models.hf_weights import load_text, load_vision, read_config
+from raylib.models.hf_folders import read_config
+from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
 from raylib.monitoring import read_metrics

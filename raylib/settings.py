@@ -413,7 +413,11 @@ class ModelConfig(Config):
     dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout of text and unified layers."""
     eps: PositiveFloat = 1e-12
-    """Epsilon of layer norms."""
+    """Epsilon of layer norms of text and unified layers."""
+    fusion_eps: PositiveFloat | None = None
+    """Epsilon of layer norms of the unified layers; null: `eps`."""
+    vision_eps: PositiveFloat = 1e-12
+    """Epsilon of layer norms of the vision transformer; a Swin's is 1e-5."""
     temperature: PositiveFloat = 0.07
     """Temperature of the contrast at the start; it is trained (paper 2, equation 1)."""
     pixel_mean: PixelStats = 127.5

@@ -20,7 +20,7 @@ from raylib.errors import UserError
 from raylib.models import BACKBONES, find_backbone, stored_backbone
 from raylib.models.base import FusionBackbone, RegionBackbone, RetrievalBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, load_backbone
-from raylib.models.hf_weights import encoder_sizes
+from raylib.models.hf_folders import encoder_sizes
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.sample import DATA

@@ -2,7 +2,9 @@
 
 import json
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import SwinConfig, SwinModel
@@ -97,6 +99,18 @@ def test_swin_bias_interpolation_keeps_constants_and_size():
     assert interpolate_bias(table, 49) is table
     assert interpolate_bias(table, 13**2).shape == (169, 2)
     torch.testing.assert_close(interpolate_bias(torch.full((9, 1), 0.5), 25), torch.full((25, 1), 0.5))
+
+
+def test_swin_bias_interpolation_equals_cclms():
+    """CCLM's `interpolate_relative_pos_embed` (models/swin_transformer.py), run with SciPy 1.11.4, whose
+    `interp2d` later versions do not have, on these tables: window a -> b is stored as "a_b"."""
+    with np.load(Path(__file__).parent / "data/beit_spline.npz") as stored:
+        for name, expected in stored.items():
+            old, new = map(int, name.split("_"))
+            rows = (2 * old - 1) ** 2
+            table = torch.sin(torch.arange(2 * rows, dtype=torch.float64) ** 1.5).view(rows, 2).float()
+            found = interpolate_bias(table, (2 * new - 1) ** 2)
+            torch.testing.assert_close(found, torch.from_numpy(expected), atol=1e-6, rtol=1e-6)
 
 
 def test_swin_saves_and_loads_also_older_exports(tmp_path):

@@ -1,10 +1,14 @@
 """Initialising from checkpoints in Hugging Face format, with `transformers` itself as the peer."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    SwinConfig,
+    SwinModel,
     ViTConfig,
     ViTModel,
     XLMRobertaConfig,
@@ -16,6 +20,7 @@ from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.unified import ModelConfig, UnifiedModel
 from raylib.models.vision import interpolate
 from raylib.packed import Ragged
+from raylib.settings import SwinSizes
 from tests.factories import SMALL
 
 SIZES = dict(vocab_size=60, hidden_size=16, num_attention_heads=2, intermediate_size=24)
@@ -78,10 +83,9 @@ def test_load_text_copies_first_and_last_layers_and_cross_attention(tmp_path):
         torch.testing.assert_close(block.cross_norm.weight, block.attention_norm.weight)
 
 
-@pytest.mark.parametrize("size", [16, 32])
-def test_load_vision_equals_transformers_and_interpolates(tmp_path, size):
+def peer_vit(**sizes):
     torch.manual_seed(2)
-    config = ViTConfig(
+    small = dict(
         hidden_size=16,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -89,10 +93,16 @@ def test_load_vision_equals_transformers_and_interpolates(tmp_path, size):
         image_size=16,
         patch_size=8,
     )
-    peer = ViTModel(config).eval()
+    peer = ViTModel(ViTConfig(**small, **sizes)).eval()
     with torch.no_grad():
         for p in peer.parameters():
             p.add_(torch.randn_like(p) * 0.1)
+    return peer
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_load_vision_equals_transformers_and_interpolates(tmp_path, size):
+    peer = peer_vit()
     peer.save_pretrained(tmp_path)
     model = UnifiedModel(SMALL.model_copy(update={"image_size": size})).eval()
     load_vision(model, tmp_path)
@@ -208,6 +218,93 @@ def test_text_sizes_of_vision_folder_is_refused(tmp_path):
         UserError, match=r"model_type 'vit' is none of bert, .*; name its file: backbone=FILE.py"
     ):
         text_sizes(tmp_path)
+
+
+def change_config(folder, **fields):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value"),
+    [
+        ("text", "hidden_act", "relu"),
+        ("text", "hidden_act", "gelu_new"),
+        ("text", "position_embedding_type", "relative_key"),
+        ("text", "is_decoder", True),
+        ("text", "quantization_config", {"bits": 4}),
+        ("vit", "hidden_act", "quick_gelu"),
+        ("vit", "qkv_bias", False),
+        ("vit", "num_channels", 1),
+        ("vit", "model_type", "beit"),
+        ("vit", "image_size", [8, 32]),
+        ("swin", "hidden_act", "relu"),
+        ("swin", "mlp_ratio", 2.0),
+        ("swin", "use_absolute_embeddings", True),
+        ("swin", "layer_norm_eps", 1e-6),
+    ],
+)
+def test_load_refuses_fields_that_change_what_a_model_computes(tmp_path, kind, field, value):
+    model = UnifiedModel(SMALL)
+    if kind == "text":
+        peer_text("xlmr", 4, 20).save_pretrained(tmp_path)
+    elif kind == "vit":
+        peer_vit().save_pretrained(tmp_path)
+    else:
+        sizes = dict(embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2, patch_size=2, image_size=8)
+        SwinModel(SwinConfig(**sizes)).save_pretrained(tmp_path)
+        swin = SwinSizes(width=16, layers=(1, 1), heads=(2, 2))
+        model = UnifiedModel(SMALL.model_copy(update={"swin": swin, "patch": 2, "image_size": 8}))
+    load = load_text if kind == "text" else load_vision
+    load(model, tmp_path)
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(UserError, match=field):
+        load(model, tmp_path)
+
+
+def test_load_compares_heads_and_tells_of_eps(tmp_path, caplog):
+    peer_text("xlmr", 4, 20).save_pretrained(tmp_path / "text")
+    peer_vit().save_pretrained(tmp_path / "vit")
+    for folder, load in ((tmp_path / "text", load_text), (tmp_path / "vit", load_vision)):
+        load(UnifiedModel(SMALL), folder)
+        assert not caplog.records
+        change_config(folder, layer_norm_eps=1e-5)
+        load(UnifiedModel(SMALL), folder)
+        assert "layer_norm_eps is 1e-05, the model's is 1e-12" in caplog.records.pop().getMessage()
+        change_config(folder, num_attention_heads=4)
+        with pytest.raises(UserError, match="num_attention_heads is 4, the model has 2"):
+            load(UnifiedModel(SMALL), folder)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 0.05])
+def test_imported_model_has_the_eps_of_both_folders(tmp_path, eps):
+    """Widths of 16, heads of 8, and a large epsilon, which a constant would not have."""
+    text = peer_text("bert", 4, 20)
+    text.config.layer_norm_eps = eps
+    text.save_pretrained(tmp_path / "text")
+    text = BertForMaskedLM.from_pretrained(tmp_path / "text").eval()
+    vit = peer_vit(layer_norm_eps=eps / 2)
+    vit.save_pretrained(tmp_path / "vit")
+    model = UnifiedModel.import_weights(tmp_path / "text", tmp_path / "vit").eval()
+    model.save(tmp_path / "ours")
+    model = UnifiedModel.from_pretrained(tmp_path / "ours").eval()
+    ids, images = torch.randint(5, 60, (7,)), torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    pixels = (images.permute(0, 3, 1, 2).float() / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        states = text(ids[None], output_hidden_states=True).hidden_states[2][0]
+        torch.testing.assert_close(model.encode_text(our_rows([ids])), states, atol=1e-5, rtol=0)
+        seen = model.encode_images(images).values.view(2, 5, 16)
+        torch.testing.assert_close(seen, vit(pixels).last_hidden_state, atol=1e-5, rtol=0)
+
+
+def test_load_text_untied_decoder_is_an_error(tmp_path):
+    peer = peer_text("bert", 4, 20)
+    weights = {k: v.clone() for k, v in peer.state_dict().items()}
+    weights["cls.predictions.decoder.weight"] += 1
+    peer.config.save_pretrained(tmp_path)
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cls\.predictions\.decoder\.weight is not its word embedding"):
+        load_text(UnifiedModel(SMALL), tmp_path)
 
 
 def test_load_text_missing_folder_is_named(tmp_path):

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from raylib.errors import UserError
-from raylib.models.hf_weights import read_folder
+from raylib.models.hf_folders import WEIGHT_FILES, read_folder
 from raylib.weights import limit_model, load_state, read_tensors
 from tests.factories import make_model
 
@@ -84,11 +85,72 @@ def test_index_of_shards_stays_in_its_folder_and_lacks_nothing(tmp_path):
     for places, words in (
         ({"a": "../s.safetensors"}, "no name of a file beside it"),
         ({"a": "s.safetensors", "b": "s.safetensors"}, "no tensor b, which the index says is in it"),
-        ({"a": "t.safetensors"}, "no t.safetensors"),
+        ({"a": "t.safetensors"}, "1 of the 1 files that it names are not there: t.safetensors"),
     ):
         index.write_text(json.dumps({"weight_map": places}))
         with pytest.raises(UserError, match=words):
             read_folder(tmp_path)
+
+
+def write_weights(folder: Path, value: float, names: set[str]) -> None:
+    """Write a tiny BERT as the files `names` of `WEIGHT_FILES`, whose word embeddings are `value` and up: the
+    nth name's `value` + n."""
+    config = BertConfig(
+        vocab_size=5, hidden_size=4, num_hidden_layers=0, num_attention_heads=1, intermediate_size=4
+    )
+    config.save_pretrained(folder)
+    weights = {
+        k: v.detach().clone() for k, v in BertModel(config, add_pooling_layer=False).state_dict().items()
+    }
+    for number, name in enumerate(WEIGHT_FILES):
+        if name not in names:
+            continue
+        tensors = {k: torch.full_like(v, value + number) for k, v in weights.items()}
+        is_safe = name.startswith("model.")
+        write = save_file if is_safe else torch.save
+        if not name.endswith(".json"):
+            write(tensors, folder / name)
+            continue
+        ending, stem = (".safetensors", "model") if is_safe else (".bin", "pytorch_model")
+        parts = [f"{stem}-0000{i}-of-00002{ending}" for i in (1, 2)]
+        places = {k: parts[i % 2] for i, k in enumerate(tensors)}
+        for part in parts:
+            write({k: v for k, v in tensors.items() if places[k] == part}, folder / part)
+        (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_files_of_weights_are_chosen_as_transformers_chooses(tmp_path):
+    """All sets of the four files, beside variants, files of other frameworks and foreign indexes."""
+    for number in range(16):
+        names = {name for bit, name in enumerate(WEIGHT_FILES) if number >> bit & 1}
+        folder = tmp_path / f"{number}"
+        folder.mkdir()
+        write_weights(folder, 1.0, names)
+        for other in (
+            "tf_model.h5",
+            "flax_model.msgpack",
+            "a.index.json",
+            "model.fp16.safetensors.index.json",
+        ):
+            (folder / other).write_bytes(b"{}")
+        save_file({"a": torch.zeros(1)}, folder / "model.fp16.safetensors")
+        if not names:
+            with pytest.raises(UserError, match=r"no model.safetensors or pytorch_model.bin; .*model\.fp16"):
+                read_folder(folder)
+            continue
+        peer = BertModel.from_pretrained(folder, add_pooling_layer=False).embeddings.word_embeddings.weight
+        assert torch.equal(read_folder(folder)[0]["embeddings.word_embeddings.weight"], peer), names
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "model.fp16.safetensors"})
+    )
+    assert read_folder(folder)[0].keys() == {"a"}
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    (folder / "config.json").write_text(json.dumps(config))
+    assert read_folder(folder)  # whole: no part is asked for
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="1 of the 2 files that it names are not there: model-00001-of-00002"):
+        read_folder(folder)
 
 
 def test_model_much_larger_than_its_weights_is_refused(tmp_path):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from raylib.config import validate
 from raylib.errors import UserError
+from raylib.models.hf_folders import read_config, read_sizes
 from raylib.models.hf_weights import (
     WeightMapper,
     copy_swin,
@@ -31,8 +32,6 @@ from raylib.models.hf_weights import (
     copy_vision,
     load_text,
     load_vision,
-    read_config,
-    read_sizes,
     text_sizes,
 )
 from raylib.models.swin import SwinSizes
@@ -44,6 +43,7 @@ PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # tha
 # that Swins in Hugging Face folders were trained with; ViTs there: 127.5, as ours
 IMAGENET = {"pixel_mean": IMAGENET_MEAN, "pixel_std": IMAGENET_STD}
 VISION_FOLDER = "an image encoder's folder"
+TIMM_EPS = 1e-6  # of layer norms of timm's ViT
 HEAD_WIDTH = 64  # an attention head of XLM-R and BERT is so wide
 UNUSED_CCLM_TEXT = [
     r"(itm|bbox)_head\.",
@@ -93,6 +93,11 @@ class Published(NamedTuple):
     text: dict[str, Tensor]
     vision: dict[str, Tensor]
     first: int
+
+    @property
+    def has_cross_encoder(self) -> bool:
+        """True of X2-VLM's format."""
+        return self.first > 0
 
     @property
     def is_swin(self) -> bool:
@@ -150,7 +155,8 @@ def read_published(path: Path) -> Published:
 
 
 def published_sizes(file: Published, vision: dict) -> ModelConfig:
-    """Sizes as the shapes of a file's tensors tell them. It says nothing of heads and eps, which are XLM-R's.
+    """Sizes as the shapes of a file's tensors tell them. It says nothing of heads and eps, which are those of
+    the public code.
 
     vision: of the image encoder (`vit_sizes`, `swin_sizes`), or of the one in its place.
     """
@@ -174,6 +180,8 @@ def published_sizes(file: Published, vision: dict) -> ModelConfig:
         "positions": len(mapper("embeddings.position_embeddings.weight")) - file.first,
         "embedding": len(mapper("text_proj.weight")),
         "eps": 1e-5,
+        # X2-VLM's cross layers are a BERT of their own, with BERT's epsilon
+        "fusion_eps": 1e-12 if file.has_cross_encoder else None,
     }
     return validate(ModelConfig, {**sizes, **PIXELS, **vision}, str(file.path))
 
@@ -199,7 +207,8 @@ def vit_sizes(file: Published) -> dict:
     mapper = WeightMapper(file.vision, file.path)
     width, _, patch, _ = mapper("patch_embed.proj.weight", (None, 3, None, None)).shape
     side = round((mapper("pos_embed", (1, None, width)).shape[1] - 1) ** 0.5)
-    return {"vision_layers": len(layers), "vision_width": width, "patch": patch, "image_size": side * patch}
+    sizes = {"vision_layers": len(layers), "vision_width": width, "patch": patch, "image_size": side * patch}
+    return {**sizes, "vision_eps": TIMM_EPS}
 
 
 def swin_sizes(file: Published) -> dict:
@@ -327,7 +336,8 @@ class Cclm(UnifiedModel):
         names = ("num_hidden_layers", "hidden_size", "patch_size", "image_size")
         layers, width, patch, size = read_sizes(read_config(folder), folder, names, VISION_FOLDER)
         sizes = {"vision_layers": layers, "vision_width": width, "patch": patch, "image_size": size}
-        return {**sizes, "pixel_mean": 127.5, "pixel_std": 127.5}
+        eps = read_config(folder).get("layer_norm_eps", 1e-12)
+        return {**sizes, "vision_eps": eps, "pixel_mean": 127.5, "pixel_std": 127.5}
 
 
 class CclmSwin(Cclm):

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from raylib.config import Config, Size
 from raylib.errors import UserError, reading, require
 from raylib.models.base import RetrievalBackbone
-from raylib.models.hf_weights import WeightMapper, copy_block, count_layers, read_folder
+from raylib.models.hf_folders import read_folder
+from raylib.models.hf_weights import WeightMapper, copy_block, count_layers
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD

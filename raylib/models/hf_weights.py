@@ -9,21 +9,32 @@ from `lm_head` (XLM-R) or `cls.predictions` (BERT), and stays as initialised whe
 import logging
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from raylib.errors import UserError, hub_hint, reading
-from raylib.fileio import read_json_object
+from raylib.errors import UserError
 from raylib.finite import require_finite_file
 from raylib.models.attention import Attention, Block
+from raylib.models.hf_folders import (
+    SWIN_COMPUTED,
+    TEXT_COMPUTED,
+    TEXT_FOLDER,
+    VIT_COMPUTED,
+    encoder_sizes,
+    first_position,
+    load_by_library,
+    read_config,
+    read_folder,
+    read_sizes,
+    require_computed,
+)
 from raylib.models.swin import SwinEncoder, interpolate_bias
 from raylib.models.vision import VisionBlock, VisionEncoder, interpolate
-from raylib.weights import describe_misfit, limit_model, read_tensors, require_no_misfits
+from raylib.weights import describe_misfit, limit_model, require_no_misfits
 
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.unified import UnifiedModel
@@ -112,62 +123,10 @@ UNUSED_TEXT = [
 ]
 # second names of the word embedding and its bias
 TIED = [r"lm_head\.decoder\.(weight|bias)", r"cls\.predictions\.decoder\.(weight|bias)"]
-MAX_SIZE = 1 << 24  # of a model, in any dimension
 UNUSED_VISION = [r"pooler\.", r"classifier\."]
-SIZES = {  # ours -> those of config.json
-    "vocabulary": "vocab_size",
-    "width": "hidden_size",
-    "heads": "num_attention_heads",
-    "feedforward": "intermediate_size",
-    "eps": "layer_norm_eps",
-}
-TEXT_ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert")  # model types of text encoders
 VISION_SIZES = {"vision_layers": "num_hidden_layers", "patch": "patch_size", "image_size": "image_size"}
 
-TEXT_FOLDER = "an XLM-R or BERT folder"
-
 log = logging.getLogger(__name__)
-
-
-def read_sizes(
-    config: dict, folder: Path | str, names: Sequence[str], accepts: str, *lists: str
-) -> list[int]:
-    """Return the whole numbers of these names in a folder's config.json, which has `lists` too.
-
-    Raises:
-        UserError: it does not say them, or something else; says what to give.
-    """
-    if missing := _missing(config, *names, *lists):
-        raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
-    for name in names:
-        if type(config[name]) is not int or not 0 < config[name] <= MAX_SIZE:
-            raise UserError(
-                f"{folder}/config.json: {name} is {config[name]!r:.40}, where a whole number from 1 to "
-                f"{MAX_SIZE:,} is wanted; give {accepts}"
-            )
-    return [config[name] for name in names]
-
-
-def encoder_sizes(config: dict, folder: Path | str, accepts: str = TEXT_FOLDER) -> dict:
-    """Our names for the sizes of a text encoder's config.json, and its "layers", "positions".
-
-    Raises:
-        UserError: it does not say them.
-    """
-    # other models have the same fields, and tensors by other names
-    if (config.get("model_type") or "bert") not in TEXT_ENCODERS:
-        raise UserError(
-            f"{folder}: model_type {config['model_type']!r:.40} is none of {', '.join(TEXT_ENCODERS)}; name "
-            "its file: backbone=FILE.py"
-        )
-    counts = [key for name, key in SIZES.items() if name != "eps"]
-    read_sizes(config, folder, [*counts, "num_hidden_layers", "max_position_embeddings"], accepts)
-    if missing := _missing(config, SIZES["eps"]):
-        raise UserError(f"{folder}/config.json: no {', '.join(sorted(missing))}; give {accepts}")
-    return {name: config[key] for name, key in SIZES.items()} | {
-        "layers": config["num_hidden_layers"],
-        "positions": config["max_position_embeddings"] - first_position(config),
-    }
 
 
 def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
@@ -195,6 +154,7 @@ def text_sizes(folder: Path | str, vision: Path | str | None = None) -> dict:
                 "give a ViT of the same"
             )
         sizes |= {name: vit[key] for name, key in VISION_SIZES.items()}
+        sizes["vision_eps"] = vit.get("layer_norm_eps", 1e-12)
     return sizes
 
 
@@ -210,7 +170,16 @@ def load_text(model: "UnifiedModel", folder: Path | str, layers: tuple[int, ...]
     A checkpoint without a masked-language head leaves the model's own as it is, and says so.
     """
     weights, config = read_folder(Path(folder))
+    require_computed(config, folder, TEXT_COMPUTED)
+    _compare_sizes(config, folder, model.config.heads, "model.heads", model.config.eps, "model.eps")
     weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
+    words = weights.get("embeddings.word_embeddings.weight")
+    for decoder in ("lm_head.decoder.weight", "cls.predictions.decoder.weight"):
+        if words is not None and decoder in weights and not torch.equal(weights[decoder], words):
+            raise UserError(
+                f"{folder}: {decoder} is not its word embedding (tie_word_embeddings), by which our "
+                "masked-language head predicts; give a folder that ties them, or one without the head"
+            )
     mapper = WeightMapper(weights, folder)
     stored = count_layers(weights, folder)
     text, fusion = len(model.text.blocks), len(model.fusion.blocks)
@@ -229,6 +198,24 @@ def load_text(model: "UnifiedModel", folder: Path | str, layers: tuple[int, ...]
     copy_text(mapper, model, first_position(config), layers)
     others = [rf"encoder\.layer\.{layer}\." for layer in range(stored) if layer not in layers]
     mapper.assert_all_used([*UNUSED_TEXT, *others, *TIED])
+
+
+def _compare_sizes(
+    config: dict, folder: Path | str, heads: int, heads_setting: str, eps: float, eps_setting: str
+) -> None:
+    """Compare what no tensor shows, the number of heads and the epsilon of layer norms.
+
+    Raises:
+        UserError: another number of heads.
+    """
+    if (found := config.get("num_attention_heads", heads)) != heads:
+        raise UserError(
+            f"{folder}/config.json: num_attention_heads is {found!r:.40}, the model has {heads}; set "
+            f"{heads_setting}"
+        )
+    # a setting of the run's, which mVLP sets otherwise than the weights it starts from (paper 2)
+    if (found := config.get("layer_norm_eps", eps)) != eps:
+        log.warning("%s: layer_norm_eps is %s, the model's is %s (%s)", folder, found, eps, eps_setting)
 
 
 def copy_text(mapper: WeightMapper, model: "UnifiedModel", first: int, layers: tuple[int, ...]) -> None:
@@ -266,8 +253,13 @@ def load_vision(model: "UnifiedModel", folder: Path | str) -> None:
         _load_swin(model, folder)
         return
     weights, config = read_folder(Path(folder))
+    require_computed(config, folder, VIT_COMPUTED)
+    vision = cast(VisionEncoder, model.vision)
+    _compare_sizes(config, folder, vision.heads, "model.heads", model.config.vision_eps, "model.vision_eps")
+    if type(config.get("image_size", 0)) is not int:
+        raise UserError(f"{folder}/config.json: image_size is {config['image_size']!r:.40}, no square")
     weights = {re.sub(r"^vit\.", "", k): v for k, v in weights.items()}
-    patch = model.vision.patch
+    patch = vision.patch
     if config.get("patch_size", patch) != patch:
         raise UserError(f"{folder}: patch {config['patch_size']}, the model wants {patch}; set model.patch")
     mapper = WeightMapper(weights, folder)
@@ -305,6 +297,7 @@ def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     """`transformers` itself reads the folder, since it knows older names of the tensors."""
     from transformers import SwinConfig, SwinModel
 
+    require_computed(read_config(Path(folder)), folder, SWIN_COMPUTED)
     with limit_model(Path(folder) / "config.json", folder):
         swin, report = load_by_library(
             Path(folder), SwinConfig, SwinModel, "a Swin's folder", add_pooling_layer=False
@@ -316,67 +309,6 @@ def _load_swin(model: "UnifiedModel", folder: Path | str) -> None:
     mapper = WeightMapper(weights | unexpected, folder)
     copy_swin(mapper, model)
     mapper.assert_all_used(UNUSED_VISION)
-
-
-@contextmanager
-def library_output_off() -> Iterator[None]:
-    """Keep `transformers` in the block from printing: tables of what does not fit, warnings, bars."""
-    from transformers.utils import logging as output
-
-    level, has_bars = output.get_verbosity(), output.is_progress_bar_enabled()
-    output.set_verbosity(output.CRITICAL)
-    output.disable_progress_bar()
-    try:
-        yield
-    finally:
-        output.set_verbosity(level)
-        if has_bars:
-            output.enable_progress_bar()
-
-
-def load_by_library(
-    folder: Path, config_class: Any, model_class: Any, what: str, **options: Any
-) -> tuple[Any, dict[str, Any]]:
-    """Make a model of `transformers` from a folder: its class reads names that earlier versions had.
-
-    Its weights are read here. `transformers` would look in the folder for files of its own: another one's
-    weights, an adapter, a checkpoint of several processes, each with readers that are not as careful.
-
-    Args:
-        config_class, model_class: `transformers`' own, `Auto...` too. options: of the model.
-        what: the folder was expected to be.
-    Returns:
-        the model, and {"missing_keys", "unexpected_keys", ...}.
-    Raises:
-        UserError: what is damaged, or no such folder; a tensor of another shape.
-    """
-    weights, _ = read_folder(folder)
-    safe = {
-        "local_files_only": True,
-        "trust_remote_code": False,
-    }  # the folder's code is neither run nor asked about
-    with reading(folder, what), library_output_off():
-        config = config_class.from_pretrained(folder, **safe)
-        for name in ("_attn_implementation", "_experts_implementation"):
-            if "/" in str(vars(config).get(f"{name}_internal")):
-                raise ValueError("its config.json asks for code of the hub's, as its attention")
-        if "Auto" in model_class.__name__:
-            with torch.device("meta"):  # for its class alone
-                model_class = type(model_class.from_config(config, trust_remote_code=False))
-        model, report = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=weights,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are in the report
-            **safe,
-            **options,
-        )
-    misfits = [
-        f"{name} is {tuple(found)}, wanted {tuple(own)}" for name, found, own in report["mismatched_keys"]
-    ]
-    require_no_misfits(folder, sorted(misfits))
-    return model, report
 
 
 def copy_swin(mapper: WeightMapper, model: "UnifiedModel") -> None:
@@ -436,77 +368,3 @@ def count_layers(weights: Iterable[str], folder: Path | str) -> int:
     if not layers:
         raise UserError(f"{folder}: no encoder.layer.0 among its tensors; give {TEXT_FOLDER}")
     return 1 + max(layers)
-
-
-def first_position(config: dict) -> int:
-    """Row of the position embeddings that a sentence starts at: RoBERTa numbers positions from pad + 1."""
-    if config.get("model_type") == "bert":
-        return 0
-    # configs of today's `transformers` write null where a number was not given
-    padding = config.get("pad_token_id")
-    if padding is not None and (type(padding) is not int or not 0 <= padding < 100):
-        raise UserError(f"config.json: pad_token_id is {padding!r:.40}, where a small number is wanted")
-    return 2 if padding is None else padding + 1
-
-
-def _missing(config: dict, *names: str) -> set[str]:
-    """Those of a config.json's fields that are not there, or null."""
-    return {name for name in names if config.get(name) is None}
-
-
-def read_config(folder: Path) -> dict:
-    """Read the config.json of a folder in Hugging Face format.
-
-    Raises:
-        UserError: there is none.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder}: no config.json; give a checkpoint folder in Hugging Face format{hub_hint(folder)}"
-        )
-    return read_json_object(folder / "config.json")
-
-
-def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
-    """The tensors of a folder in Hugging Face format, and its config.json.
-
-    Raises:
-        UserError: no config.json, no weights, a file that is none, or a tensor that is not finite (file and
-            tensor are named).
-    """
-    config = read_config(folder)
-    # a large checkpoint lies in several files, and an index says in which
-    index = min(folder.glob("*.index.json"), default=None)
-    shards = _read_index(index) if index else {}
-    weights: dict[str, Tensor] = {}
-    for name in shards or ["model.safetensors"]:
-        file = folder / name
-        if not shards and not file.is_file() and (folder / "pytorch_model.bin").is_file():
-            file = folder / "pytorch_model.bin"
-        if not file.is_file():
-            raise UserError(f"{folder}: no {name}; give a checkpoint folder in Hugging Face format")
-        shard = read_tensors(file)
-        if lacking := sorted(shards.get(name, set()) - shard.keys()):
-            raise UserError(
-                f"{file}: no tensor {lacking[0]}, which the index says is in it ({len(lacking)} are not); "
-                "take both files from the same place"
-            )
-        weights |= shard
-    return weights, config
-
-
-def _read_index(path: Path) -> dict[str, set[str]]:
-    """The files that an index of weights names, in order -> the tensors in each."""
-    what = "an index of weights: an object weight_map, a file for each tensor"
-    places = read_json_object(path, ("weight_map",), what)["weight_map"]
-    shards: dict[str, set[str]] = {}
-    with reading(path, what):
-        if not isinstance(places, dict) or not places:
-            raise ValueError(f"weight_map is {type(places).__name__}")
-        for tensor, name in places.items():
-            # a file of the folder, whatever a stranger's index says
-            is_name = isinstance(name, str) and name.isprintable() and not name.startswith(".")
-            if not is_name or PurePath(name).name != name:
-                raise ValueError(f"{tensor} in {name!r:.60}, which is no name of a file beside it")
-            shards.setdefault(name, set()).add(tensor)
-    return dict(sorted(shards.items()))

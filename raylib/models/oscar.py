@@ -31,14 +31,8 @@ from pydantic import model_validator
 from torch import Tensor, nn
 
 from raylib.config import Config, Size, validate
-from raylib.models.hf_weights import (
-    UNUSED_TEXT,
-    WeightMapper,
-    copy_block,
-    encoder_sizes,
-    first_position,
-    read_folder,
-)
+from raylib.models.hf_folders import encoder_sizes, first_position, read_folder
+from raylib.models.hf_weights import UNUSED_TEXT, WeightMapper, copy_block
 from raylib.models.layers import TextEmbedding, init_weights
 from raylib.models.single_stream import SingleStreamBackbone
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows, select_mask

@@ -22,7 +22,8 @@ from torch import Tensor
 from raylib.errors import UserError
 from raylib.fileio import read_json_object
 from raylib.models.attention import Block
-from raylib.models.hf_weights import WeightMapper, encoder_sizes, first_position, read_folder
+from raylib.models.hf_folders import WEIGHT_FILES, encoder_sizes, first_position, read_folder
+from raylib.models.hf_weights import WeightMapper
 from raylib.models.single_stream_names import (
     UC2_NAMES,
     Names,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
 
 HEAD_WIDTH = 64  # width of an attention head in every published model
-HUGGING_FACE = ("model.safetensors", "pytorch_model.bin", "*.index.json")  # what its folders hold
 # VOLTA has one layer norm epsilon for all, and a ReLU after UC2's pooler, which had been trained with tanh
 AS_IN_VOLTA = {"uc2": {"eps": 1e-5, "activation": "relu"}}
 
@@ -87,7 +87,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
     description = {}
     if (folder / "config.json").is_file():
         description = read_json_object(folder / "config.json")
-    if path.is_dir() and description and any(next(path.glob(name), None) for name in HUGGING_FACE):
+    if path.is_dir() and description and any((path / name).is_file() for name in WEIGHT_FILES):
         return read_folder(path)[0], description
     files = [path] if path.is_file() else sorted(f for f in path.glob("*") if f.suffix in ENDINGS)
     if len(files) != 1:

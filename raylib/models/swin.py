@@ -6,8 +6,8 @@ Shape legend: b images, M patches of the last stage, d width.
 
 from typing import Any, cast
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.errors import require
@@ -94,12 +94,53 @@ class SwinEncoder(SplitModule):
 
 def interpolate_bias(table: Tensor, rows: int) -> Tensor:
     """Biases ((2 w - 1)^2, heads) by relative position in a window w wide -> (rows, heads) for another
-    window, bicubic."""
+    window, as CCLM and X2-VLM do (BEiT's rule): by a cubic spline whose knots, the old positions, move apart
+    geometrically from the middle until they reach the new window's edge."""
     # relative positions from -(w - 1) to w - 1 in each direction: a square image of biases, one a head
     old, new = round(len(table) ** 0.5), round(rows**0.5)
     if old == new:
         return table
-    grid = F.interpolate(
-        table.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False
-    )
-    return grid.flatten(2)[0].T.contiguous()
+    # in float64, as the public code's SciPy: a spline's system is not well conditioned
+    spline = torch.from_numpy(_spline_matrix(_geometric_places(old, new), np.arange(new) - new // 2))
+    spline = spline.to(table.device)
+    grid = spline @ table.T.reshape(-1, old, old).double() @ spline.T
+    return grid.flatten(1).T.to(table.dtype).contiguous()
+
+
+def _geometric_places(old: int, new: int) -> np.ndarray:
+    """(old,) where the relative positions of a window stand in one with `new` of them, which is odd: 0 in the
+    middle, then steps of 1, q, q^2 ... with q from 1.01 to 1.5, so that the last reaches new // 2."""
+    steps = old // 2
+    low, high, q = 1.01, 1.5, 1.5
+    while high - low > 1e-6:
+        q = (low + high) / 2
+        low, high = (low, q) if (1 - q**steps) / (1 - q) > new // 2 else (q, high)
+    away = np.cumsum(q ** np.arange(steps))
+    return np.concatenate([-away[::-1], [0.0], away])
+
+
+def _spline_matrix(knots: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """(p, k): values at k rising knots -> those at `places` (p,) of the cubic spline through them, without a
+    knot at the second and the last but one (FITPACK's); beyond the knots, the value at the outermost."""
+    count, identity = len(knots), np.eye(len(knots))
+    places = np.clip(places, knots[0], knots[-1])
+    if count < 4:  # too few for a cubic: the polynomial through them
+        return np.vander(places, count) @ np.linalg.inv(np.vander(knots, count))
+    # the second derivatives at the knots (k, k) solve a system: slopes meet at the inner knots
+    widths = np.diff(knots)
+    system, slopes = np.zeros((count, count)), np.zeros((count, count))
+    for i in range(1, count - 1):
+        left, right = widths[i - 1], widths[i]
+        system[i, i - 1 : i + 2] = left, 2 * (left + right), right
+        slopes[i] = 6 * ((identity[i + 1] - identity[i]) / right - (identity[i] - identity[i - 1]) / left)
+    # ... and third derivatives at the second and the last but one
+    for row, i in ((0, 0), (-1, count - 3)):
+        left, right = widths[i], widths[i + 1]
+        system[row, i : i + 3] = right, -(left + right), left
+    curvature = np.linalg.solve(system, slopes)
+    i = np.clip(np.searchsorted(knots, places, "right") - 1, 0, count - 2)
+    width = widths[i][:, None]
+    b = (places[:, None] - knots[i][:, None]) / width
+    a = 1 - b
+    bend = (a**3 - a) * curvature[i] + (b**3 - b) * curvature[i + 1]
+    return a * identity[i] + b * identity[i + 1] + bend * width**2 / 6

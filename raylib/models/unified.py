@@ -92,11 +92,17 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
             self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **vision)
         else:
             self.vision = VisionEncoder(
-                c.image_size, c.patch, c.vision_layers, **sizes, **vision, window=c.vision_window
+                c.image_size,
+                c.patch,
+                c.vision_layers,
+                **sizes,
+                **vision,
+                window=c.vision_window,
+                eps=c.vision_eps,
             )
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)
-        self.fusion = Encoder(c.fusion_layers, **stack, eps=c.eps, cross=c.fusion == "cross")
+        self.fusion = Encoder(c.fusion_layers, **stack, eps=c.fusion_eps or c.eps, cross=c.fusion == "cross")
         self.image_projection = nn.Linear(c.width, c.embedding)
         self.text_projection = nn.Linear(c.width, c.embedding)
         self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)

@@ -84,19 +84,20 @@ class VisionEncoder(SplitModule):
         pixel_mean: PixelStats = 127.5,
         pixel_std: PixelStats = 127.5,
         window: int | None = None,
+        eps: float = 1e-12,
     ):
         """`out`: the width that others want. `pixel_mean`, `pixel_std`: of `normalize_pixels`."""
         super().__init__()
-        self.patch, self.window = patch, window
+        self.patch, self.window, self.heads = patch, window, heads
         self.pixel_mean, self.pixel_std = pixel_mean, pixel_std
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
         self.place = nn.Parameter(torch.zeros((size // window) ** 2, width)) if window else None
         self.blocks = nn.ModuleList(
-            VisionBlock(width, heads, feedforward, dropout, 1e-12) for _ in range(layers)
+            VisionBlock(width, heads, feedforward, dropout, eps) for _ in range(layers)
         )
-        self.norm = LayerNorm(width, 1e-12)
+        self.norm = LayerNorm(width, eps)
         self.output = nn.Linear(width, out) if out != width else None
         self.dropout = nn.Dropout(dropout)
 

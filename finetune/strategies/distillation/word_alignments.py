@@ -28,7 +28,7 @@ from torch import Tensor
 from finetune.formats import shorten
 from raylib.errors import UserError, hub_hint, require
 from raylib.finite import require_finite_file
-from raylib.models.hf_weights import load_by_library
+from raylib.models.hf_folders import load_by_library
 from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
 from raylib.textfile import open_text

@@ -117,7 +117,7 @@ def example_hub_folder(folder: Path) -> Path:
 
 
 def read_hub_folder(path: Path) -> Any:
-    from raylib.models.hf_weights import read_folder
+    from raylib.models.hf_folders import read_folder
 
     return read_folder(path)
 
