@@ -8,7 +8,16 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from finetune.strategies import StrategiesConfig
 from raylib.config import FolderName, NameOrFile
 from raylib.memory import next_settings
-from raylib.settings import AugmentConfig, Checkpointing, DecoderConfig, FitConfig, LaunchConfig, OptimConfig
+from raylib.settings import (
+    MAX_PIXELS,
+    AugmentConfig,
+    Checkpointing,
+    DecoderConfig,
+    FitConfig,
+    LaunchConfig,
+    MaxPixels,
+    OptimConfig,
+)
 
 TransferSetting = Literal[
     "zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"
@@ -71,6 +80,8 @@ class FinetuneConfig(LaunchConfig):
     """Encode every image once, where the image encoder is frozen and nothing augments."""
     image_size: PositiveInt | None = None
     """Side of an image in pixels; null: the model's."""
+    max_pixels: MaxPixels = MAX_PIXELS
+    """Most pixels of an image; a larger one is not decoded, and cannot be used (as Pillow's limit)."""
     augment: AugmentConfig | None = None
     """Augmentation of training images; null: none."""
     checkpointing: Checkpointing = "none"

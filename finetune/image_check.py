@@ -118,7 +118,8 @@ def _verify(visual: VisualSource, sets: Sequence["UsedSet"], limit: float) -> It
     """Read every image of the sets, once."""
     named = dict.fromkeys(name for used in sets for item in _items(used) for name in item.images)
     names = list(filter(visual.store.has, named))  # of the others the check of names has told
-    found = cached("verified", (str(visual.store.path), names), lambda: _read_all(visual, names))
+    limits = (visual.store.max_pixels,) if isinstance(visual.store, ImageStore) else ()
+    found = cached("verified", (str(visual.store.path), names, *limits), lambda: _read_all(visual, names))
     for used in sets:
         faults = ImageFaults(_describe(used), limit)
         for item in _items(used):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from raylib.command import (
     RESUME_HINT,
     Stage,
+    add_max_pixels,
     check_writable,
     command_parser,
     entry_point,
@@ -45,11 +46,12 @@ def _evaluate(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--json", type=local_path, metavar="FILE", help="also write the figures into this file"
     )
+    add_max_pixels(parser)
     args = parser.parse_args(arguments)
     check_writable(args.json)
     from pretrain.evaluate import evaluate_folder, recall_table, write_result
 
-    result = evaluate_folder(args.model, args.data)
+    result = evaluate_folder(args.model, args.data, args.max_pixels)
     print(recall_table(result))
     if args.json:
         write_result(args.json, result)
@@ -99,13 +101,14 @@ def _overlap(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--distance", type=int, default=6, help="bits of 64 that may differ (default 6)")
     parser.add_argument("--json", type=local_path, help="write all figures, and each pair, into this file")
+    add_max_pixels(parser)
     args = parser.parse_args(arguments)
     if not 0 <= args.distance <= 32:
         raise UserError(f"--distance {args.distance}: give a number from 0 to 32")
     check_writable(args.json)
     from pretrain.image_overlap import report_overlap
 
-    report_overlap(args.corpus, args.data, args.names, args.distance, args.json)
+    report_overlap(args.corpus, args.data, args.names, args.distance, args.json, args.max_pixels)
     return 0
 
 

@@ -257,9 +257,9 @@ class _ImageTextStream(_Stream):
         extension = sample.images[int(image_pick * len(sample.images))]
         data = sample.read(extension)
         try:
-            image = decode_image(data)
+            image = decode_image(data, max_pixels=self.config.max_pixels)
         except BadImage:  # a name for every image would cost as much as finding it
-            image = decode_image(data, f"{sample.name}, {extension}")
+            image = decode_image(data, f"{sample.name}, {extension}", self.config.max_pixels)
         return sample.identity, image, caption
 
     def _count_bad(self, message: str) -> None:

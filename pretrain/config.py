@@ -7,9 +7,11 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from raylib.config import Config
 from raylib.errors import UserError
 from raylib.settings import (
+    MAX_PIXELS,
     AugmentConfig,
     FitConfig,
     LaunchConfig,
+    MaxPixels,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
@@ -50,6 +52,8 @@ class DataConfig(Config):
     """Plain sentences in all languages."""
     augment: AugmentConfig = AugmentConfig()
     """Augmentation of training images."""
+    max_pixels: MaxPixels = MAX_PIXELS
+    """Most pixels of an image; a larger one is not decoded, and cannot be used (as Pillow's limit)."""
     caption_language: str = "en"
     """Language of the captions that are trained on."""
     mask_probability: float = Field(0.15, ge=0, le=1)

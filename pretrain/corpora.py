@@ -24,7 +24,7 @@ import numpy as np
 import raylib.sample
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
-from raylib.command import command_parser, entry_point, local_path
+from raylib.command import add_max_pixels, command_parser, entry_point, local_path
 from raylib.data import index, shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
@@ -45,6 +45,7 @@ from raylib.sample import (
     read_images,
     read_training_captions,
 )
+from raylib.settings import MAX_PIXELS
 from raylib.text import Tokenizer, is_language_code
 
 SAMPLE_SHARD = 256  # samples of an image_text shard of the embedded corpus
@@ -101,6 +102,7 @@ def prepare(
     image_size: int | None = None,
     limit: float = LIMIT,
     images: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write `out`/image_text, `out`/parallel, `out`/text (those that are asked for) and a copy of the
     tokenizer.
@@ -112,6 +114,7 @@ def prepare(
         limit: share of bad samples in a file that is still normal.
         images: folder below which the images of `image_text` lie; None: below that of the file that names
             them.
+        max_pixels: of an image; a larger one is not decoded, and skipped.
 
     Raises UserError: unreadable or cut file, unknown format, too many bad samples, no samples; nothing to
     read; a language that cannot name a shard.
@@ -135,7 +138,9 @@ def prepare(
         if images and not images.is_dir():
             raise UserError(f"{images}: no such folder; give that of the images")
         records = _read_files(
-            image_text, limit, lambda path, tally: read_image_text(path, tally, image_size, images)
+            image_text,
+            limit,
+            lambda path, tally: read_image_text(path, tally, image_size, images, max_pixels),
         )
         items = (ImageText(f"{row:09d}", found, {"en": texts}) for row, (found, texts) in enumerate(records))
         write_image_text(out / "image_text", items)
@@ -293,6 +298,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--limit", type=float, default=LIMIT, help="share of bad samples that is still normal"
     )
+    add_max_pixels(parser)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     streams: dict[str, dict[str, list[Path]]] = {"parallel": {}, "text": {}}
@@ -310,6 +316,7 @@ def main(arguments: Sequence[str]) -> int:
         image_size=args.image_size,
         limit=args.limit,
         images=args.images,
+        max_pixels=args.max_pixels,
     )
     return 0
 

@@ -32,6 +32,7 @@ from raylib.data.images import BadImage, decode_image, read_image_file
 from raylib.display import file_progress
 from raylib.errors import UserError
 from raylib.fileio import decode_base64, find_file
+from raylib.settings import MAX_PIXELS
 from raylib.text import BadCaption, clean_captions, parse_captions
 from raylib.textfile import open_bytes, stream_json
 
@@ -73,7 +74,11 @@ class Tally:
 
 
 def read_image_text(
-    path: Path, tally: Tally, size: int | None = None, images: Path | None = None
+    path: Path,
+    tally: Tally,
+    size: int | None = None,
+    images: Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Iterator[tuple[dict[str, bytes], list[str]]]:
     """({extension: image}, English captions) of every good record of an ALBEF list or a CCLM file. images:
     the folder below which images lie; else the file's."""
@@ -86,7 +91,7 @@ def read_image_text(
     for record in read(path, tally):
         try:
             captions = _english(record)
-            image = _shrink(_load(record.get(field), images or path.parent), size)
+            image = _shrink(_load(record.get(field), images or path.parent), size, max_pixels)
         except BadSample as error:
             tally.skip(str(error))
         else:
@@ -202,11 +207,11 @@ def _load(image: Any, folder: Path) -> bytes:
         raise BadSample(OUTSIDE if is_outside else "images that are missing") from None
 
 
-def _shrink(data: bytes, size: int | None) -> dict[str, bytes]:
+def _shrink(data: bytes, size: int | None, max_pixels: int) -> dict[str, bytes]:
     """{extension: bytes} of an image that decodes; as JPEG where it is too large, or no JPEG, PNG or
     WebP."""
     try:
-        image = decode_image(data)
+        image = decode_image(data, max_pixels=max_pixels)
     except BadImage:
         raise BadSample("images that do not decode") from None
     extension = next((name for start, name in IMAGE_MAGIC.items() if data.startswith(start)), None)

@@ -26,7 +26,7 @@ from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import MemoryAdvice, advise_on_memory, local_device, peak_memory
-from raylib.settings import FitConfig
+from raylib.settings import MAX_PIXELS, FitConfig
 from raylib.text import (
     BadCaption,
     EmptyCaption,
@@ -141,9 +141,17 @@ class ZeroShotRetrieval:
         folder: shards, or images with `captions.json` (`read_retrieval_set`).
         size: pixels a side.
         length: longest sentence in tokens, specials included.
+        max_pixels: of an image.
     """
 
-    def __init__(self, folder: Path | str, tokenizer: Tokenizer, size: int, length: int):
+    def __init__(
+        self,
+        folder: Path | str,
+        tokenizer: Tokenizer,
+        size: int,
+        length: int,
+        max_pixels: int = MAX_PIXELS,
+    ):
         self.tokenizer, self.length = tokenizer, length
         heldout: list[bool] = []
         texts: dict[str, list[tuple[int, str]]] = {}
@@ -155,7 +163,7 @@ class ZeroShotRetrieval:
                     texts.setdefault(language, []).extend((number, caption) for caption in captions)
                 heldout.append(item.heldout)
                 if number % world_size() == rank():
-                    image = decode_image(item.image, f"{folder}: {item.name}")
+                    image = decode_image(item.image, f"{folder}: {item.name}", max_pixels)
                     file.write(resize_image(image, size).tobytes())
             if not heldout:
                 raise UserError(f"{folder}: no images to retrieve")
@@ -249,17 +257,17 @@ def _figures(i2t: Tensor, t2i: Tensor, candidates: int) -> dict[str, float]:
     return {"chance_r1": 1 / candidates, **recall_figures(i2t, t2i), "n": len(i2t)}
 
 
-def evaluate_folder(model: Path | str, data: Path | str) -> dict[str, Any]:
-    """Scores of a model folder, run or checkpoint on the retrieval set `data` (see `Retrieval`), with what
-    made them: hashes of the model's config.json and of weights, tokenizer and set, seconds, captions a
-    second, peak memory, `raylib.provenance`."""
+def evaluate_folder(model: Path | str, data: Path | str, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
+    """Scores of a model folder, run or checkpoint on the retrieval set `data` (see `Retrieval`), whose images
+    have at most `max_pixels`, with what made them: hashes of the model's config.json and of weights,
+    tokenizer and set, seconds, captions a second, peak memory, `raylib.provenance`."""
     began, folder = time.perf_counter(), find_model(hold_model(model))
     unified, device = UnifiedModel.from_pretrained(folder).eval(), local_device()
     unified.to(device)
     config, fit = unified.config, find_fit(Path(model), folder) or FitConfig(bf16=False)
     fit.set_precision(unified, device)
     retrieval = ZeroShotRetrieval(
-        data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions
+        data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions, max_pixels
     )
     start = time.perf_counter()
     advice = MemoryAdvice().evaluation

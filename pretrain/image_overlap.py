@@ -33,6 +33,7 @@ from raylib.errors import UserError, reading
 from raylib.fileio import nfc, read_json, require_unicode, write_json
 from raylib.provenance import provenance
 from raylib.runtime import available_cpus
+from raylib.settings import MAX_PIXELS
 from raylib.strict_json import parse_json
 from raylib.textfile import open_text
 
@@ -103,15 +104,19 @@ def count_overlap(corpus: ImageHashes, test: ImageHashes, distance: int) -> dict
 
 
 def hash_images(
-    images: Iterable[tuple[str, bytes]], processes: int, total: int | None = None
+    images: Iterable[tuple[str, bytes]],
+    processes: int,
+    total: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[ImageHashes, int]:
-    """(hashes, how many images do not decode and are left out) of (name, encoded bytes), in order."""
+    """(hashes, how many images do not decode, or have more than `max_pixels`, and are left out) of (name,
+    encoded bytes), in order."""
     images, results = progress(images, "hash", total, "images"), []
     waiting: deque[Future] = deque()
     # spawned, not forked: children would inherit the locks of OpenCV's and BLAS's threads
     with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         while chunk := list(islice(images, CHUNK)):
-            waiting.append(pool.submit(_hash_chunk, chunk))
+            waiting.append(pool.submit(_hash_chunk, chunk, max_pixels))
             # encoded images of a few chunks are in memory at a time: a corpus does not fit
             if len(waiting) > 2 * processes:
                 results.append(waiting.popleft().result())
@@ -122,11 +127,13 @@ def hash_images(
     return ImageHashes(list(names), *arrays), sum(bad for _, bad in results)
 
 
-def _hash_chunk(images: Sequence[tuple[str, bytes]]) -> tuple[list[tuple[str, int, int, bool]], int]:
+def _hash_chunk(
+    images: Sequence[tuple[str, bytes]], max_pixels: int
+) -> tuple[list[tuple[str, int, int, bool]], int]:
     rows, bad = [], 0
     for name, data in images:
         try:
-            bits, flat = perceptual_hash(decode_image(data, name))
+            bits, flat = perceptual_hash(decode_image(data, name, max_pixels))
         except BadImage:
             bad += 1
             continue
@@ -243,7 +250,12 @@ def overlap_table(result: dict[str, Any]) -> str:
 
 
 def report_overlap(
-    corpus_path: Path, data: Path, annotations: Sequence[Path], distance: int, to: Path | None
+    corpus_path: Path,
+    data: Path,
+    annotations: Sequence[Path],
+    distance: int,
+    to: Path | None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Print, and write into the file `to`, how many images of `data`, of those that `annotations` name, are
     in a corpus."""
@@ -251,12 +263,14 @@ def report_overlap(
     processes = available_cpus()
     names = set().union(*map(read_names, annotations))
     found_names: set[str] = set()
-    test, bad_test = hash_images(_keep(stream_images(data), names, found_names), processes)
+    kept = _keep(stream_images(data), names, found_names)
+    test, bad_test = hash_images(kept, processes, max_pixels=max_pixels)
     if not test.names:
         why = f"none of its {bad_test} images decodes" if bad_test else "no image in it"
         raise UserError(f"{data}: {why}{' that --names names' if names and not bad_test else ''}")
     missing = sorted(names - found_names)
-    corpus, bad_corpus = hash_images(read_source(source), processes, sum(map(source.size, source.groups)))
+    total = sum(map(source.size, source.groups))
+    corpus, bad_corpus = hash_images(read_source(source), processes, total, max_pixels)
     result = {
         "corpus": str(corpus_path),
         "data": str(data),

@@ -213,7 +213,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     objective = UnifiedObjective(model, config.objective, batches.streams)
     batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []
-    sizes = config.model.image_size, config.model.positions
+    sizes = config.model.image_size, config.model.positions, data.max_pixels
     retrieval = (
         ZeroShotRetrieval(data.retrieval, Tokenizer.load(data.tokenizer), *sizes) if data.retrieval else None
     )

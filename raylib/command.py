@@ -33,7 +33,7 @@ from raylib.display import hide_secrets
 from raylib.errors import UserError, error_line, printable
 from raylib.help import recipe_list, settings_page, table, wrap
 from raylib.notice import Interrupted, last_notice, signals_handled
-from raylib.settings import LaunchConfig, update_deviations
+from raylib.settings import MAX_PIXELS, LaunchConfig, update_deviations
 
 RESUME_HINT = "the same command resumes from the newest checkpoint"
 RECIPE_SETTINGS = "Settings with their values here; each path=value changes one:"
@@ -155,6 +155,16 @@ def command_parser(
     program, description = spell_commands(f"python -m {command}"), spell_commands(inspect.cleandoc(doc or ""))
     return argparse.ArgumentParser(
         prog=program, description=description, formatter_class=HelpFormatter, **options
+    )
+
+
+def add_max_pixels(parser: argparse.ArgumentParser) -> None:
+    """Add the option of the largest image that is read."""
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        default=MAX_PIXELS,
+        help=f"of an image; a larger one is not decoded ({MAX_PIXELS:,})",
     )
 
 

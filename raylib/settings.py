@@ -280,6 +280,9 @@ class OptimConfig(Config):
 
 # ---- images
 
+# as Pillow, which warns there: a quarter of a GiB as RGB
+MAX_PIXELS = 89_478_485
+MaxPixels = Annotated[int, Field(ge=1, le=1 << 30)]  # of an image; OpenCV decodes no larger one
 
 # RandAugment's (`raylib.data.images`: `WARPS`, and `TONES` with "identity")
 OPERATIONS = (

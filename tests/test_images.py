@@ -1,5 +1,6 @@
 import io
 import os
+import re
 import resource
 import zlib
 from struct import calcsize, pack
@@ -362,3 +363,135 @@ def test_images_are_read_from_files_alone(tmp_path):
     (tmp_path / "large.png").unlink()
     with pytest.raises(BadImage, match=r"large.png: gone since the run began"):
         store.read("large")
+
+
+# ---- which way is up
+
+ORIENTATIONS = range(1, 9)
+PHOTO = Image.fromarray(smooth_image(32, 48))
+
+
+def exif_of(orientation):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    return exif
+
+
+def upright_by_pillow(data):
+    return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+
+
+def png_with(chunks, after=False, image=PHOTO):
+    """A PNG with more chunks [(kind, content)] before its pixels, or after."""
+    data = encode(image)
+    place = data.index(b"IEND") - 4 if after else data.index(b"IDAT") - 4
+    more = b"".join(
+        pack(">I", len(content)) + kind + content + pack(">I", zlib.crc32(kind + content))
+        for kind, content in chunks
+    )
+    return data[:place] + more + data[place:]
+
+
+def raw_profile(exif):
+    return b"\nexif\n%8d\n" % len(exif) + "\n".join(re.findall(".{1,72}", exif.hex())).encode() + b"\n"
+
+
+def xmp_of(orientation, quote=b'"'):
+    return b'<x:xmpmeta><rdf:Description tiff:Orientation="%d"/></x:xmpmeta>' % orientation
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [
+        ("JPEG", "RGB", {"quality": 90}),
+        ("JPEG", "CMYK", {}),
+        ("JPEG", "L", {"progressive": True}),
+        ("PNG", "RGB", {}),
+        ("PNG", "P", {}),
+        ("PNG", "L", {}),
+        ("PNG", "LA", {}),
+        ("WEBP", "RGB", {"lossless": True}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("WEBP", "RGB", {"quality": 80}),
+        ("AVIF", "RGB", {"quality": 90}),
+        ("AVIF", "RGBA", {"quality": 90}),
+    ],
+)
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_images_of_all_kinds_are_upright_as_pillow_has_them(kind, mode, options, orientation):
+    data = encode(PHOTO.convert(mode), kind, exif=exif_of(orientation), **options)
+    expected, got = upright_by_pillow(data), decode_image(data)
+    assert got.shape == expected.shape == ((48, 32, 3) if orientation > 4 else (32, 48, 3))
+    tolerance = {"CMYK": 1, "RGBA": 1}.get(mode, 0) if kind != "WEBP" or mode == "RGBA" else 2
+    assert np.abs(got - expected.astype(int)).max() <= tolerance and got.flags["C_CONTIGUOUS"]
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_orientation_is_found_wherever_a_png_has_it(orientation):
+    exif = exif_of(orientation).tobytes()[6:]
+    profile = raw_profile(exif)
+    for data in (
+        png_with([(b"eXIf", exif)]),
+        png_with([(b"eXIf", exif)], after=True),
+        png_with([(b"tEXt", b"Raw profile type exif\0" + profile)]),
+        png_with([(b"tEXt", b"Raw profile type exif\0" + raw_profile(b"Exif\0\0" + exif))]),
+        png_with([(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(profile))]),
+        png_with([(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp_of(orientation))]),
+        png_with([(b"iTXt", b"XML:com.adobe.xmp\0\1\0en\0x\0" + zlib.compress(xmp_of(orientation)))]),
+    ):
+        assert np.array_equal(decode_image(data), upright_by_pillow(data))
+    # of two, the chunk counts, and EXIF before XMP
+    both = png_with(
+        [(b"eXIf", exif), (b"tEXt", b"Raw profile type exif\0" + raw_profile(exif_of(3).tobytes()))]
+    )
+    assert np.array_equal(decode_image(both), upright_by_pillow(both))
+    other = png_with([(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp_of(6)), (b"eXIf", exif)])
+    assert np.array_equal(decode_image(other), upright_by_pillow(other))
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS)
+def test_orientation_is_found_in_xmp_and_in_either_byte_order(orientation):
+    for kind in ("JPEG", "WEBP"):
+        data = encode(PHOTO, kind, xmp=xmp_of(orientation), quality=100)
+        assert np.abs(decode_image(data) - upright_by_pillow(data).astype(int)).max() <= 2
+    for order, magic in ((">", b"MM\0*"), ("<", b"II*\0")):
+        for kind, code in ((3, "HH"), (4, "I")):
+            value = pack(order + code, *([orientation, 0] if code == "HH" else [orientation]))
+            entries = (
+                pack(order + "HHI4s", 0x10F, 2, 4, b"ab\0\0") + pack(order + "HHI", 0x112, kind, 1) + value
+            )
+            exif = magic + pack(order + "IH", 8, 2) + entries + bytes(4)
+            data = png_with([(b"eXIf", exif)])
+            assert np.array_equal(decode_image(data), upright_by_pillow(data))
+
+
+def test_damaged_exif_leaves_an_image_as_it_is():
+    good = exif_of(6).tobytes()[6:]
+    for exif in (b"", b"II", good[:9], good[:14], b"XX*\0" + good[4:], good[:4] + b"\xff" * 4, b"Exif\0\0"):
+        assert np.array_equal(decode_image(png_with([(b"eXIf", exif)])), np.asarray(PHOTO))
+    for value in (0, 9, 65535):  # no orientation that there is
+        data = encode(PHOTO, exif=exif_of(value))
+        assert np.array_equal(decode_image(data), np.asarray(PHOTO))
+    text = (b"tEXt", b"Raw profile type exif\0\nexif\n  9\nno hex\n")
+    assert np.array_equal(decode_image(png_with([text])), np.asarray(PHOTO))
+    bomb = (b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(bytes(1 << 26)))
+    assert np.array_equal(decode_image(png_with([bomb])), np.asarray(PHOTO))
+
+
+@pytest.mark.parametrize("bits", [10, 12])
+def test_deep_avifs_keep_their_brightness(bits):
+    deep = (np.asarray(PHOTO).astype(np.uint16) << (bits - 8)) + (1 << (bits - 9))
+    options = [cv2.IMWRITE_AVIF_DEPTH, bits, cv2.IMWRITE_AVIF_QUALITY, 100]
+    data = cv2.imencode(".avif", deep[..., ::-1], options)[1].tobytes()
+    assert np.abs(decode_image(data) - np.asarray(PHOTO).astype(int)).max() <= 2
+
+
+def test_pil_images_are_upright_and_of_the_limit():
+    for orientation in ORIENTATIONS:
+        data = encode(PHOTO, exif=exif_of(orientation))
+        assert np.array_equal(load_image(Image.open(io.BytesIO(data))), decode_image(data))
+    with pytest.raises(BadImage, match="x: 48 x 32 pixels, of which 1,535 may be .max_pixels."):
+        load_image(PHOTO, "x", max_pixels=1535)
+    with pytest.raises(BadImage, match="48 x 32 pixels, of which 1,535 may be .max_pixels."):
+        load_image(encode(PHOTO, "JPEG"), "x", max_pixels=1535)
+    assert load_image(encode(PHOTO, "JPEG"), max_pixels=1536).shape == (32, 48, 3)

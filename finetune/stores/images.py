@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -33,7 +34,7 @@ from raylib.fileio import nfc
 from raylib.packed import Ragged
 from raylib.precision import autocast
 from raylib.randomness import string_key
-from raylib.settings import AugmentConfig
+from raylib.settings import MAX_PIXELS, AugmentConfig
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
@@ -59,7 +60,7 @@ class ImageStore:
 
     def __init__(self, path: Path, files: dict[str, list[ImageFile]]):
         """files: {id without folder and ending: images of this name}."""
-        self.path = path
+        self.path, self.max_pixels = path, MAX_PIXELS
         # in the order of hashes of their names: found by bisection, and shared by all processes, as arrays
         # are and a dict is not
         by_hash = sorted((_name_hash(name), name) for name in files)
@@ -79,7 +80,7 @@ class ImageStore:
             BadImage: no such id, or a file that is gone or does not decode. UserError: several images (they
                 are named); a tar that became shorter.
         """
-        return decode_image(self._bytes(name), f"{self.path}, {name}")
+        return decode_image(self._bytes(name), f"{self.path}, {name}", self.max_pixels)
 
     def identity(self, name: str) -> int:
         """63-bit hash of the encoded bytes, as of a sample in shards: one image may have several ids, and lie
@@ -138,14 +139,17 @@ def _name_hash(name: str) -> int:
     return string_key(name.encode(errors="surrogatepass"))  # a file's name need not be UTF-8
 
 
-def open_images(path: Path | str) -> ImageStore:
-    """Open the images of a folder and all that is below it, or of a tar, which a process reads once.
+def open_images(path: Path | str, max_pixels: int = MAX_PIXELS) -> ImageStore:
+    """Open the images of a folder and all that is below it, or of a tar, which a process reads once; of an
+    image of more than `max_pixels` nothing is read.
 
     Raises:
         UserError: neither; a tar that is damaged, or compressed; no image in it; two images of one id in
             one folder (both are named).
     """
-    return open_once(Path(path), _open_images)
+    store = copy(open_once(Path(path), _open_images))  # the list of images is shared, the limit is not
+    store.max_pixels = max_pixels
+    return store
 
 
 def _open_images(path: Path) -> ImageStore:
@@ -300,7 +304,7 @@ def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> 
     objects."""
     if config.regions:
         return RegionFeatures(open_regions(config.regions), has_tags, config.max_regions)
-    return ImageSource(open_images(config.images_path), size, config.augment)
+    return ImageSource(open_images(config.images_path, config.max_pixels), size, config.augment)
 
 
 def precompute_features(

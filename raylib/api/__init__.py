@@ -49,6 +49,7 @@ def load(
     language: str | None = None,
     backbone: str = "unified",
     vision: str | None = None,
+    max_pixels: int | None = None,
 ) -> "Model":
     """Load a trained model.
 
@@ -61,12 +62,22 @@ def load(
         language: of a fine-tuning run that trained a model for each language, which one.
         backbone, vision: as the settings of fine-tuning have them: what published weights become, and the
             folder of their image encoder where that is another.
+        max_pixels: most pixels of an image, a larger one is not decoded; None: as the run had it, else
+            89,478,485.
     Raises:
         UserError: no such model, weights that do not fit or are not finite.
     """
     from raylib.api.loading import load_model
 
-    return load_model(path, device, dtype, language=language, backbone=backbone, vision=vision)
+    return load_model(
+        path,
+        device,
+        dtype,
+        language=language,
+        backbone=backbone,
+        vision=vision,
+        max_pixels=max_pixels,
+    )
 
 
 def main() -> int:

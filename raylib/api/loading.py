@@ -24,7 +24,7 @@ from raylib.models.finetuned import (
     trained_languages,
 )
 from raylib.precision import set_residual
-from raylib.settings import FitConfig, stored_fit
+from raylib.settings import MAX_PIXELS, FitConfig, stored_fit
 from raylib.text import Tokenizer
 
 
@@ -36,6 +36,7 @@ def load_model(
     language: str | None = None,
     backbone: str = "unified",
     vision: str | None = None,
+    max_pixels: int | None = None,
 ) -> Model:
     """`polyglance.load`."""
     path = hold_model(language_part(Path(path), language))
@@ -73,7 +74,13 @@ def load_model(
     capabilities = _capabilities(path, network, config, settings)
     fit = config.fit if config else stored_fit(settings, run or path)
     set_residual(network, fit.residual if fit else None)
-    return Model(path, network, tokenizer, config, capabilities, _is_bf16(dtype, fit, torch.device(device)))
+    bf16 = _is_bf16(dtype, fit, torch.device(device))
+    loaded = Model(path, network, tokenizer, config, capabilities, bf16)
+    # as the run read images, a pretraining's too
+    data = settings.get("data")
+    own_limit = data.get("max_pixels", MAX_PIXELS) if isinstance(data, dict) else MAX_PIXELS
+    loaded.max_pixels = max_pixels or (config.max_pixels if config else own_limit)
+    return loaded
 
 
 def language_part(path: Path, language: str | None) -> Path:

@@ -36,6 +36,7 @@ from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.precision import autocast
 from raylib.runtime import advise_on_memory
+from raylib.settings import MAX_PIXELS
 from raylib.text import SURROGATE, Tokenizer
 
 T = TypeVar("T")
@@ -76,10 +77,12 @@ class Model:
         so. labels: the classes of a fine-tuned model, else ().
     network: the module itself, in evaluation mode. tokenizer, length: how it reads texts, of so many tokens
         at most.
-    show_progress: a bar on stderr for what takes longer than a second.
+    show_progress: a bar on stderr for what takes longer than a second. max_pixels: of an image; a larger one
+        is not decoded.
     """
 
     show_progress = True
+    max_pixels = MAX_PIXELS
     less_memory = "lower batch_size="  # what to do where a batch does not fit
 
     def __init__(
@@ -347,7 +350,7 @@ class Model:
         size = self.backbone.image_size
 
         def read(image: ImageInput, name: str) -> np.ndarray:
-            return resize_image(load_image(image, name), size)
+            return resize_image(load_image(image, name, self.max_pixels), size)
 
         with ThreadPoolExecutor() as threads:
             return torch.from_numpy(np.stack(list(threads.map(read, images, names))))

@@ -37,6 +37,7 @@ from raylib.display import progress
 from raylib.errors import UserError, name_errors, reading
 from raylib.fileio import is_unicode, read_json_object, require_unicode
 from raylib.processes import try_lock
+from raylib.settings import MaxPixels
 from raylib.strict_json import check_shape, parse_json
 
 if TYPE_CHECKING:  # PyTorch, which help needs not
@@ -63,6 +64,7 @@ class PredictConfig(Config):
     texts: tuple[str, ...] = ()
     top: int = 5
     batch: int = BATCH
+    max_pixels: MaxPixels | None = None
 
 
 class Predictor:
@@ -122,7 +124,8 @@ class Predictor:
             if self.regions:
                 return self.regions.read(name)
             is_whole = "://" in name or Path(name).is_absolute()
-            image = load_image(name if is_whole else f"{(self.config.images or '.').rstrip('/')}/{name}")
+            path = name if is_whole else f"{(self.config.images or '.').rstrip('/')}/{name}"
+            image = load_image(path, max_pixels=self.model.max_pixels)
         except UserError as error:
             return error
         # as small as the model takes it, so that a batch of large ones is not kept in memory
@@ -138,7 +141,15 @@ def open_model(config: PredictConfig) -> "Model":
     from raylib.api.loading import load_model
 
     c = config
-    model = load_model(c.model, c.device, c.dtype, language=c.language, backbone=c.backbone, vision=c.vision)
+    model = load_model(
+        c.model,
+        c.device,
+        c.dtype,
+        language=c.language,
+        backbone=c.backbone,
+        vision=c.vision,
+        max_pixels=c.max_pixels,
+    )
     methods = {"questions": "classify", "texts": "encode_text"}
     model.require(methods.get(c.task, "encode_image"))
     model.show_progress = False  # the command shows that of all inputs
@@ -346,8 +357,9 @@ def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
         UserError: it was begun with another model, other inputs or settings; something else lies there; it
             cannot be written.
     """
+    exclude = {"model", "device", "images", "batch"} | (set() if config.max_pixels else {"max_pixels"})
     now = {
-        "settings": config.model_dump(mode="json", exclude={"model", "device", "images", "batch"}),
+        "settings": config.model_dump(mode="json", exclude=exclude),
         **hash_model(config),
         "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
     }
@@ -551,6 +563,9 @@ def _parse(arguments: Sequence[str]) -> Any:
     parser.add_argument("--vision", help="the folder of their image encoder")
     parser.add_argument("--device", help="such as cuda:1 (a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(as the model was evaluated)")
+    parser.add_argument(
+        "--max-pixels", type=int, help="of an image; a larger one has an error (as the run had it)"
+    )
     parser.add_argument(
         "--ray", action="store_true", help="on the cluster of RAY_ADDRESS, or one started here"
     )

@@ -18,9 +18,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from raylib.data.image_headers import MAX_BYTES, MAX_PIXELS, check_image
+from raylib.data.image_headers import MAX_BYTES, check_image, read_avif_depth, read_orientation
 from raylib.errors import UserError, describe_error, error_line
-from raylib.settings import AugmentConfig
+from raylib.settings import MAX_PIXELS, AugmentConfig
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -37,29 +37,38 @@ class BadImage(UserError):
     """An image, or its region features, that cannot be used; the message names it."""
 
 
-def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Bytes of a JPEG, PNG, WebP, GIF, BMP or AVIF (`check_image`) to RGB uint8 (H, W, 3); the first
-    image of several; transparency over white, EXIF orientation of a JPEG applied.
+def decode_image(data: bytes, name: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Bytes of a JPEG, PNG, WebP, GIF, BMP or AVIF (`check_image`) to RGB uint8 (H, W, 3), upright as its
+    EXIF says (`read_orientation`); the first image of several; transparency over white; of 16 bits the upper
+    eight; colour profiles are not applied.
 
     Raises BadImage, which says `name`.
     """
     jpeg = data[:2] == b"\xff\xd8"
     try:
-        check_image(data)
+        check_image(data, max_pixels)
         if data.startswith(b"RIFF"):  # the decoder would take what lies behind a WebP's end for pixels
             data = data[: 8 + int.from_bytes(data[4:8], "little")]
+        # OpenCV turns some kinds by itself, and then drops transparency and 16 bits: all are turned here
         image: np.ndarray | None = cv2.imdecode(
-            np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB if jpeg else cv2.IMREAD_UNCHANGED
+            np.frombuffer(data, np.uint8),
+            cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION if jpeg else cv2.IMREAD_UNCHANGED,
         )
     except (ValueError, cv2.error) as error:
         reason = error.err if isinstance(error, cv2.error) else error
         raise BadImage(f"{name}: does not decode ({reason})") from error
     if image is None:
         raise BadImage(f"{name}: does not decode ({len(data)} bytes: it is damaged, or cut off)")
-    if jpeg:
-        return image
+    if not jpeg:
+        image = _to_rgb(image, data, name)
+    return turn_upright(image, read_orientation(data))
+
+
+def _to_rgb(image: np.ndarray, data: bytes, name: str) -> np.ndarray:
+    """RGB uint8 (H, W, 3) of what OpenCV decodes unchanged; transparency over white."""
     if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
+        depth = read_avif_depth(data) if data.startswith(b"ftyp", 4) else 16
+        image = (image >> (depth - 8)).astype(np.uint8)
     if image.dtype != np.uint8 or (image.ndim == 3 and image.shape[2] not in (3, 4)):
         raise BadImage(f"{name}: does not decode (pixels of {image.dtype} {image.shape[2:]}: make it RGB)")
     if image.ndim == 2:
@@ -72,22 +81,35 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     return ((over + 127) // 255).astype(np.uint8)
 
 
-def load_image(image: Any, name: str = "image") -> np.ndarray:
-    """RGB uint8 (H, W, 3) of whatever a user calls an image: a path, a URL that `fsspec` knows, an open
-    binary file, its bytes, a PIL image, or such an array, which is taken as it is.
+def turn_upright(image: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror (H, W, 3) as EXIF's orientation, 1 to 8, wants it."""
+    if orientation == 1:
+        return image
+    if orientation >= 5:
+        image = image.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        image = image[::-1]
+    if orientation in (2, 3, 6, 7):
+        image = image[:, ::-1]
+    return np.ascontiguousarray(image)
+
+
+def load_image(image: Any, name: str = "image", max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Upright RGB uint8 (H, W, 3) of whatever a user calls an image: a path, a URL that `fsspec` knows, an
+    open binary file, its bytes, a PIL image, or such an array, which is taken as it is.
 
     Raises:
         BadImage: none of these, no such file, or it does not decode; it is named, or by `name`.
     """
     if isinstance(image, str | Path):
-        return decode_image(_read_bytes(image), str(image))
+        return decode_image(_read_bytes(image), str(image), max_pixels)
     if isinstance(image, io.RawIOBase | io.BufferedIOBase):
         image = image.read()
     if isinstance(image, bytes | bytearray | memoryview):
-        return decode_image(bytes(image), name)
+        return decode_image(bytes(image), name, max_pixels)
     # whoever has a PIL image has imported PIL
     if (pil := sys.modules.get("PIL.Image")) and isinstance(image, pil.Image):
-        return _decode_pil(image, name)
+        return _decode_pil(image, name, max_pixels)
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or not array.size:
         numbers = f" of {array.dtype} {array.shape}" if array.dtype.kind in "biuf" and array.ndim else ""
@@ -134,12 +156,14 @@ def read_image_file(path: Path | str) -> bytes:
         return file.readall()
 
 
-def _decode_pil(image: Any, name: str) -> np.ndarray:
+def _decode_pil(image: Any, name: str, max_pixels: int) -> np.ndarray:
     """The pixels of a PIL image as those of its file: turned as its EXIF says, over white."""
     from PIL import ImageOps
 
-    if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{name}: {image.width} x {image.height} pixels, of which {MAX_PIXELS:,} may be")
+    if image.width * image.height > max_pixels:
+        raise BadImage(
+            f"{name}: {image.width} x {image.height} pixels, of which {max_pixels:,} may be (max_pixels)"
+        )
     stream = io.BytesIO()
     try:  # its file is read only now, and may be damaged
         image = ImageOps.exif_transpose(image)
@@ -148,7 +172,7 @@ def _decode_pil(image: Any, name: str) -> np.ndarray:
         image.save(stream, "PNG", compress_level=0)
     except Exception as error:
         raise error_line(error) or BadImage(f"{name}: does not decode ({describe_error(error)})") from error
-    return decode_image(stream.getvalue(), name)
+    return decode_image(stream.getvalue(), name, max_pixels)
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
