@@ -124,9 +124,9 @@ def _run_in(
         result = {**report.summarise(config, results), **identity}
         require_owned(folder)
         if is_main_process(config):
-            report.write(folder, result)
             for trained_folder in {run_folder(part) for part, _ in parts if config.trains}:
                 report.draw_curve(trained_folder)
+            report.write(folder, result)  # last: result.json says that the run is complete
             tracking.log_results("test", report.figures_of(result))
     log(report.table(result))
     log(f"{folder}/result.json, result.md, result.png; curve.png beside each checkpoint", flush=True)

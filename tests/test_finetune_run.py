@@ -12,6 +12,7 @@ from collections import Counter
 import pytest
 from safetensors.torch import load_file
 
+from finetune import report
 from finetune.__main__ import main
 from finetune.build import build_model, find_task, read_split
 from finetune.recipes import RECIPES
@@ -67,6 +68,20 @@ def test_finetune_run_writes_documented_files(finetune, tmp_path, task):
     assert main(["evaluate", str(tmp_path / "first")]) == 0
     again = result(tmp_path, "first")
     assert (again.get("accuracy") or {c: f["mean_recall"] for c, f in again["retrieval"].items()}) == before
+
+
+def test_finetune_run_without_its_curve_is_not_complete(finetune, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "save_figure", fail_at_curve)
+        assert finetune("scenes_xvnli", "name=killed")[0] == 1
+    assert not (tmp_path / "killed" / "result.json").exists()
+    assert finetune("scenes_xvnli", "name=killed")[0] == 0
+    assert {"result.json", "curve.png"} <= {path.name for path in (tmp_path / "killed").iterdir()}
+
+
+def fail_at_curve(figure, path):
+    if path.name == "curve.png":
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def test_finetune_interrupted_run_equals_uninterrupted(finetune, tmp_path):
