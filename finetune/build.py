@@ -101,6 +101,8 @@ def test_split(config: FinetuneConfig, language: str) -> str:
     translated = any(found.tests_translations for found in config.strategies.active().values())
     if language == "en" or not (config.setting == "translate_test" or translated):
         return config.split
+    if config.direction == "from_en":
+        return "test_from_en"
     return "translated_testdev" if config.split == "testdev" else "translated"
 
 

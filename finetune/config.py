@@ -53,6 +53,9 @@ class FinetuneConfig(LaunchConfig):
     """Transfer: zero_shot trains on English; few_shot goes on from `model` with each language's shots;
     single_language and all_language train on the languages' own files, one by one or together; translate_test
     evaluates `model`, untrained, on translations into English; untrained evaluates it as it is."""
+    direction: Literal["to_en", "from_en"] = "to_en"
+    """Translations that setting=translate_test evaluates: of the language's test set into English, or of the
+    English test set into the language (from_en; paper 4's "M-CLIP (en to tgt)")."""
     split: Literal["test", "few_shot_test", "testdev"] = "test"
     """Test set. Of xGQA, testdev is all 12,578 questions of GQA's testdev, for runs that see none of the
     2,912 that are in few-shot files; test are the other 9,666, which every paper reports; few_shot_test is
@@ -146,6 +149,8 @@ class FinetuneConfig(LaunchConfig):
             raise ValueError(
                 "augment needs cache_image_states=false: images that are encoded once cannot change"
             )
+        if self.direction != "to_en" and self.setting != "translate_test":
+            raise ValueError(f"direction={self.direction} is of setting=translate_test alone; leave it out")
         return self
 
     def less_memory(self, workers: int) -> str:

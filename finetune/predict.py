@@ -184,7 +184,8 @@ def evaluate(
         results = {}
         for language, examples in sets.items():
             out = folder / f"{language}.jsonl"
-            count = predict(model, examples, visual, tokenizer, length, out, bf16, totals[language] or None)
+            spoken = tokenizer.for_language(language)
+            count = predict(model, examples, visual, spoken, length, out, bf16, totals[language] or None)
             found = score(read_predictions(out), frozenset(model.labels), bleu, (seed, language))
             results[language] = {**found, "predictions": count}
     return results

@@ -16,14 +16,30 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.settings import OptimConfig
+from raylib.settings import FitConfig, OptimConfig
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
 FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of shots (`tune_spaces few_shot`)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 P3 = OptimConfig(lr=1e-4, weight_decay=0.05, warmup=0.0)
-P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine")  # Adam (appendix A)
+# Adam, which is AdamW without decay; nothing is said of clipping, and the public code has none (appendix A)
+P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine", clip=None)
+P4_SMALL_RATES, P4_FULL_RATES = (3e-5, 1e-4, 3e-4), (1e-6, 3e-6, 1e-5)  # of small modules, of all weights
+# "a photo of" in P4's languages, our translations: neither the paper nor its code prints its own
+HARD_PROMPTS = {
+    "cs": "fotografie:",
+    "de": "ein Foto von",
+    "es": "una foto de",
+    "fr": "une photo de",
+    "it": "una foto di",
+    "jp": "写真：",
+    "ko": "사진:",
+    "pl": "zdjęcie przedstawia",
+    "ru": "фотография:",
+    "tr": "fotoğraf:",
+    "zh": "一张照片：",
+}
 # what a recipe's line says of its task; tasks themselves need PyTorch, which help does without
 RETRIEVAL_TASKS = ("xflickrco", "wit", "multi30k", "coco", "xtd", "xtd_few")
 TASKS_WITHOUT_DEV_SET = ("fm_iqa",)
@@ -162,27 +178,54 @@ def _p3(row: str, what: str, strategies: dict, **more):
     )
 
 
+# tables of P4 that have a row; the others are table 3's
+P4_TABLES = {
+    "full": "tables 1-3, 5",
+    "mt": "tables 2, 3",
+    "framework": "tables 1, 5",
+    "lora": "table 5",
+    "adapter": "table 5",
+    "compacter": "table 5",
+    "soft_prompt": "table 4",
+    "soft_prompt_20": "table 4",
+    "zero_shot": "tables 1, 2",
+    "zero_shot_mt": "table 2",
+    "zero_shot_from_en": "table 2",
+    "clip": "table 2",
+    "clip_mt": "table 2",
+    "zero_shot_prompt": "table 4 (1)",
+    "zero_shot_prompt_target": "table 4 (2)",
+    "zero_shot_prompt_mt": "table 1, table 4 (3)",
+}
+
+
 def _p4(task: str, row: str, strategies: dict, **more):
-    """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's. One of three
-    learning rates of its grid; its XTD runs try all of them, and lambda from 0.001 to 10."""
+    """A row of P4's tables 1 to 5 with M-CLIP: give model= its folder, vision= its CLIP's (of `clip` rows the
+    CLIP alone). The middle of its three learning rates, and lambda 1: it searches both for each language and
+    row (`tune_spaces p4_small`, `p4_full`)."""
     is_xtd = task == "xtd_few"
     has_small_modules = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
+    settings: dict[str, Any] = {
+        "backbone": "mclip",
+        "setting": "single_language",
+        "optim": P4.model_copy(update={"lr": P4_SMALL_RATES[1] if has_small_modules else P4_FULL_RATES[1]}),
+        # XTD's 50 captions are 5 steps, after which it is evaluated: an epoch
+        "fit": FitConfig(eval_every=0 if is_xtd else 300),
+    }
     return _recipe(
-        f"P4, {task}: {{method}}",
+        f"P4 {P4_TABLES.get(row, 'table 3')}, {task}: {{setting}}, {{method}}",
         name=f"p4_{task}_{row}",
         task=task,
-        backbone="mclip",
         freeze=("vision",),
         use_itm_head=False,
-        setting="single_language",
         batch=10 if is_xtd else 48,
         epochs=40 if is_xtd else 15,
+        last_batch="keep",
         length=77,
         strategies=strategies,
-        optim=P4.model_copy(update={"lr": 1e-4 if has_small_modules else 3e-6}),
         select_metric="recall_at_1",
         select_ties="last",
-        **more,
+        **{**settings, **more},
     )
 
 
@@ -230,7 +273,7 @@ def _transfer(row: str, strategies: dict, **more):
         languages=("de", "id", "ru", "zh"),
         select="last",
         temperature=0.05,
-        optim=P4.model_copy(update={"lr": 1e-3 if has_small_modules else 1e-5}),
+        optim=P4.model_copy(update={"lr": 1e-3 if has_small_modules else 1e-5, "clip": 1.0}),
         strategies=strategies,
         **{"setting": "few_shot", **more},
     )
@@ -299,7 +342,9 @@ P3_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kd_without_tags", "table 3: step 1 without object tags", {"tokens": ("cls", "image", "mixed")}),
     ("kd_last_layer", "table 3: step 1 without intermediate layers", {"layers": (12,)}),
 )
-# P4: tables 1 and 2 (M-CLIP, + MT), 3 (routines and losses), 5 (tuning methods and the whole framework)
+# P4's rows that train; "MT": on translations into English, and tested on them. A soft prompt goes on MT
+# ("based on the third combination", section 5.4.1), and is all that trains
+PROMPT_ALONE = {"norms": False, "projection": False}
 P4_ROWS: dict[str, dict] = {
     "full": {},
     "mt": {"alignment": {"weight": 0.0}},
@@ -311,8 +356,27 @@ P4_ROWS: dict[str, dict] = {
     "lora": {"lora": {}},
     "adapter": {"adapter": {}},
     "compacter": {"compacter": {}},
-    "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
-    "framework": {"alignment": {}, "lora": {}},  # with Adapter on all of Multi30K
+    "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": PROMPT_ALONE},
+    "soft_prompt_20": {
+        "alignment": {"weight": 0.0},
+        "soft_prompt": {"words": "", "tokens": 20, **PROMPT_ALONE},
+    },
+}
+# the whole framework of P4: of 50 captions with LoRA, of all of Multi30K with Adapter (section 5.4.2)
+P4_FRAMEWORK = {"xtd_few": {"alignment": {}, "lora": {}}, "multi30k": {"alignment": {}, "adapter": {}}}
+# P4's rows that train nothing: settings; zero_shot_prompt_mt is its framework's zero-shot row
+P4_UNTRAINED: dict[str, dict[str, Any]] = {
+    "zero_shot": {"setting": "untrained"},
+    "zero_shot_mt": {"setting": "translate_test"},
+    "zero_shot_from_en": {"setting": "translate_test", "direction": "from_en"},
+    "clip": {"setting": "untrained", "backbone": "clip"},
+    "clip_mt": {"setting": "translate_test", "backbone": "clip"},
+    "zero_shot_prompt": {"setting": "untrained", "strategies": {"hard_prompt": {}}},
+    "zero_shot_prompt_target": {
+        "setting": "untrained",
+        "strategies": {"hard_prompt": {"by_language": HARD_PROMPTS}},
+    },
+    "zero_shot_prompt_mt": {"setting": "translate_test", "strategies": {"hard_prompt": {}}},
 }
 # the teacher's states beside the answers; images have no tokens of their own in this model's rows. At
 # lambda 1 the squared distances of states are a hundredth of the answers' loss, and nothing is gained (the
@@ -325,7 +389,8 @@ SCENES_DISTILLATION = {
     "classifier": "teacher",
 }
 TRANSFER_ROWS: dict[str, dict] = {
-    **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter", "soft_prompt")},
+    **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter")},
+    "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     **{
         f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}}
         for routine in (1, 2, 3)
@@ -392,7 +457,12 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     **{
         f"p4_{task}_{row}": _p4(task, row, strategies)
         for task in ("xtd_few", "multi30k")
-        for row, strategies in P4_ROWS.items()
+        for row, strategies in {**P4_ROWS, "framework": P4_FRAMEWORK[task]}.items()
+    },
+    **{
+        f"p4_{task}_{row}": _p4(task, row, **{"strategies": {}, **settings})
+        for task in ("xtd_few", "multi30k")
+        for row, settings in P4_UNTRAINED.items()
     },
     "p2_xvnli": _p2("p2_xvnli", "table 7", "xvnli", 2e-5, 512, 10, 40, freeze=UNIMODAL),
     "p2_xgqa": _p2("p2_xgqa", "table 7", "xgqa", 3e-5, 512, 10, 40, freeze=UNIMODAL),

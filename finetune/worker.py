@@ -110,10 +110,11 @@ class FinetuneJob:
         batches.image_tokens = model.backbone.count_image_tokens()
         epoch_steps = batches.epoch_steps
         end = (self.epochs or config.epochs) * epoch_steps
+        every = config.fit.eval_every or epoch_steps
         schedule = {
             "steps": config.epochs * epoch_steps,
-            "eval_every": epoch_steps,
-            "save_every": epoch_steps,
+            "eval_every": every,
+            "save_every": every,
             "stop_after": min(end, config.fit.stop_after or end),
         }
         result = fit(

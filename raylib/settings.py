@@ -163,14 +163,15 @@ class FitConfig(Config):
     """Length of a training, and its intervals, in steps; 0 means only at the end."""
 
     steps: NonNegativeInt = 0
-    """Optimizer steps of a training; fine-tuning sets them, and the intervals, from its epochs."""
+    """Optimizer steps of a training; fine-tuning sets them from its epochs."""
     seed: int = 0
     """Seed of everything that is drawn: weights, order of the data, augmentation, dropout."""
     log_every: PositiveInt = 10
     """Steps between two lines of metrics."""
     eval_every: NonNegativeInt = 0
-    """Steps between two evaluations; 0: only at the end. The best checkpoint is chosen among those of steps
-    that are evaluated: let it be a multiple of `save_every`, or the reverse."""
+    """Steps between two evaluations; 0: only at the end, in fine-tuning after each epoch. The best checkpoint
+    is chosen among those of steps that are evaluated: let it be a multiple of `save_every`, or the reverse
+    (fine-tuning saves whenever it evaluates)."""
     save_every: NonNegativeInt = 0
     """Steps between two checkpoints; 0: only at the end."""
     keep: PositiveInt = 2

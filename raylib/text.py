@@ -16,7 +16,7 @@ begins with one of `KNOWN_CODES`.
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -60,6 +60,10 @@ class Tokenizer:
     @property
     def without_prompt(self) -> "Tokenizer":
         """The tokenizer that puts nothing before a text: itself, but of a `PromptedTokenizer`."""
+        return self
+
+    def for_language(self, code: str) -> "Tokenizer":
+        """The tokenizer of texts in a language: itself, but where a prompt has words of its own there."""
         return self
 
     @classmethod
@@ -113,22 +117,32 @@ class Tokenizer:
 
 class PromptedTokenizer(Tokenizer):
     """A tokenizer that puts a prompt before every text: `words`, or, where a model has embeddings of its own
-    for it, `ids`."""
+    for it, `ids`; before texts in the languages of `by_language` those words (`for_language`)."""
 
-    def __init__(self, tokenizer: Tokenizer, words: str = "", ids: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        words: str = "",
+        ids: tuple[int, ...] = (),
+        by_language: Mapping[str, str] | None = None,
+    ):
         self.__dict__.update(tokenizer.__dict__)
-        self.plain, self.words, self.ids = tokenizer, words, ids
+        self.plain, self.words, self.ids, self.by_language = tokenizer, words, ids, by_language or {}
 
     @property
     def without_prompt(self) -> Tokenizer:
         return self.plain
+
+    def for_language(self, code: str) -> Tokenizer:
+        words = self.by_language.get(code, self.words)
+        return PromptedTokenizer(self.plain.for_language(code), words, self.ids)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         rows = self.plain.encode([f"{self.words} {text}" for text in texts] if self.words else texts)
         return [np.concatenate([np.asarray(self.ids, np.int64), row]) for row in rows]
 
     def __reduce__(self):
-        return PromptedTokenizer, (self.plain, self.words, self.ids)
+        return PromptedTokenizer, (self.plain, self.words, self.ids, self.by_language)
 
 
 def load_sentencepiece(path: Path) -> Any:

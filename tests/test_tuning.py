@@ -3,6 +3,7 @@ round trip."""
 
 import json
 import os
+import pickle
 import shutil
 
 import pytest
@@ -15,6 +16,7 @@ from finetune.strategies.tuning import (
     AdapterConfig,
     CompacterConfig,
     HardPrompt,
+    HardPromptConfig,
     LoraConfig,
     SoftPromptConfig,
 )
@@ -215,6 +217,17 @@ def test_prompts_are_inserted_after_the_first_token(model):
     ]
     prompted = HardPrompt("a photo of").wrap_tokenizer(tokenizer, None)
     assert prompted.encode(["dog"])[0].tolist() == tokenizer.encode(["a photo of dog"])[0].tolist()
+    words_of = {"de": "ein Foto von", "zh": "一张照片："}
+    config = HardPromptConfig(by_language=words_of)
+    every = pickle.loads(
+        pickle.dumps(config.build(CONTEXT._replace(languages=())).wrap_tokenizer(tokenizer, None))
+    )
+    for code, start in {**words_of, "ru": "a photo of"}.items():
+        said = every.for_language(code).encode(["Hund"])[0].tolist()
+        assert said == tokenizer.encode([f"{start} Hund"])[0].tolist()
+    german = config.build(CONTEXT._replace(languages=("de",))).wrap_tokenizer(tokenizer, None)
+    assert german.encode(["Hund"])[0].tolist() == tokenizer.encode(["ein Foto von Hund"])[0].tolist()
+    assert tokenizer.for_language("de") is tokenizer
     small = UnifiedModel.from_pretrained(model)
     prompt = SoftPromptConfig().build(CONTEXT._replace(tokenizer=model))
     prompt.adapt(small)

@@ -55,13 +55,14 @@ def parallel_states(
         with autocast(device, bf16):
             for language, column in enumerate(columns):
                 examples = [row[language] for row in rows]
-                ids = encode_texts([e.texts[-1] for e in examples], tokenizer, length)
+                spoken = tokenizer.for_language(parallel.languages[language])
+                ids = encode_texts([e.texts[-1] for e in examples], spoken, length)
                 text = to_device({"text": ids}, device)["text"]
                 if not isinstance(model, FinetuneModel):
                     states = model.embed_text(text, normalize=False)
                 else:
                     if memory is None or not examples[0].images:  # a premise is another in each language
-                        inputs = read_inputs(examples, source, tokenizer, length)
+                        inputs = read_inputs(examples, source, spoken, length)
                         memory = model.memory(to_device(inputs, device))
                     states = model.fused_cls(text, memory)
                 column.append(F.normalize(states.float(), dim=-1))

@@ -210,12 +210,15 @@ class PeftConfig(StrategyConfig):
     projection: bool = True
     """Also tune the map from a text's state to where it meets images, as the paper does; its public code
     froze it without meaning to."""
+    norms: bool = True
+    """Also tune the layer norms of the blocks, as the paper does beside LoRA, Adapter and Compacter."""
 
     def removes(self) -> Mapping[Need, str]:
         return {"dense_weights": ""}
 
     def build(self, context: Context) -> "PeftModules":
-        return PeftModules(self.method, self.model_dump(exclude={"projection"}), self.projection)
+        settings = self.model_dump(exclude={"projection", "norms"})
+        return PeftModules(self.method, settings, self.projection, self.norms)
 
 
 class LoraConfig(PeftConfig):
@@ -271,7 +274,8 @@ class SoftPromptConfig(PeftConfig):
 
     def build(self, context: Context) -> "SoftPrompt":
         start = Tokenizer.load(context.tokenizer).encode([self.words])[0].tolist() if self.words else []
-        return SoftPrompt(self.method, {"start": start, "tokens": len(start) or self.tokens}, self.projection)
+        settings = {"start": start, "tokens": len(start) or self.tokens}
+        return SoftPrompt(self.method, settings, self.projection, self.norms)
 
 
 class HardPromptConfig(StrategyConfig):
@@ -282,20 +286,39 @@ class HardPromptConfig(StrategyConfig):
     acts_untrained = True
     changes_texts = True
     display_fields = ("words",)
+    hidden_fields = ("by_language",)
 
     words: str = "a photo of"
     """Words before every text."""
+    by_language: Mapping[str, str] = Field(default_factory=dict)
+    """Words before texts in these languages, in the place of `words`: {"de": "ein Foto von", ...} (paper 4,
+    table 4, row 2)."""
+
+    def check_run(self, run: Any) -> None:
+        """Raises UserError: prompts in languages, and texts that are not in them."""
+        has_english = run.setting == "translate_test" and run.direction == "to_en"
+        if self.by_language and (has_english or run.setting in ("zero_shot", "all_language")):
+            raise UserError(
+                f"strategies.hard_prompt.by_language: setting={run.setting} reads texts of other languages than "
+                "those that are evaluated; leave it out, or set setting=untrained, single_language or few_shot"
+            )
 
     def build(self, context: Context) -> "HardPrompt":
-        return HardPrompt(self.words)
+        # a training on one language reads its texts alone
+        alone = context.languages[0] if len(context.languages) == 1 else ""
+        return HardPrompt(self.by_language.get(alone, self.words), self.by_language)
+
+    def display_name(self, name: str) -> str:
+        return super().display_name(name) + (" in each language" if self.by_language else "")
 
 
 class PeftModules(Strategy):
     """Small modules of a `method`, with their `settings`, which are all that trains beside norms and
     heads."""
 
-    def __init__(self, method: str, settings: Mapping[str, Any], projection: bool = True):
-        self.method, self.settings, self.projection = method, dict(settings), projection
+    def __init__(self, method: str, settings: Mapping[str, Any], projection: bool = True, norms: bool = True):
+        self.method, self.settings = method, dict(settings)
+        self.projection, self.norms = projection, norms
 
     def adapt(self, model: Any) -> None:
         """Put the modules in, unless the model has them already, and freeze the rest.
@@ -314,7 +337,7 @@ class PeftModules(Strategy):
                 f"strategies.{self.method}: the model was tuned with {existing}, not {self.settings}; give "
                 "the same settings"
             )
-        peft.freeze_pretrained(model, self.projection)
+        peft.freeze_pretrained(model, self.projection, self.norms)
 
 
 class SoftPrompt(PeftModules):
@@ -329,10 +352,10 @@ class SoftPrompt(PeftModules):
 
 
 class HardPrompt(Strategy):
-    """Words before every text."""
+    """Words before every text, or those of its language."""
 
-    def __init__(self, words: str):
-        self.words = words
+    def __init__(self, words: str, by_language: Mapping[str, str] | None = None):
+        self.words, self.by_language = words, by_language or {}
 
     def wrap_tokenizer(self, tokenizer: Tokenizer, model: Any) -> Tokenizer:
-        return PromptedTokenizer(tokenizer, words=self.words)
+        return PromptedTokenizer(tokenizer, self.words, by_language=self.by_language)

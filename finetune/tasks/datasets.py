@@ -86,7 +86,7 @@ def _xtd_parts() -> dict[str, Split]:
         **{name: _xtd(read_xtd, part=name) for name in XTD_PARTS},
         "train_to_en": translated("train", "to"),
         "dev_to_en": translated("dev", "to"),
-        "train_from_en": translated("train", "from"),
+        **{f"{name}_from_en": translated(name, "from") for name in XTD_PARTS},
         "translated": translated("test", "to"),
     }
 
@@ -313,7 +313,9 @@ TASKS: dict[str, Task] = {
                 ("train_to_en", "to", "train"),
                 ("train_from_en", "from", "train"),
                 ("dev_to_en", "to", "val"),
+                ("dev_from_en", "from", "val"),
                 ("translated", "to", "test_2016_flickr"),
+                ("test_from_en", "from", "test_2016_flickr"),
             )
         },
     ),

@@ -112,7 +112,7 @@ class Retrieval(Task):
                     model,
                     language_items,
                     cast(PrecomputedFeatures, visual),
-                    tokenizer,
+                    tokenizer.for_language(code),
                     config.length,
                     config.candidates if config.use_itm_head else None,
                     folder / f".{code}",

@@ -53,6 +53,8 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     plain = tokenizer.without_prompt
     if type(tokenizer) not in (Tokenizer, PromptedTokenizer) or type(plain) is not Tokenizer:
         raise NotConvertible(f"{type(tokenizer).__name__}, a tokenizer of a user's strategy")
+    if prompt and prompt.by_language:
+        raise NotConvertible("its prompt has words of its own in each language")
     converted = tokenizers.Tokenizer.from_str(_convert(plain.path, plain.sha256))
     names = {name: str(converted.id_to_token(vars(plain)[name])) for name in SPECIALS}
     if prompt and prompt.words:

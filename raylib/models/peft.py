@@ -253,18 +253,18 @@ def is_inserted(name: str) -> bool:
     return parts[-1] in ("prompt", "kronecker") or any(p == "adapter" or p.startswith("lora_") for p in parts)
 
 
-def freeze_pretrained(model: nn.Module, projection: bool = True) -> None:
+def freeze_pretrained(model: nn.Module, projection: bool = True, norms: bool = True) -> None:
     """Take out of training all but the small modules, the layer norms of the blocks, and the heads; without
-    `projection` also the map from a text's state to where it meets images. What was out of training stays
-    out."""
+    `projection` also the map from a text's state to where it meets images, without `norms` also the layer
+    norms. What was out of training stays out."""
     for name, parameter in model.named_parameters():
-        if not (is_inserted(name) or _stays(model, name, projection)):
+        if not (is_inserted(name) or _stays(model, name, projection, norms)):
             parameter.requires_grad_(False)
 
 
-def _stays(model: Any, name: str, projection: bool) -> bool:
+def _stays(model: Any, name: str, projection: bool, norms: bool) -> bool:
     if model.depth_of(name) is not None:
-        return any(part in NORMS for part in name.split("."))
+        return norms and any(part in NORMS for part in name.split("."))
     if "text_projection" in name:
         return projection
     return not any(part in ("vision", "image_projection") for part in name.split("."))
