@@ -123,7 +123,6 @@ def _p0(model: str, row: str, strategies: dict, **more):
         length=40,
         workers=4,
         optim=IGLUE.model_copy(update={"lr": 4e-5, "schedule_factor": 4.0}),
-        last_batch="keep",
         strategies=strategies,
         **more,
     )
@@ -326,6 +325,7 @@ P0_ROWS: dict[str, dict] = {
     "prior_wn": {"prior": {"source": "wordnet"}},
     "prior_em": {"prior": {}},
     "prior_em_sft": {"prior": {}, "sparse": {}},
+    "cdm": {"code_mixing": {}},  # section 5: "only CDM", of UC2 alone
     "prior_em_cdm": {"prior": {}, "code_mixing": {}},
     "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
 }

@@ -299,8 +299,8 @@ class HardPromptConfig(StrategyConfig):
         has_english = run.setting == "translate_test" and run.direction == "to_en"
         if self.by_language and (has_english or run.setting in ("zero_shot", "all_language")):
             raise UserError(
-                f"strategies.hard_prompt.by_language: setting={run.setting} reads texts of other languages than "
-                "those that are evaluated; leave it out, or set setting=untrained, single_language or few_shot"
+                f"strategies.hard_prompt.by_language: setting={run.setting} reads texts in other languages "
+                "than it evaluates; leave it out, or set setting=untrained, single_language or few_shot"
             )
 
     def build(self, context: Context) -> "HardPrompt":
