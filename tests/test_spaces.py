@@ -5,6 +5,7 @@ import itertools
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from finetune.config import FinetuneConfig
 from finetune.recipes import RECIPES as FINETUNE
 from pretrain.recipes import RECIPES as PRETRAIN
 from raylib import renames
-from raylib.config import Config, change_settings
+from raylib.config import Config, change_settings, override
 from raylib.errors import UserError
 from raylib.search import space
 from raylib.search.schedulers import check_mutable
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
 from tune_spaces.__main__ import main, open_space, parse_settings
+from tune_spaces.jobs import FinetuneSearchJob
 from tune_spaces.spaces import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -264,3 +266,14 @@ def test_space_with_a_renamed_path_goes_on(monkeypatch):
     assert config.optim.schedule_factor == 1.5
     assert space.SettingKey(mine.knobs, base)(setting) is not None
     check_mutable({"strategies.prior.near": Int(2, 4)}, ("strategies.prior.k",), "finetune")
+
+
+def test_search_of_english_alone_goes_by_its_own_dev_set():
+    """Paper 4's rows train a model for each language, English too."""
+    recipe = FINETUNE["p4_xtd_few_lora"]()
+    for languages, allowed in (("en", True), ("de", False), ("en,de", False)):
+        config = override(recipe, ["model=m", "data=d", f"languages={languages}"])
+        with nullcontext() if allowed else pytest.raises(UserError, match="set dev_sets=target_dev"):
+            assert FinetuneSearchJob().trial_config(config, "english_dev").dev_languages == ()
+    config = override(recipe, ["model=m", "data=d", "languages=en"])
+    assert FinetuneSearchJob()._scores(config, {"en": 0.5}) == {"english_dev": 0.5}

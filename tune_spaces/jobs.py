@@ -49,7 +49,7 @@ class FinetuneSearchJob(SearchJob):
         for name, folder in (("model", config.model), ("data", config.data)):
             if not folder:
                 raise UserError(f"{name}= is missing: give a folder")
-        if dev_sets != "target_dev" and config.trains_apart and not _english_chooses(config):
+        if dev_sets != "target_dev" and not _english_says_something(config):
             raise UserError(
                 f"setting={config.setting} trains a model for each language, of which English development "
                 "scores say little; set dev_sets=target_dev"
@@ -146,7 +146,7 @@ class FinetuneSearchJob(SearchJob):
 
     def _scores(self, config: FinetuneConfig, dev: dict[str, float]) -> dict[str, float]:
         scores = {}
-        if "en" in dev and (not config.trains_apart or _english_chooses(config)):
+        if "en" in dev and _english_says_something(config):
             scores["english_dev"] = dev["en"]
         targets = {f"dev/{code}": dev[code] for code in config.dev_languages if code in dev}
         if targets:
@@ -154,9 +154,11 @@ class FinetuneSearchJob(SearchJob):
         return scores | targets
 
 
-def _english_chooses(config: FinetuneConfig) -> bool:
-    """Return whether few-shot checkpoints are chosen by the English dev set, as IGLUE does where it has no
-    other."""
+def _english_says_something(config: FinetuneConfig) -> bool:
+    """Return whether the English dev set tells trials apart: of one model for all languages, of English's own
+    alone, or where few-shot checkpoints are chosen by it, as IGLUE does where it has no other."""
+    if not config.trains_apart or languages_of(config) == ("en",):
+        return True
     return config.setting == "few_shot" and "shots_dev" not in find_task(config).splits
 
 

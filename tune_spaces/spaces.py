@@ -6,11 +6,31 @@ translation-based alignment. Grids are the papers', where they print one.
 """
 
 from finetune.config import UNIMODAL
-from finetune.recipes import FEW_SHOT_RATES
+from finetune.recipes import FEW_SHOT_RATES, P4_FULL_RATES, P4_SMALL_RATES
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
 
-MODULE_RATES = Float(3e-5, 3e-4, log=True)  # P4's learning rates of small modules, and of all weights
-FULL_RATES = Float(1e-6, 1e-5, log=True)
+# P4's learning rates of small modules, and of all weights; its lambda
+MODULE_RATES = Float(min(P4_SMALL_RATES), max(P4_SMALL_RATES), log=True)
+FULL_RATES = Float(min(P4_FULL_RATES), max(P4_FULL_RATES), log=True)
+P4_LAMBDA = Float(0.001, 10, log=True)
+P4_LAMBDAS = (0.001, 0.01, 0.1, 1.0, 10.0)
+
+
+def _p4_grid(what: str, recipe: str, rates: tuple[float, ...], has_lambda: bool) -> Space:
+    """The grid that P4 goes through for each row and language (appendix A): learning rate and, where a row
+    aligns, lambda."""
+    weight = "strategies.alignment.weight"
+    knobs = {"optim.lr": Float(min(rates), max(rates), log=True)} | (
+        {weight: P4_LAMBDA} if has_lambda else {}
+    )
+    chosen = {"optim.lr": rates[1]} | ({weight: 1.0} if has_lambda else {})
+    return Space(
+        f"P4's grid for {what}; of one language, chosen by R@1 on its dev set",
+        recipe,
+        knobs,
+        published=(chosen,),
+        grid={"optim.lr": rates} | ({weight: P4_LAMBDAS} if has_lambda else {}),
+    )
 
 
 def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
@@ -136,7 +156,7 @@ SPACES: dict[str, Space] = {
         "that fits it",
         "p4_xtd_few_framework",
         {
-            "strategies.alignment.weight": Float(0.001, 10, log=True),
+            "strategies.alignment.weight": P4_LAMBDA,
             "strategies.alignment.routine": Choice(1, 2, 3),
             "strategies.alignment.loss": Choice("mse", "pivot", "image"),
             "tuned": OneOf(
@@ -178,9 +198,19 @@ SPACES: dict[str, Space] = {
             },
         ),
         grid={
-            "strategies.alignment.weight": (0.001, 0.01, 0.1, 1.0, 10.0),
-            "optim.lr@lora": (3e-5, 1e-4, 3e-4),
+            "strategies.alignment.weight": P4_LAMBDAS,
+            "optim.lr@lora": P4_SMALL_RATES,
         },
+    ),
+    "p4_small": _p4_grid(
+        "rows with alignment and small modules", "p4_xtd_few_framework", P4_SMALL_RATES, True
+    ),
+    "p4_full": _p4_grid(
+        "rows with alignment that tune all weights", "p4_xtd_few_routine3", P4_FULL_RATES, True
+    ),
+    "p4_small_rates": _p4_grid("rows with small modules alone", "p4_xtd_few_lora", P4_SMALL_RATES, False),
+    "p4_full_rates": _p4_grid(
+        "rows that tune all weights, without alignment", "p4_xtd_few_full", P4_FULL_RATES, False
     ),
     "distillation": Space(
         "distillation (P3): weight of each layer's states, which layers, how many words are mixed in",
