@@ -22,7 +22,7 @@ from raylib.settings import (
 TransferSetting = Literal[
     "zero_shot", "few_shot", "single_language", "all_language", "translate_test", "untrained"
 ]
-Part = Literal["embeddings", "text", "vision", "fusion"]
+Part = Literal["embeddings", "text", "vision", "image_projection", "fusion"]
 UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and image meet
 
 
@@ -78,7 +78,7 @@ class FinetuneConfig(LaunchConfig):
     """Keep so many most frequent answers of the training file; null: the task's answer file, or all that
     there are."""
     freeze: tuple[Part, ...] = ()
-    """Parts that never train."""
+    """Parts that never train, and are in evaluation mode, without dropout."""
     cache_image_states: bool = True
     """Encode every image once, where the image encoder is frozen and nothing augments."""
     image_size: PositiveInt | None = None
@@ -197,9 +197,10 @@ class FinetuneConfig(LaunchConfig):
 
     @property
     def display_name(self) -> str:
-        """Name the method for tables. An image encoder that is frozen alone is not named: it knows no
-        language. What trains nothing is "as it is", whatever it would freeze."""
-        parts = () if self.freeze == ("vision",) or not self.trains else self.freeze
+        """Name the method for tables. An image encoder that is frozen alone is not named, nor is its
+        projection: they know no language. What trains nothing is "as it is", whatever it would freeze."""
+        is_named = self.trains and not {"vision", "image_projection"}.issuperset(self.freeze)
+        parts = self.freeze if is_named else ()
         frozen = "frozen unimodal encoders" if parts == UNIMODAL else f"frozen {', '.join(parts)}"
         names = [
             "" if self.trains else "as it is",

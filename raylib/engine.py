@@ -39,6 +39,8 @@ from raylib.weights import load_state, read_tensors
 # PyTorch's own default.
 BUCKET_MB = 25
 
+# constant factor of the learning rate of the parameter of a name
+RateScale = Callable[[str], float]
 # factor of the learning rate at a depth (`raylib.models.base`) in a step; 0 freezes
 LayerRates = Callable[[int | None, int], float]
 
@@ -55,19 +57,25 @@ def learning_rate(step: int, steps: int, config: OptimConfig) -> float:
 
 
 def parameter_groups(
-    module: nn.Module, weight_decay: float, depth_of: Callable[[str], int | None] | None = None
+    module: nn.Module,
+    weight_decay: float,
+    depth_of: Callable[[str], int | None] | None = None,
+    scale_of: RateScale | None = None,
 ) -> list[dict]:
     """Return the trainable parameters in groups: matrices decay, biases, norms and scalars do not. Every one
     is in one group.
 
     depth_of: of a parameter's name; then each depth has groups of its own, which carry it as "depth".
+    scale_of: likewise, as "scale".
     """
     groups: dict[tuple, dict] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             depth, decays = depth_of(name) if depth_of else None, parameter.ndim >= 2
-            group = {"params": [], "weight_decay": weight_decay if decays else 0.0, "depth": depth}
-            groups.setdefault((-1 if depth is None else depth, not decays), group)["params"].append(parameter)
+            scale, rank_of_depth = scale_of(name) if scale_of else 1.0, -1 if depth is None else depth
+            decay = weight_decay if decays else 0.0
+            group = {"params": [], "weight_decay": decay, "depth": depth, "scale": scale}
+            groups.setdefault((rank_of_depth, not decays, scale), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
@@ -103,7 +111,7 @@ def set_rate(
     same. All is a function of the step, so that a resumed run thaws as the uninterrupted one does.
     """
     factor = rates(group["depth"], step) if rates else 1.0
-    group["lr"] = lr * factor
+    group["lr"] = lr * factor * group["scale"]
     if rates:
         for member in members:
             member.requires_grad_(factor > 0)
@@ -352,10 +360,36 @@ class Engine(ABC):
         return share_out(chain(moments, values), rank(), world_size())
 
     def _groups(self) -> list[dict]:
-        """AdamW groups of the trainable parameters; with `rates` one or two a depth."""
+        """AdamW groups of the trainable parameters; with `rates` one or two a depth, with
+        `config.rates` a part."""
         model = self.objective.model
         depth_of = (lambda name: model.depth_of(name.removeprefix("model."))) if self.rates else None
-        return parameter_groups(self.objective, self.config.weight_decay, depth_of)
+        return parameter_groups(
+            self.objective, self.config.weight_decay, depth_of, _scale_of_parts(model, self.config)
+        )
+
+
+def _scale_of_parts(model: Any, config: OptimConfig) -> RateScale | None:
+    """The factor by which a parameter's rate differs from `config.lr`; None: no part has one of its own.
+
+    Raises:
+        UserError: a rate is of a part that the model lacks.
+    """
+    rates = config.rates
+    if not rates.parts and rates.new_factor == 1:
+        return None
+    parts, new = model.part_names(), model.new_parameters()
+    for part in rates.parts:
+        if part not in parts.values():
+            known = ", ".join(sorted(set(parts.values())))
+            raise UserError(f"optim.rates.{part}: this model has no part '{part}'; it has: {known}")
+
+    def scale(name: str) -> float:
+        name = name.removeprefix("model.")
+        # what an objective has besides its model is new with it
+        return rates.scale(parts.get(name, "head"), name in new or name not in parts, config.lr)
+
+    return scale
 
 
 class TorchEngine(Engine):
@@ -368,6 +402,8 @@ class TorchEngine(Engine):
             if set_rate(group, group["params"], self.rates, step, lr):
                 for parameter in group["params"]:
                     self.optimizer.state.pop(parameter, None)
+        if self.rates:
+            self.objective.train()  # what is frozen in this step is in evaluation mode (`Backbone.train`)
         # before the forward pass, whose activations take the place of the last step's gradients
         self.optimizer.zero_grad(set_to_none=True)
         with autocast(self.device, self.bf16):

@@ -31,6 +31,8 @@ class DeepSpeedEngine(Engine):
                 for value in self.optimizer.optimizer.state[shard].values():
                     if isinstance(value, Tensor):
                         value.zero_()
+        if self.rates:
+            self.objective.train()  # as of `TorchEngine.step`
         loss, terms = self.engine(batch)
         self.engine.backward(self.guard.check_loss(loss, terms))
         # float32 weights: nothing changes where the norm is not finite; it says infinite then

@@ -257,11 +257,40 @@ def stored_fit(settings: Mapping[str, Any], folder: Path) -> FitConfig | None:
     return validate(FitConfig, values, f"{folder}/config.json: fit")
 
 
+class PartRates(Config):
+    """Highest learning rates of parts of a model, in the place of `optim.lr`; null: that. Schedule, layer
+    decay and unfreezing act on them as on it."""
+
+    vision: PositiveFloat | None = None
+    """Learning rate of the image encoder."""
+    text: PositiveFloat | None = None
+    """Learning rate of the text encoder, with its embeddings."""
+    fusion: PositiveFloat | None = None
+    """Learning rate of the layers in which text meets image."""
+    head: PositiveFloat | None = None
+    """Learning rate of everything else: heads, projections, temperature."""
+    new_factor: PositiveFloat = 1.0
+    """Factor of the learning rate of parameters that the weights to start from lack: a new classifier, the
+    embedding of region features (CCLM's code: 2)."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Return the rates of the parts that have one of their own."""
+        rates = {"vision": self.vision, "text": self.text, "fusion": self.fusion, "head": self.head}
+        return {part: rate for part, rate in rates.items() if rate is not None}
+
+    def scale(self, part: str, is_new: bool, lr: float) -> float:
+        """Return what `lr` is multiplied by for parameters of a part."""
+        return self.parts.get(part, lr) / lr * (self.new_factor if is_new else 1.0)
+
+
 class OptimConfig(Config):
     """AdamW and the schedule of its learning rate."""
 
     lr: PositiveFloat = 1e-4
     """Highest learning rate, at the end of the warm-up."""
+    rates: PartRates = PartRates()
+    """Learning rates of parts of the model."""
     warmup: float = Field(0.1, ge=0, le=1)
     """Share of the steps in which the learning rate rises from 0 to `lr`."""
     decay: Literal["linear", "cosine"] = "linear"

@@ -105,7 +105,10 @@ def test_backbone_declares_what_it_has(backbone):
     names = dict(backbone.named_parameters())
     assert backbone.width > 0 and 0 <= backbone.num_fusion_layers <= backbone.num_layers
     assert set(backbone.prunable()) <= names.keys() and all(names[n].ndim == 2 for n in backbone.prunable())
-    assert backbone.freezable_parts().keys() <= {"embeddings", "text", "vision", "fusion"}
+    parts = {"embeddings", "text", "vision", "image_projection", "fusion"}
+    assert backbone.freezable_parts().keys() <= parts
+    assert set(backbone.part_names().values()) <= {"vision", "text", "fusion", "head"}
+    assert backbone.part_names().keys() == dict(backbone.named_parameters()).keys()
     takes_images = not isinstance(backbone, RegionBackbone)
     assert (backbone.image_size > 0) == takes_images == (backbone.image_encoder is not None)
     assert isinstance(backbone, RetrievalBackbone | FusionBackbone) and backbone.backbone is backbone

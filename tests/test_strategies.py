@@ -4,6 +4,7 @@ and resume."""
 import ast
 import math
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,14 @@ from raylib.engine_state import state_files
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
 from raylib.saving import write_files
+from raylib.settings import PartRates
 from tests.factories import make_model
 from tests.workers import run_workers
 
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=1e9)
+# the embedding at half the rate, the head, which is new, at 1.5 times twice the rate
+OF_PARTS = OPTIM.model_copy(update={"rates": PartRates(text=0.01, head=0.03, new_factor=2)})
+PART_FACTORS = {"embedding": 0.5, "head": 3.0}
 
 
 class Stack(nn.Module):
@@ -49,6 +54,13 @@ class Stack(nn.Module):
         part = name.split(".")
         return {"embedding": 0, "head": None}[part[0]] if part[0] != "layers" else int(part[1]) + 1
 
+    def part_names(self) -> dict[str, str]:
+        parts = {"embedding": "text", "head": "head", "layers": "fusion"}
+        return {name: parts[name.partition(".")[0]] for name, _ in self.named_parameters()}
+
+    def new_parameters(self) -> frozenset[str]:
+        return frozenset({"head.weight", "head.bias"})
+
 
 class Squares(nn.Module):
     """The mean square error of `model` on this worker's share of the batch."""
@@ -70,14 +82,16 @@ def batch_of(step: int, rank: int = 0, world: int = 1) -> dict:
     return {"x": x[rank::world], "y": y[rank::world]}
 
 
-def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, first=0, folder=None):
+def train(
+    engine_class, methods, steps, rank=0, world=1, mask=None, start=None, first=0, folder=None, optim=OPTIM
+):
     """`steps` steps in epochs of 2 at a constant rate; returns the weights. Saves into `folder`."""
     model = Stack()
     if mask is not None:
         apply_mask(model, mask, "here")
     objective = Squares(model)
     rates = methods.layer_rates(model.num_layers, 2, 4)
-    engine = engine_class(objective, OPTIM, torch.device("cpu"), False, start, rates)
+    engine = engine_class(objective, optim, torch.device("cpu"), False, start, rates)
     for step in range(first, steps):
         engine.step(batch_of(step, rank, world), step, OPTIM.lr)
     if folder:
@@ -88,9 +102,9 @@ def train(engine_class, methods, steps, rank=0, world=1, mask=None, start=None, 
     return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
-def slow_reference(scale, steps, mask=None) -> dict:
+def slow_reference(scale, steps, mask=None, part_factors=None) -> dict:
     """The same by hand: an optimizer for each parameter, made anew when it thaws, and a zeroed weight after
-    each step."""
+    each step. part_factors: of the rate, by the first part of a name."""
     model, optimizers = Stack(), {}
     for name, p in model.named_parameters():
         if mask and name in mask:
@@ -109,7 +123,8 @@ def slow_reference(scale, steps, mask=None) -> dict:
                 optimizers[name] = torch.optim.AdamW(
                     [p], betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=decay
                 )
-            optimizers[name].param_groups[0]["lr"] = OPTIM.lr * factor
+            part_factor = (part_factors or {}).get(name.partition(".")[0], 1.0)
+            optimizers[name].param_groups[0]["lr"] = OPTIM.lr * factor * part_factor
             p.grad = gradient
             optimizers[name].step()
             if mask and name in mask:
@@ -192,6 +207,35 @@ def test_layer_rates_under_zero_2_equal_reference_after_resume(world, tmp_path):
             if not dense:
                 for name, kept in MASK.items():
                     assert not parts[name][~kept].any() and whole[name][kept].all()
+
+
+def rates_of_parts(rank, world, folder):
+    """Rates of parts by themselves and with rates of layers, in both engines; ZeRO-2 also stopped after 3 of
+    8 steps."""
+    os.environ["LOCAL_RANK"], out = str(rank), {}
+    for case, chosen in {"alone": {}, **CASES}.items():
+        methods = methods_of(**chosen)
+        train_parts = partial(train, methods=methods, rank=rank, world=world, optim=OF_PARTS)
+        train_parts(DeepSpeedEngine, steps=3, folder=folder / case)
+        torch.distributed.barrier()
+        parts = train_parts(DeepSpeedEngine, steps=8, start=folder / case, first=3)
+        out[case] = train_parts(TorchEngine, steps=8), train_parts(DeepSpeedEngine, steps=8), parts
+    return out
+
+
+def test_rates_of_parts_equal_reference_in_every_engine_and_after_resume(tmp_path):
+    for results in run_workers(rates_of_parts, 2, tmp_path):
+        for case, found in results.items():
+            scale = methods_of(**CASES.get(case, {})).layer_rates(4, 2, 4) or (lambda depth, step: 1.0)
+            for weights in found:
+                close(weights, slow_reference(scale, 8, part_factors=PART_FACTORS))
+            assert all(value.equal(found[2][name]) for name, value in found[1].items()), case
+
+
+def test_rate_of_a_part_that_the_model_lacks_is_an_error():
+    optim = OPTIM.model_copy(update={"rates": PartRates(vision=1e-5)})
+    with pytest.raises(UserError, match="optim.rates.vision: .* has: fusion, head, text$"):
+        train(TorchEngine, methods_of(), 1, optim=optim)
 
 
 def test_unfreezing_bottom_layers_never_train_in_five_epochs():

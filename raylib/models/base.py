@@ -155,13 +155,42 @@ class Backbone(nn.Module, ABC):
         ]
 
     def freezable_parts(self) -> dict[str, nn.Module]:
-        """Those of the parts "embeddings", "text", "vision", "fusion" that it has, as `freeze` names them."""
+        """Those of the parts "embeddings", "text", "vision", "image_projection", "fusion" that it has, as
+        `freeze` names them."""
         return {}
+
+    def part_names(self) -> dict[str, str]:
+        """Return the part of each parameter, as `optim.rates` names them: "vision", "text" (embeddings too),
+        "fusion", or "head": everything else."""
+        rate_of = {"embeddings": "text", "image_projection": "head"}
+        part_of = {
+            parameter: rate_of.get(part, part)
+            for part, module in self.freezable_parts().items()
+            for parameter in module.parameters()
+        }
+        return {name: part_of.get(parameter, "head") for name, parameter in self.named_parameters()}
+
+    def new_parameters(self) -> frozenset[str]:
+        """Return the names of parameters that the weights to start from lack."""
+        return frozenset()
 
     @property
     def image_encoder(self) -> nn.Module | None:
         """The part that makes states of images; None: it takes none."""
         return self.freezable_parts().get("vision")
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, but of what is frozen: a module whose parameters all are is in evaluation mode,
+        and so has no dropout. Of a backbone with small modules put in (`raylib.models.peft`) that is said of
+        the image encoder alone: the rest is what they tune, and their papers' code trains it with dropout."""
+        super().train(mode)
+        root = self.image_encoder if self.tuning else self
+        if mode and root is not None and not all(p.requires_grad for p in root.parameters()):
+            frozen: list[nn.Module] = []
+            _collect_frozen(root, frozen)
+            for module in frozen:
+                module.eval()
+        return self
 
     def poolers(self) -> list[nn.Module]:
         """Those of the modules `pooler_names` that it has."""
@@ -284,6 +313,20 @@ class Backbone(nn.Module, ABC):
 
     def _layers(self, name: str) -> nn.ModuleList:
         return cast(nn.ModuleList, self.get_submodule(name))
+
+
+def _collect_frozen(module: nn.Module, found: list[nn.Module]) -> tuple[bool, bool]:
+    """Add the highest modules in `module` that have parameters, none of which trains. Returns whether it has
+    any, and whether one trains."""
+    first, has_any, trains = len(found), False, False
+    for parameter in module.parameters(recurse=False):
+        has_any, trains = True, trains or parameter.requires_grad
+    for child in module.children():
+        child_has_any, child_trains = _collect_frozen(child, found)
+        has_any, trains = has_any or child_has_any, trains or child_trains
+    if has_any and not trains:
+        found[first:] = [module]
+    return has_any, trains
 
 
 class RetrievalBackbone(Backbone):

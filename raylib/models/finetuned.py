@@ -100,7 +100,7 @@ class FinetuneModel(nn.Module):
     ):
         super().__init__()
         self.backbone, self.labels, self.num_images = backbone, labels, num_images
-        self.is_generative = answers is not None
+        self.is_generative, self.has_new_head = answers is not None, True
         self.description: dict[str, Any] = {
             "labels": list(labels),
             "num_images": num_images,
@@ -197,6 +197,19 @@ class FinetuneModel(nn.Module):
             self.backbone.depth_of(name.removeprefix("backbone.")) if name.startswith("backbone.") else None
         )
 
+    def part_names(self) -> dict[str, str]:
+        """Return the part of each parameter, by the backbone's `part_names`; "head" outside of it."""
+        parts = {f"backbone.{name}": part for name, part in self.backbone.part_names().items()}
+        return {name: parts.get(name, "head") for name, _ in self.named_parameters()}
+
+    def new_parameters(self) -> frozenset[str]:
+        """Return the names of parameters that the weights to start from lack: of a classifier, and of the
+        embedding of regions; a decoder begins as a copy of the backbone's layers."""
+        if not self.has_new_head:
+            return frozenset()
+        copied = ("backbone.", "head.layers.") if self.is_generative else ("backbone.",)
+        return frozenset(name for name, _ in self.named_parameters() if not name.startswith(copied))
+
     def prunable(self) -> list[str]:
         """Names of the matrices that pruning may take: the backbone's, never the head's."""
         return [f"backbone.{name}" for name in self.backbone.prunable()]
@@ -230,6 +243,7 @@ class FinetuneModel(nn.Module):
             model = cls.from_description(described, backbone)
             # what was put in has weights of its own, so it goes in before these are loaded
             peft.insert_stored(model, tuning)
+        model.has_new_head = False
         return load_weights(model, folder)
 
     @classmethod

@@ -165,7 +165,13 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         return self.fusion.cross
 
     def freezable_parts(self) -> dict[str, nn.Module]:
-        return {"embeddings": self.embedding, "text": self.text, "vision": self.vision, "fusion": self.fusion}
+        return {
+            "embeddings": self.embedding,
+            "text": self.text,
+            "vision": self.vision,
+            "image_projection": self.image_projection,
+            "fusion": self.fusion,
+        }
 
     def freeze_unused(self, use: Use) -> None:
         # by what a loss reads: a classifier the fused CLS, a decoder the way to the vocabulary, contrast the
