@@ -16,12 +16,24 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.settings import FitConfig, OptimConfig
+from raylib.settings import FitConfig, OptimConfig, PartRates
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
 FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of shots (`tune_spaces few_shot`)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
+# beside P1's own (section 4.1) what UC2's code in IGLUE and CCLM's have: its `lr_mult` is of a new classifier
+P1_OPTIM = {
+    "uc2": P1.model_copy(update={"eps": IGLUE.eps}),
+    "cclm": P1.model_copy(
+        update={
+            "lr": 3e-5,
+            "rates": PartRates(vision=2e-5, new_factor=2),
+            "betas": (0.9, 0.98),
+            "clip": None,
+        }
+    ),
+}
 P3 = OptimConfig(lr=1e-4, weight_decay=0.05, warmup=0.0)
 # Adam, which is AdamW without decay; nothing is said of clipping, and the public code has none (appendix A)
 P4 = OptimConfig(weight_decay=0.0, warmup=0.0, decay="cosine", clip=None)
@@ -129,9 +141,10 @@ def _p0(model: str, row: str, strategies: dict, **more):
 
 
 def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
-    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated. CCLM's image encoder learns at the
-    rate of the rest here (3e-5), at 2e-5 there."""
-    lr = {"uc2": 4e-5 if task == "xgqa" else 2e-5, "cclm": 3e-5}[model]
+    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated."""
+    optim = P1_OPTIM[model]
+    if model == "uc2":
+        optim = optim.model_copy(update={"lr": 4e-5 if task == "xgqa" else 2e-5})
     batch = {"xgqa": 256, "xflickrco": 128, "xvnli": 128 if model == "uc2" else 144}[task]
     cclm = (
         {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
@@ -140,7 +153,7 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         "batch": batch,
         "epochs": 5 if task == "xgqa" else 10,
         "workers": 4,
-        "optim": P1.model_copy(update={"lr": lr}),
+        "optim": optim,
     }
     return _recipe(
         f"P1 {where}, {model.upper()}, {task}: {{method}}",
@@ -428,7 +441,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
         epochs=20,
         last_batch="keep",
         workers=1,
-        optim=P1.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
+        optim=P1_OPTIM["uc2"].model_copy(update={"lr": FEW_SHOT_RATES[1]}),
     ),
     "p1_cclm_top_xgqa": _p1("cclm", "top", "xgqa", {"top_layers": {}}, "table 2"),
     **{
