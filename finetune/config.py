@@ -1,7 +1,8 @@
 """Everything that a fine-tuning run depends on."""
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -12,6 +13,7 @@ from raylib.settings import (
     MAX_PIXELS,
     AugmentConfig,
     Checkpointing,
+    ClassifierConfig,
     DecoderConfig,
     FitConfig,
     LaunchConfig,
@@ -24,6 +26,43 @@ TransferSetting = Literal[
 ]
 Part = Literal["embeddings", "text", "vision", "image_projection", "fusion"]
 UNIMODAL: tuple[Part, ...] = ("embeddings", "text", "vision")  # everything before text and image meet
+
+# Heads of public code, which `classifier.follow=code` chooses, and those of tasks and backbones that differ.
+# volta: e-bug/volta, volta/encoders.py (`BertForVLTasks`), config/*.json, IGLUE's config_tasks/*.yml.
+# mvlp: FudanDISC/weakly-supervised-mVLP, albef/modeling/model_vqa.py. cclm: zengyan-97/X2-VLM and CCLM,
+# models/model_classification.py.
+HEAD = ClassifierConfig().model_dump(exclude={"follow", "code"})
+LINEAR_FOR_ENTAILMENT = {task: {"layers": 1} for task in ("xvnli", "xnli", "snli_xvnli")}
+PUBLIC_HEADS: dict[str, dict[str, Any]] = {
+    "volta": HEAD | {"eps": 1e-12, "init": "normal", "pooled_dropout": 0.1},
+    "mvlp": HEAD | {"hidden_ratio": 1.0, "eps": 1e-12, "init": "uniform"},
+    "cclm": HEAD | {"norm": "before", "init": "uniform"},
+}
+PUBLIC_TASK_HEADS: dict[str, dict[str, dict[str, Any]]] = {
+    "volta": LINEAR_FOR_ENTAILMENT,
+    "mvlp": {**LINEAR_FOR_ENTAILMENT, "marvl": {"activation": "relu", "norm": "none"}},
+    "cclm": {"marvl": {"hidden_ratio": 4.0}},
+}
+VOLTA_HEADS: dict[str, dict[str, Any]] = {
+    "uc2": {"hidden_ratio": 1.0, "eps": 1e-5},
+    "m3p": {},
+    "muniter": {"hidden_ratio": 1.5},  # 1,536; their pooled states are 1,024 wide
+    "xuniter": {"hidden_ratio": 1.5},
+}
+PUBLIC_CODE = {
+    **dict.fromkeys(VOLTA_HEADS, "volta"),
+    "unified": "mvlp",
+    "cclm": "cclm",
+    "cclm_swin": "cclm",
+}
+
+
+def public_head(code: str, backbone: str, task: str) -> dict[str, Any]:
+    """Return the settings of a classifier in public `code` ("": the backbone's) for a backbone and a task; of
+    one that no public code has, the default ones."""
+    code = code or PUBLIC_CODE.get(backbone, "")
+    of_backbone = VOLTA_HEADS.get(backbone, {}) if code == "volta" else {}
+    return PUBLIC_HEADS.get(code, HEAD) | of_backbone | PUBLIC_TASK_HEADS.get(code, {}).get(task, {})
 
 
 class FinetuneConfig(LaunchConfig):
@@ -102,8 +141,11 @@ class FinetuneConfig(LaunchConfig):
     """Dropout of attention in the same layers; null: the model's."""
     head_dropout: float = Field(0.1, ge=0, lt=1)
     """Dropout of the classifier."""
-    loss: Literal["ce", "bce"] = "ce"
-    """Cross-entropy over classes, or binary cross-entropy of each (IGLUE)."""
+    classifier: ClassifierConfig = ClassifierConfig()
+    """Classifier where `head` is one."""
+    loss: Literal["ce", "bce", "bce_mean"] = "ce"
+    """Cross-entropy over classes; or binary cross-entropy of each class, summed (IGLUE, xGQA), or their mean
+    (IGLUE, XVNLI and NLVR2)."""
     use_itm_head: bool = True
     """Train and rank pairs of a retrieval by the image-text matching head too; without, by contrast alone."""
     candidates: NonNegativeInt = 16
@@ -142,6 +184,17 @@ class FinetuneConfig(LaunchConfig):
     """Optimizer and learning rate."""
     fit: FitConfig = FitConfig()
     """Intervals of the training, and what it runs on."""
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the head: where `classifier.follow` is code, that of public code for backbone and task."""
+        classifier = values.get("classifier", {})
+        given = classifier.model_dump() if isinstance(classifier, ClassifierConfig) else classifier
+        head, dropout = HEAD, cls.model_fields["head_dropout"].default
+        if isinstance(given, Mapping) and given.get("follow") == "code":
+            backbone = values.get("backbone", cls.model_fields["backbone"].default)
+            head, dropout = public_head(given.get("code", ""), backbone, values.get("task", "")), 0.0
+        return {"classifier": head, "head_dropout": dropout}
 
     @model_validator(mode="after")
     def _check_settings(self) -> "FinetuneConfig":

@@ -52,6 +52,8 @@ HARD_PROMPTS = {
     "tr": "fotoğraf:",
     "zh": "一张照片：",
 }
+PUBLIC_HEAD = {"follow": "code"}  # of the backbone, for the task
+VOLTA_HEAD = {"follow": "code", "code": "volta"}  # whatever the backbone
 # what a recipe's line says of its task; tasks themselves need PyTorch, which help does without
 RETRIEVAL_TASKS = ("xflickrco", "wit", "multi30k", "coco", "xtd", "xtd_few")
 TASKS_WITHOUT_DEV_SET = ("fm_iqa",)
@@ -81,6 +83,7 @@ def _p2(
         image_size=384,
         workers=8,
         optim=P2.model_copy(update={"lr": lr}),
+        classifier=PUBLIC_HEAD,
         select_metric="recall_at_1",
         **more,
     )
@@ -97,6 +100,7 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
         length=length,
         workers=4,
         last_batch="keep",
+        classifier=VOLTA_HEAD,
         optim=IGLUE.model_copy(update={"lr": lr, "schedule_factor": schedule / epochs}),
         **more,
     )
@@ -118,6 +122,7 @@ def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
         length=length,
         workers=1,
         last_batch="keep",
+        classifier=VOLTA_HEAD,
         optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
         **more,
     )
@@ -134,6 +139,7 @@ def _p0(model: str, row: str, strategies: dict, **more):
         epochs=5,
         length=40,
         workers=4,
+        classifier=PUBLIC_HEAD,
         optim=IGLUE.model_copy(update={"lr": 4e-5, "schedule_factor": 4.0}),
         strategies=strategies,
         **more,
@@ -149,8 +155,12 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
     cclm = (
         {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
     )
+    # "We mirror the training procedures from IGLUE": its losses, and VOLTA's heads
+    losses = {"xgqa": "bce", "xvnli": "bce_mean"} if model == "uc2" else {}
     defaults = {
         "batch": batch,
+        "loss": losses.get(task, "ce"),
+        "classifier": PUBLIC_HEAD,
         "epochs": 5 if task == "xgqa" else 10,
         "workers": 4,
         "optim": optim,
@@ -489,14 +499,16 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p2_xnli": _p2("p2_xnli", "table 8", "xnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "p2_snli_xvnli": _p2("p2_snli_xvnli", "table 8", "snli_xvnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "iglue_xgqa": _iglue("iglue_xgqa", "xgqa", 4e-5, 256, 5, 40, loss="bce"),
-    "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80, loss="bce"),
+    "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80, loss="bce_mean"),
     "iglue_xflickrco": _iglue("iglue_xflickrco", "xflickrco", 2e-5, 64, 10, 80),
-    "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80, loss="bce"),
+    "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80, loss="bce_mean"),
     "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80, schedule=2),
     "iglue_few_shot_xgqa": _iglue_few_shot("xgqa", 48, 40, loss="bce"),
-    "iglue_few_shot_xvnli": _iglue_few_shot("xvnli", 48, 80, loss="bce"),
+    "iglue_few_shot_xvnli": _iglue_few_shot("xvnli", 48, 80, loss="bce_mean"),
     "iglue_few_shot_xflickrco": _iglue_few_shot("xflickrco", 100, 80),
-    "iglue_few_shot_marvl": _iglue_few_shot("marvl", "10x2", 80, loss="bce", languages=("id", "tr", "zh")),
+    "iglue_few_shot_marvl": _iglue_few_shot(
+        "marvl", "10x2", 80, loss="bce_mean", languages=("id", "tr", "zh")
+    ),
     "scenes_xgqa": _scenes("xgqa"),
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),

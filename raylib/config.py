@@ -28,6 +28,7 @@ from pydantic import (
     ValidationInfo,
     WrapValidator,
     field_validator,
+    model_validator,
 )
 
 from raylib.errors import UserError, printable, reading, shorten_text
@@ -105,6 +106,28 @@ class Config(BaseModel):
     def __hash__(self) -> int:
         # pydantic's own takes no dict among the settings (deviations, prompts by language)
         return hash(self.model_dump_json())
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the defaults of settings that follow from others, such as `follow`; of the same settings,
+        whatever these are. A dict stands for settings of a part. values: those given, unchecked."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_derived(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or not (derived := cls.derived_defaults(values)):
+            return values
+        filled = dict(values)
+        for name, default in derived.items():
+            given = filled.get(name, {} if isinstance(default, dict) else default)
+            if isinstance(given, Config):
+                given = given.model_dump(exclude_unset=True)
+            # a part that is off, or is no part, stays what it is
+            filled[name] = (
+                {**default, **given} if isinstance(default, dict) and isinstance(given, dict) else given
+            )
+        return filled
 
     @field_validator("*", mode="after")
     @classmethod
@@ -228,7 +251,24 @@ def change_settings(config: ConfigT, changes: Mapping[str, Any], where: str = "s
             node[parent] = node[parent] if node.get(parent) is not None else {}
             node = node[parent]
         node[name] = value
+    _release_derived(config, values, set(changes))
     return validate(type(config), values, where)
+
+
+def _release_derived(config: Config, values: dict[str, Any], changes: Set[str], prefix: str = "") -> None:
+    """Take out of `values` what is still as it was derived from other settings of `config`, and is not among
+    the `changes`: it follows when these change."""
+    for name, default in type(config).derived_defaults(config.model_dump()).items():
+        is_part = isinstance(default, dict)
+        node = values.get(name) if is_part else values
+        defaults, path = (default, f"{prefix}{name}.") if is_part else ({name: default}, prefix)
+        if isinstance(node, dict) and path[:-1] not in changes:
+            for key, derived in defaults.items():
+                if key in node and node[key] == derived and path + key not in changes:
+                    del node[key]
+    for name, part in [*config, *(config.model_extra or {}).items()]:
+        if isinstance(part, Config) and isinstance(values.get(name), dict):
+            _release_derived(part, values[name], changes, f"{prefix}{name}.")
 
 
 def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path | None = None) -> ConfigT:

@@ -490,6 +490,33 @@ class ModelConfig(Config):
         return self.vision_window or self.patch * (self.swin.merges if self.swin else 1)
 
 
+class ClassifierConfig(Config):
+    """The classifier on the state that an image and a text end in.
+
+    `follow=code` sets the others, and `head_dropout`, to what public code has for the run's `backbone` and
+    `task` (`finetune.config.public_head`); `paper`, to a head of two layers: papers say no more.
+    """
+
+    follow: Literal["paper", "code"] = "paper"
+    """Head of public code for the task, or of two layers (paper)."""
+    code: Literal["", "volta", "mvlp", "cclm"] = ""
+    """Public code whose head it is where `follow` says code; empty: that of the backbone."""
+    layers: Literal[1, 2] = 2
+    """Linear layers: 1 is a linear map from the state to the classes."""
+    hidden_ratio: float = Field(2.0, gt=0, le=64)
+    """Width of the hidden layer, over that of the state of one image and its text."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Activation of the hidden layer."""
+    norm: Literal["after", "before", "none"] = "after"
+    """Layer norm of the hidden layer, after its activation or before it."""
+    eps: float = Field(1e-5, gt=0, le=1)
+    """Epsilon of this layer norm."""
+    init: Literal["scaled", "normal", "uniform"] = "scaled"
+    """First weights: of variance 1 / inputs; of deviation 0.02, as BERT's (normal); or PyTorch's own."""
+    pooled_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the state, before the head; that of its hidden layer is `head_dropout`."""
+
+
 class DecoderConfig(Config):
     """The ranking of answers."""
 

@@ -398,9 +398,14 @@ def test_few_shot_unavailable_number_of_shots_names_available_ones(scenes, task,
 
 
 def test_recipes_of_iglue_have_its_losses():
-    """`loss: BCEWithLogitLoss` of XVNLI, NLVR2 and GQA in its task files."""
-    for task in ("xgqa", "xvnli", "marvl"):
-        assert RECIPES[f"iglue_{task}"]().loss == RECIPES[f"iglue_few_shot_{task}"]().loss == "bce"
+    """`loss: BCEWithLogitLoss` of XVNLI, NLVR2 and GQA in its task files; VOLTA's `ForwardModelsTrain`
+    multiplies its mean by the number of labels for GQA alone."""
+    for task, loss in (("xgqa", "bce"), ("xvnli", "bce_mean"), ("marvl", "bce_mean")):
+        assert RECIPES[f"iglue_{task}"]().loss == RECIPES[f"iglue_few_shot_{task}"]().loss == loss
+    for row in ("standard", "suf"):
+        assert RECIPES[f"p1_uc2_{row}_xgqa"]().loss == "bce"
+        assert RECIPES[f"p1_uc2_{row}_xvnli"]().loss == "bce_mean"
+    assert RECIPES["p0_uc2_baseline"]().loss == "ce"
 
 
 def test_few_shot_space_is_iglue_grid():

@@ -132,7 +132,10 @@ class Classification(Task):
         self, config: "FinetuneConfig", backbone: FusionBackbone, labels: tuple[str, ...]
     ) -> FinetuneModel:
         """`backbone` with a new head."""
-        return FinetuneModel(backbone, labels, self.num_images, config.head_dropout, self.region_dim(config))
+        region_dim, classifier = self.region_dim(config), config.classifier
+        return FinetuneModel(
+            backbone, labels, self.num_images, config.head_dropout, region_dim, classifier=classifier
+        )
 
     def training_items(
         self, items: Sequence[Example], model: Any
@@ -164,7 +167,7 @@ class Classification(Task):
         self, pipeline: Pipeline, items: Sequence[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         config, model, tokenizer, visual = pipeline
-        soft = self.is_generative or config.loss == "bce"
+        soft = self.is_generative or config.loss != "ce"
         return ExampleBatches(items, model.labels, visual, tokenizer, config.length, soft, order, extra)
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
@@ -232,8 +235,8 @@ class Generation(Classification):
 
     def check(self, config: "FinetuneConfig") -> None:
         super().check(config)
-        if config.loss == "bce":
-            raise UserError("head=decoder has a loss of its own, over tokens; leave out loss=bce")
+        if config.loss != "ce":
+            raise UserError(f"head=decoder has a loss of its own, over tokens; leave out loss={config.loss}")
 
     def new_model(
         self, config: "FinetuneConfig", backbone: FusionBackbone, labels: tuple[str, ...]
@@ -249,9 +252,10 @@ class Generation(Classification):
 
 
 def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:
-    """Summed over the batch: "ce" or "bce" (`ClassificationObjective`)."""
-    if loss == "bce":
-        return F.binary_cross_entropy_with_logits(logits, part["scores"], reduction="sum")
+    """Summed over the batch: "ce", "bce" or "bce_mean" (`ClassificationObjective`)."""
+    if loss != "ce":
+        total = F.binary_cross_entropy_with_logits(logits, part["scores"], reduction="sum")
+        return total / logits.shape[1] if loss == "bce_mean" else total
     return F.cross_entropy(logits, part["answer"], reduction="sum")
 
 
@@ -262,7 +266,8 @@ class ClassificationObjective(Objective):
         L = sum of weighted terms + task_weight (task + sum of weighted terms that read logits)
 
     loss: "ce", cross-entropy against the answer with the highest score; "bce", binary cross-entropy against
-        all scores, summed over the labels (IGLUE's, which multiplies the mean by their number).
+        all scores, summed over the labels (IGLUE's of xGQA, which multiplies the mean by their number);
+        "bce_mean", their mean (IGLUE's of XVNLI and NLVR2, which does not).
     added: the terms, which of the model's states they read, and the task's weight.
     """
 

@@ -100,8 +100,8 @@ class Model:
         self.task = config.task if config else None
         self.labels = network.labels if isinstance(network, FinetuneModel) else ()
         self.region_dim = network.description["regions"] if isinstance(network, FinetuneModel) else None
-        self.sigmoid = config is not None and config.loss == "bce"
         self.max_regions = config.max_regions if config else None
+        self.sigmoid = config is not None and config.loss != "ce"
         if config:
             self.length = config.length
         elif isinstance(network, RetrievalBackbone):

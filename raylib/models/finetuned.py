@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
-import torch
-import torch.nn.functional as F
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
 
@@ -30,36 +28,16 @@ from raylib.models.base import (
     read_run_settings,
     save_model,
 )
+from raylib.models.classifier import Classifier
 from raylib.models.decoder import AnswerDecoder, DecoderConfig
 from raylib.models.layers import Memory, init_weights
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
-from raylib.precision import exact_linear
 from raylib.renames import model_kind
 from raylib.saving import Files
-from raylib.settings import FitConfig, stored_fit
+from raylib.settings import ClassifierConfig, FitConfig, stored_fit
 from raylib.weights import limit_model
-
-
-class Classifier(nn.Module):
-    """Two layers with GELU and layer norm between them, the hidden one twice the model's width (VOLTA's
-    classifier)."""
-
-    def __init__(self, inputs: int, width: int, labels: int, dropout: float):
-        super().__init__()
-        self.hidden = nn.Linear(inputs, 2 * width)
-        self.norm = nn.LayerNorm(2 * width)
-        self.dropout = nn.Dropout(dropout)
-        self.output = nn.Linear(2 * width, labels)
-        self.apply(init_weights)
-
-    def forward(self, states: Tensor) -> Tensor:
-        """(b, inputs) -> logits (b, labels)."""
-        hidden = self.dropout(self.norm(F.gelu(self.hidden(states))))
-        # never in bf16, whose numbers near 8 are 1/16 apart: of labels that tie, the first is predicted
-        with torch.autocast(hidden.device.type, enabled=False):
-            return exact_linear(self.output, hidden.to(self.output.weight.dtype))
 
 
 class StoredModel(Config):
@@ -72,6 +50,7 @@ class StoredModel(Config):
     labels: tuple[str, ...] = Field(min_length=1)
     num_images: int = Field(gt=0, le=16)
     head_dropout: float = Field(ge=0, le=1)
+    classifier: ClassifierConfig = ClassifierConfig()
     regions: Size | None = None
     answers: tuple[Annotated[list[NonNegativeInt], Field(min_length=2)], ...] | None = None
     decoder: DecoderConfig = DecoderConfig()
@@ -86,7 +65,8 @@ class StoredModel(Config):
 class FinetuneModel(nn.Module):
     """`backbone` and a head over `labels`. `num_images`: how many ground a text at once (a premise counts as
     one); `regions`: the width of region features, if these take the place of images; `answers`: token ids
-    of the labels, for a head that generates them (`is_generative`), and ranks them as `decoder` says."""
+    of the labels, for a head that generates them (`is_generative`), and ranks them as `decoder` says;
+    `classifier`: the head that does not."""
 
     def __init__(
         self,
@@ -97,6 +77,7 @@ class FinetuneModel(nn.Module):
         regions: int | None = None,
         answers: Sequence[Sequence[int]] | None = None,
         decoder: DecoderConfig | None = None,
+        classifier: ClassifierConfig | None = None,
     ):
         super().__init__()
         self.backbone, self.labels, self.num_images = backbone, labels, num_images
@@ -107,13 +88,16 @@ class FinetuneModel(nn.Module):
             "head_dropout": dropout,
             "regions": regions,
         }
+        classifier = classifier or ClassifierConfig()
         self.head: Classifier | AnswerDecoder
         if answers is not None:
             decoder = decoder or DecoderConfig()
             self.description |= {"answers": [list(ids) for ids in answers], "decoder": decoder.model_dump()}
             self.head = AnswerDecoder(cast(UnifiedModel, backbone), answers, decoder)
         else:
-            self.head = Classifier(num_images * backbone.width, backbone.width, len(labels), dropout)
+            self.description["classifier"] = classifier.model_dump()
+            inputs = num_images * backbone.width
+            self.head = Classifier(inputs, backbone.width, len(labels), classifier, dropout)
         # a backbone that reads regions has an embedding of its own for them
         self.regions: RegionEmbedding | None = None
         if regions and not isinstance(backbone, RegionBackbone):
@@ -257,6 +241,7 @@ class FinetuneModel(nn.Module):
             values["regions"],
             values.get("answers"),
             DecoderConfig(**values.get("decoder", {})),
+            ClassifierConfig(**values.get("classifier", {})),
         )
 
 
