@@ -1,13 +1,13 @@
-"""Heads and losses of public code at small widths, as `tests/data/public_heads.npz` keeps them.
+"""Heads, losses and small modules of public code at small widths, as `tests/data/public_heads.npz` keeps them.
 
-Made with clones of e-bug/volta 62f78cd, FudanDISC/weakly-supervised-mVLP (branch master), zengyan-97/X2-VLM and
-thunlp/OpenDelta, in an environment with transformers 4.36 and what they import:
+Made with clones of e-bug/volta 62f78cd, FudanDISC/weakly-supervised-mVLP (branch master), zengyan-97/X2-VLM
+and thunlp/OpenDelta, in an environment with transformers 4.36 and what they import:
 
     python tests/public_heads.py VOLTA MVLP X2VLM OPENDELTA tests/data/public_heads.npz
 
-A head NAME has NAME/x (b, inputs), NAME/KEY of its state_dict, NAME/y its logits in evaluation mode, NAME/target,
-NAME/loss, and NAME/grad/x, the gradient of the loss at x; PARAMS/NAME is its number of parameters at the public
-width.
+A head NAME has NAME/x (b, inputs), NAME/KEY of its state_dict, NAME/y its logits in evaluation mode,
+NAME/target, NAME/loss, and NAME/grad/x, the gradient of the loss at x. params/NAME is its number of parameters
+at the public width, std/NAME/KEY the deviation of its first weights there.
 """
 
 import json
@@ -82,7 +82,9 @@ def _volta(folder: Path) -> list:
         ("xuniter", "ctrl_xuniter_base"),
     ):
         values = json.loads((folder / "config" / f"{file}.json").read_text())
-        make, model = (M3PConfig, encoders.M3PForVLTasks) if kind == "m3p" else (BertConfig, encoders.BertForVLTasks)
+        make, model = (
+            (M3PConfig, encoders.M3PForVLTasks) if kind == "m3p" else (BertConfig, encoders.BertForVLTasks)
+        )
         for width in (values["pooler_size"], WIDTH):
             ratio = values["clf_hidden_size"] / values["pooler_size"]
             labels = {} if width != WIDTH else {"num_labels": LABELS}
@@ -108,7 +110,9 @@ def _mvlp(folder: str) -> list:
     for width, labels in ((768, MVLP_LABELS), (WIDTH, LABELS)):
         config = BertConfig.from_json_file(f"{folder}/albef/configs/config_xlm-r.json")
         config.hidden_size = width
-        layers = _block(Path(folder) / "albef/modeling/model_vqa.py", "class ALBEF_NLVR2", "self.cls_head = ", width)
+        layers = _block(
+            Path(folder) / "albef/modeling/model_vqa.py", "class ALBEF_NLVR2", "self.cls_head = ", width
+        )
         loss = nn.CrossEntropyLoss() if width == WIDTH else None
         heads += [
             ("mvlp/xgqa", BertQAPredictionHead(config, labels), width, loss),
@@ -140,8 +144,14 @@ def _block(file: Path, start: str, assignment: str, width: int) -> nn.Module:
     source = file.read_text()
     source = source[source.index(start) :]
     source = source[source.index(assignment) + len(assignment) :]
-    end = next(i for i in range(len(source)) if source[i] == ")" and source[: i + 1].count("(") == source[: i + 1].count(")"))
-    expression = " ".join(source[: end + 1].split()).replace("self.text_encoder.config.hidden_size", str(width))
+    end = next(
+        i
+        for i in range(len(source))
+        if source[i] == ")" and source[: i + 1].count("(") == source[: i + 1].count(")")
+    )
+    expression = " ".join(source[: end + 1].split()).replace(
+        "self.text_encoder.config.hidden_size", str(width)
+    )
     return eval(expression, {"nn": nn})
 
 
@@ -162,7 +172,9 @@ def _compacter(found: dict[str, Any], folder: str) -> None:
         config = AutoDeltaConfig.from_dict({"delta_type": kind, "modified_modules": ["dense"], **settings})
         AutoDeltaModel.from_config(config, backbone).freeze_module(set_state_dict=False)
         backbone(torch.randn(2, width))
-        inserted = {n: p for n, p in backbone.named_parameters() if not n.endswith(("dense.weight", "dense.bias"))}
+        inserted = {
+            n: p for n, p in backbone.named_parameters() if not n.endswith(("dense.weight", "dense.bias"))
+        }
         for name, parameter in inserted.items():
             found[f"std/delta/{kind}/{name}"] = parameter.detach().std().numpy()
             nn.init.normal_(parameter, std=0.3)

@@ -1,0 +1,209 @@
+"""Heads, their losses and small modules equal those of public code, whose numbers tests/public_heads.py
+stored; defaults that follow from other settings."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.config import FinetuneConfig, public_head
+from finetune.recipes import RECIPES
+from finetune.tasks.classification import task_loss
+from raylib.config import Config, override
+from raylib.models.classifier import Classifier
+from raylib.models.finetuned import FinetuneModel
+from raylib.settings import ClassifierConfig
+from tests.factories import make_model
+
+WIDTH, LABELS = 12, 7  # of tests/public_heads.py
+PUBLIC_WIDTH = {"muniter": 1024, "xuniter": 1024}
+NUM_LABELS = {"uc2": 1842, "m3p": 1842, "muniter": 1842, "xuniter": 1842, "mvlp": 1853}
+BACKBONES = {"mvlp": "unified"}
+LOSSES = {("uc2", "xgqa"): "bce", ("uc2", "xvnli"): "bce_mean", ("uc2", "marvl"): "bce_mean"}
+HEADS = [
+    *(
+        (kind, task)
+        for kind in ("uc2", "m3p", "muniter", "xuniter", "mvlp")
+        for task in ("xgqa", "xvnli", "marvl")
+    ),
+    ("cclm", "xvnli"),
+    ("cclm", "marvl"),
+]
+# parts of a head: the name here -> by which the public code has it, of VOLTA, mVLP and CCLM
+NAMES = {
+    "hidden": ("logit_fc.0", "transform.dense", "0"),
+    "norm": ("logit_fc.2", "transform.LayerNorm", "1"),
+    "output": ("logit_fc.3", "decoder", "2", "3", ""),
+}
+
+
+@cache
+def stored() -> dict[str, np.ndarray]:
+    with np.load(Path(__file__).parent / "data/public_heads.npz") as file:
+        return dict(file)
+
+
+def tensors(name: str) -> dict[str, Tensor]:
+    return {
+        key.removeprefix(f"{name}/"): torch.from_numpy(a)
+        for key, a in stored().items()
+        if key.startswith(f"{name}/")
+    }
+
+
+def make_head(kind: str, task: str, width: int, labels: int) -> Classifier:
+    """As a run with `classifier.follow=code` makes it."""
+    config = FinetuneConfig(task=task, backbone=BACKBONES.get(kind, kind), classifier={"follow": "code"})
+    inputs = width * (2 if task == "marvl" else 1)
+    return Classifier(inputs, width, labels, config.classifier, config.head_dropout)
+
+
+def fill(head: Classifier, arrays: dict[str, Tensor]) -> None:
+    """Public weights, by their own names."""
+    for name, module in head.named_children():
+        for end, parameter in module.named_parameters():
+            found = [arrays[key] for other in NAMES[name] if (key := f"{other}.{end}".strip(".")) in arrays]
+            parameter.data = next(x for x in found if x.shape == parameter.shape).clone()
+
+
+@pytest.mark.parametrize(("kind", "task"), HEADS)
+def test_head_logits_loss_and_gradient_equal_public_code(kind, task):
+    arrays = tensors(f"{kind}/{task}")
+    labels = {"xgqa": LABELS, "xvnli": 3, "marvl": 2}[task]
+    head = make_head(kind, task, WIDTH, labels).eval()
+    fill(head, arrays)
+    x = arrays["x"].requires_grad_(True)
+    logits = head(x)
+    assert torch.allclose(logits, arrays["y"], rtol=0, atol=1e-5)
+    one_hot = nn.functional.one_hot(arrays["target"], labels).float()
+    volta = kind not in ("mvlp", "cclm")
+    loss = {"xgqa": "bce", "xvnli": "bce_mean", "marvl": "bce_mean"}[task] if volta else "ce"
+    mean = task_loss(logits, {"scores": one_hot, "answer": arrays["target"]}, loss) / len(x)
+    mean.backward()
+    assert torch.allclose(mean, arrays["loss"], rtol=1e-5)
+    assert torch.allclose(x.grad, arrays["grad/x"], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "task"), HEADS)
+def test_head_has_published_parameter_count_and_first_weights(kind, task):
+    width = PUBLIC_WIDTH.get(kind, 768)
+    labels = NUM_LABELS.get(kind) if task == "xgqa" else {"xvnli": 3, "marvl": 2}[task]
+    torch.manual_seed(0)
+    head = make_head(kind, task, width, labels)
+    assert sum(p.numel() for p in head.parameters()) == stored()[f"params/{kind}/{task}"]
+    deviations = {k: float(v) for k, v in tensors(f"std/{kind}/{task}").items()}
+    for name, module in (item for item in head.named_children() if item[0] in ("hidden", "output")):
+        found = [
+            v for other in NAMES[name] if (v := deviations.get(f"{other}.weight".strip("."))) is not None
+        ]
+        # the smallest has 1,536 weights
+        assert any(abs(float(module.weight.std()) / std - 1) < 0.1 for std in found), (name, found)
+    assert head.pooled_dropout.p == (0.0 if kind in ("mvlp", "cclm") else 0.1)
+
+
+def test_heads_of_two_tasks_have_numbers_of_the_papers():
+    assert sum(p.numel() for p in make_head("uc2", "xvnli", 768, 3).parameters()) == 2307
+    assert round(sum(p.numel() for p in make_head("uc2", "xgqa", 768, 1842).parameters()) / 1e6, 2) == 2.01
+
+
+def test_dropout_on_the_pooled_state_is_all_that_volta_drops():
+    head = make_head("uc2", "xgqa", WIDTH, LABELS).train()
+    assert head.dropout.p == 0.0
+    x = torch.ones(2000, WIDTH)
+    kept = head.pooled_dropout(x)
+    assert 0.08 < float((kept == 0).float().mean()) < 0.12 and not torch.equal(head(x), head.eval()(x))
+
+
+@pytest.mark.parametrize("task", ["xgqa", "xvnli", "marvl"])
+def test_finetuned_model_keeps_its_head_through_a_folder(tmp_path, task):
+    torch.manual_seed(0)
+    settings = ClassifierConfig(**public_head("volta", "uc2", task))
+    images = 2 if task == "marvl" else 1
+    model = FinetuneModel(make_model(), ("a", "b", "c"), images, 0.0, classifier=settings)
+    model.save(tmp_path)
+    again = FinetuneModel.from_pretrained(tmp_path)
+    assert isinstance(again.head, Classifier) and again.head.config == settings
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+
+
+def test_stored_model_without_classifier_settings_has_the_head_of_its_time(tmp_path):
+    import json
+
+    model = FinetuneModel(make_model(), ("a", "b"), 1, 0.1)
+    model.save(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["classifier"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    head = FinetuneModel.from_pretrained(tmp_path).head
+    assert (
+        head.hidden.out_features == 2 * model.backbone.width
+        and head.norm.eps == 1e-5
+        and head.dropout.p == 0.1
+    )
+
+
+# ---- settings
+
+
+def test_recipes_have_the_heads_of_their_public_code():
+    def head(recipe: str, *changes: str) -> ClassifierConfig:
+        return override(RECIPES[recipe](), list(changes)).classifier
+
+    assert head("iglue_xvnli", "backbone=uc2").layers == 1 and head("iglue_xvnli").init == "normal"
+    assert head("iglue_xgqa", "backbone=uc2").hidden_ratio == 1.0
+    assert head("iglue_xgqa", "backbone=xuniter").hidden_ratio == 1.5
+    assert head("p0_uc2_prior_em").eps == 1e-5 and head("p0_m3p_prior_em").eps == 1e-12
+    assert head("p1_uc2_suf_xvnli").layers == 1 and head("p1_uc2_suf_xgqa").pooled_dropout == 0.1
+    assert head("p1_cclm_suf_xvnli").norm == "before"
+    assert (
+        head("p2_marvl").activation == "relu"
+        and head("p2_xvnli").layers == 1
+        and head("p2_xgqa").init == "uniform"
+    )
+    # recorded runs
+    assert head("scenes_xgqa") == head("transfer_teacher") == ClassifierConfig()
+    assert override(RECIPES["scenes_xgqa"](), []).head_dropout == 0.1
+
+
+def test_follow_changes_what_is_still_derived_and_nothing_else():
+    config = FinetuneConfig(task="xgqa", backbone="uc2")
+    assert config.classifier == ClassifierConfig() and config.head_dropout == 0.1
+    follows = override(config, ["classifier.follow=code"])
+    assert follows.classifier.hidden_ratio == 1.0 and follows.head_dropout == 0.0
+    # given ones stay, through this command and the next
+    given = override(follows, ["classifier.eps=0.5", "head_dropout=0.3"])
+    moved = override(given, ["backbone=m3p", "task=xvnli"])
+    assert moved.classifier.eps == 0.5 and moved.head_dropout == 0.3
+    assert moved.classifier.layers == 1 and moved.classifier.hidden_ratio == 2.0
+    assert override(follows, ["classifier.follow=paper"]) == config
+    # stored whole, it is read as it was
+    assert FinetuneConfig.model_validate(moved.model_dump()) == moved
+
+
+class Part(Config):
+    follow: Literal["paper", "code"] = "paper"
+    times: int = 1
+
+    @classmethod
+    def derived_defaults(cls, values: Any) -> dict[str, Any]:
+        return {"times": 5 if values.get("follow") == "code" else 1}
+
+
+class Whole(Config):
+    part: Part = Part()
+    other: Part | None = None
+
+
+def test_derived_defaults_reach_parts_of_parts():
+    assert override(Whole(), ["part.follow=code"]).part.times == 5
+    assert override(Whole(), ["part.follow=code", "part.times=1"]).part.times == 1
+    assert override(Whole(), ["part.times=7", "part.follow=code"]).part.times == 7
+    on = override(Whole(), ["other.follow=code"])
+    assert on.other == Part(follow="code", times=5)
+    assert override(on, ["other.follow=paper"]).other.times == 1
+    assert override(on, ["other=null"]).other is None
