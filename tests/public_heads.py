@@ -1,4 +1,4 @@
-"""Heads, losses and small modules of public code at small widths, as `tests/data/public_heads.npz` keeps them.
+"""Heads, losses and small modules of public code, small, as `tests/data/public_heads.npz` keeps them.
 
 Made with clones of e-bug/volta 62f78cd, FudanDISC/weakly-supervised-mVLP (branch master), zengyan-97/X2-VLM
 and thunlp/OpenDelta, in an environment with transformers 4.36 and what they import:
@@ -6,8 +6,8 @@ and thunlp/OpenDelta, in an environment with transformers 4.36 and what they imp
     python tests/public_heads.py VOLTA MVLP X2VLM OPENDELTA tests/data/public_heads.npz
 
 A head NAME has NAME/x (b, inputs), NAME/KEY of its state_dict, NAME/y its logits in evaluation mode,
-NAME/target, NAME/loss, and NAME/grad/x, the gradient of the loss at x. params/NAME is its number of parameters
-at the public width, std/NAME/KEY the deviation of its first weights there.
+NAME/target, NAME/loss, and NAME/grad/x, the gradient of the loss at x. params/NAME is its number of
+parameters at the public width, std/NAME/KEY the deviation of its first weights there.
 """
 
 import json
