@@ -145,7 +145,7 @@ def _write_predictions(file: TextIO, batches: Sequence[PredictedBatch], labels: 
                 "id": example.id,
                 **answer,
                 "labels": dict(example.labels),
-                "kind": example.kind,
+                "kind": example.kind if isinstance(example.kind, str) else list(example.kind),
                 "images": list(example.images),
             }
             file.write(f"{number}\t{json.dumps(line, ensure_ascii=False)}\n")
@@ -233,7 +233,9 @@ def read_predictions(path: Path) -> Iterator[dict[str, Any]]:
             parse_number(answer, where)
         if any(type(image) is not str for image in get_optional(line, "images", list, where, ())):
             raise UserError(f"{where}: field 'images' is {shorten(line['images'])}; wanted names")
-        get_field(line, "kind", str, where)
+        kinds = get_field(line, "kind", (str, list), where)
+        if any(type(kind) is not str for kind in kinds):
+            raise UserError(f"{where}: field 'kind' is {shorten(kinds)}; wanted a name, or names")
         get_optional(line, "error", str, where, "")
         yield line
 
@@ -261,22 +263,27 @@ def score(
     unlabelled, unknown, clusters = 0, 0, ItemClusters()
     faults: list[str] = []
     corpus = CorpusBleu(bleu) if bleu else None
+    n = whole = 0
     for number, line in enumerate(predictions):
         answers = line["labels"]
         if not answers:
             unlabelled += 1
             continue
         unknown += labels.isdisjoint(answers)
-        counts[line["kind"]] += 1
+        n += 1
+        # a question may be of several kinds
+        kinds = [line["kind"]] if isinstance(line["kind"], str) else line["kind"]
+        counts.update(kinds)
         faults += [line["error"]] if "error" in line else []
         worth = 0 if "error" in line else round(MILLION * answers.get(line["prediction"], 0.0))
-        gained[line["kind"]] += worth
+        whole += worth
+        for kind in kinds:
+            gained[kind] += worth
         clusters.add(line.get("images") or [f"line {number}"], worth)  # earlier versions wrote no images
         if corpus:
             corpus.add(line["prediction"], list(answers))
-    n = sum(counts.values())
     result: dict[str, Any] = {
-        "accuracy": sum(gained.values()) / MILLION / n if n else 0.0,
+        "accuracy": whole / MILLION / n if n else 0.0,
         "interval": clusters.interval("bootstrap", *key),
         "n": n,
         "by_type": {kind: gained[kind] / MILLION / counts[kind] for kind in sorted(counts) if kind},

@@ -156,6 +156,7 @@ def vqa_v2(data: Path) -> None:
 
 def cvil_vqa(data: Path) -> None:
     write_json(data / "cvil/answers.json", ["yes", "no", "cat"])
+    write_json(data / "cvil/answers_hi.json", ["हाँ", "नहीं", "बिल्ली"])
     for split in SPLITS:
         write_lines(
             data / f"cvil/{split}.jsonl",

@@ -1,14 +1,22 @@
 """Paper 3 (cViL) against its public code, kshitij98/cViL, and its data sets' published forms."""
 
+import json
 import math
+import pickle
+import zipfile
 
 import pytest
 import tokenizers
 import torch
 
 from finetune.batches import encode_inputs
+from finetune.config import FinetuneConfig
 from finetune.formats import Example
+from finetune.formats.answers import JA_VQA_IMAGES, answer_type, question_words
+from finetune.predict import score
 from finetune.strategies.distillation.pairs import RowTokenizer, TeacherInputs, pair_distance, pair_weight
+from finetune.tasks.datasets import TASKS
+from raylib.errors import UserError
 from raylib.packed import Ragged
 from raylib.text import Tokenizer
 
@@ -98,3 +106,118 @@ def test_distillation_public_pairs_and_loss_equal_public_code(tmp_path):
     total = sum(pair_distance(*values, each) for each in pairs.values())
     assert float(pair_weight(pairs)) == sum(len(expected) for _, expected in PUBLIC) + SLOTS * len(PUBLIC)
     assert float(total / pair_weight(pairs)) == pytest.approx(PUBLIC_LOSS, abs=1e-5)
+
+
+# ---- answers of cViL's VQA
+
+
+def write_answers(folder, names, translations):
+    (folder / "cvil").mkdir(exist_ok=True)
+    for name, values in (("answers.json", names), ("answers_hi.json", translations)):
+        (folder / "cvil" / name).write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def test_hindi_answers_with_one_translation_are_2912_classes_of_3129(tmp_path):
+    """217 of 3,129 answers share the translation of an earlier one, as in the paper; a model of Hindi alone
+    has the others, any other model all."""
+    names = [f"answer {i}" for i in range(3129)]
+    translations = [f"उत्तर {i if i < 2912 else 7 * (i - 2912)}" for i in range(3129)]
+    write_answers(tmp_path, names, translations)
+    task, config = TASKS["cvil_vqa"], FinetuneConfig(task="cvil_vqa", data=str(tmp_path))
+    apart = config.model_copy(update={"setting": "single_language", "languages": ("hi",)})
+    classes = task.label_names(apart)
+    assert len(classes) == 2912 and classes == tuple(names[:2912])
+    for other in (
+        config,
+        apart.model_copy(update={"languages": ("ja",)}),
+        apart.model_copy(update={"languages": ("hi", "ja")}),
+        config.model_copy(update={"languages": ("hi",)}),  # trained in English
+    ):
+        assert task.label_names(other) == tuple(names)
+    write_answers(tmp_path, names, dict(zip(names, translations, strict=True)))
+    assert task.label_names(apart.model_copy(update={"name": "again"})) == classes
+    write_answers(tmp_path, names, dict(zip(names[1:], translations[1:], strict=True)))
+    with pytest.raises(UserError, match="no translation of 'answer 0', one of 1 that are missing"):
+        task.label_names(apart.model_copy(update={"name": "third"}))
+    (tmp_path / "cvil/answers_hi.json").unlink()
+    with pytest.raises(UserError, match="answers_hi.json: no such file; answers with one translation"):
+        task.label_names(apart.model_copy(update={"name": "fourth"}))
+
+
+def test_cvil_reads_the_public_files_with_kinds_of_answers(tmp_path):
+    """One array, answers in a pickle of {answer: number}, no answers in the test; Hindi scores are joined."""
+    folder = tmp_path / "cvil"
+    folder.mkdir()
+    (folder / "trainval_ans2label.pkl").write_bytes(pickle.dumps({"yes": 0, "2": 1, "up": 2, "above": 3}))
+    (folder / "answers_hi.json").write_text(json.dumps(["हाँ", "2", "ऊपर", " ऊपर"]), encoding="utf-8")
+    line = {"en": "where?", "hi": "कहाँ?", "ja": "どこ?", "img_id": 9, "o": "dog;cat"}
+    scored = ([[0], [1.0]], [[1, 0], [0.9, 0.3]], [[3, 2, 1], [0.6, 0.3, 0.3]])
+    records = [{**line, "q_id": n, "an": an, "s": s} for n, (an, s) in enumerate(scored)]
+    (folder / "train2014_qla_mrcnn.json").write_text(json.dumps(records))
+    (folder / "test-dev2015_qla_mrcnn.json").write_text(json.dumps([line]))
+    task = TASKS["cvil_vqa"]
+
+    def read(part, language):
+        return list(task.read(task.path(tmp_path, part, language), part, language))
+
+    assert [e.kind for e in read("train", "ja")] == ["yes/no", "number", "other"]
+    assert read("train", "ja")[2].labels == {"above": 0.6, "up": 0.3, "2": 0.3}
+    hindi = read("train", "hi")[2]
+    assert hindi.labels == {"up": pytest.approx(0.9), "above": pytest.approx(0.9), "2": 0.3}
+    assert hindi.tags == ("dog", "cat") and read("test", "en")[0].labels == {}
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [("yes", "yes/no"), ("no", "yes/no"), ("2", "number"), ("10:30", "number"), ("1,000", "number")]
+    + [("50%", "number"), ("2 dogs", "other"), ("yes sir", "other"), ("red", "other"), (":", "other")],
+)
+def test_answer_types_are_those_of_vqa(answer, kind):
+    assert answer_type(answer) == kind
+
+
+# ---- Japanese VQA on Visual Genome
+
+
+def test_ja_vqa_is_dealt_out_of_the_published_file(tmp_path):
+    """59,550 : 1,984 : 37,674 of 99,208 images, each in one part; files of one's own are taken first."""
+    folder, count = tmp_path / "ja_vqa", 2000
+    folder.mkdir()
+    records = [
+        {"id": i, "qas": [{"qa_id": 2 * i + n, "question": "何が見える？", "answer": "猫"} for n in (0, 1)]}
+        for i in range(count)
+    ]
+    with zipfile.ZipFile(folder / "question_answers.json.zip", "w") as archive:
+        archive.writestr("question_answers.json", json.dumps(records))
+    task = TASKS["ja_vqa"]
+
+    def read(part):
+        return list(task.read(task.path(tmp_path, part, "ja"), part, "ja"))
+
+    images = {part: {e.images[0] for e in read(part)} for part in ("train", "dev", "test")}
+    sizes = {part: len(found) for part, found in images.items()}
+    assert sizes == {"train": 1201, "dev": 40, "test": 759}  # of 2,000: 1,200.5, 40.0, 759.5
+    assert set.union(*images.values()) == {str(i) for i in range(count)} and sum(sizes.values()) == count
+    assert len(read("train")) == 2 * 1201
+    assert sum(JA_VQA_IMAGES.values()) == 99_208
+    (folder / "dev.json").write_text(json.dumps(records[:3]))
+    assert len(read("dev")) == 6
+
+
+def test_ja_vqa_scores_are_broken_down_by_question_word():
+    """By the presence of each word: a question may be of several kinds, or of none."""
+    assert question_words("このどんな犬は何をどこで見ている？") == (
+        "nani (what)",
+        "doko (where)",
+        "donna (what kind)",
+    )
+    lines = [
+        {"id": str(i), "prediction": prediction, "labels": {"猫": 1.0}, "kind": list(question_words(text))}
+        for i, (text, prediction) in enumerate(
+            [("何がどこにいる？", "猫"), ("どこ？", "犬"), ("犬はいるか？", "猫"), ("いくつある？", "犬")]
+        )
+    ]
+    found = score(lines, frozenset(["猫", "犬"]))
+    assert found["accuracy"] == 0.5 and found["n"] == 4
+    assert found["by_type"] == {"nani (what)": 1.0, "doko (where)": 0.5, "ikutsu (how many)": 0.0}
+    assert found["n_by_type"] == {"nani (what)": 1, "doko (where)": 2, "ikutsu (how many)": 1}

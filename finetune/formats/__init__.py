@@ -39,7 +39,7 @@ class Example(NamedTuple):
     texts: tuple[str, ...]
     images: tuple[str, ...]
     labels: Mapping[str, float]
-    kind: str = ""
+    kind: str | tuple[str, ...] = ""
     tags: tuple[str, ...] = ()
     pivot: str = ""
     aligned: tuple[tuple[tuple[int, int], tuple[int, int]], ...] = ()
@@ -344,7 +344,7 @@ def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
     paths = sorted(path.parent.glob(path.name)) if "?" in path.name else [path]
     if not paths:
         raise UserError(f"{path}: no such files")
-    name_file = _beside(path, images)
+    name_file = beside(path, images)
     names = [line for _, line in stream_lines(name_file)]
     columns = [[line for _, line in stream_lines(p)] for p in paths]
     for p, column in zip(paths, columns, strict=True):
@@ -371,7 +371,7 @@ def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
 def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Captioned]:
     """Karpathy's dataset_coco.json: {images: [{filename, split, sentences: [{raw}]}]}; "restval" trains.
     without: a list of file names, a path as `images` of `read_multi30k`: images that are left out."""
-    excluded = {Path(line).name for _, line in stream_lines(_beside(path, without))} if without else set()
+    excluded = {Path(line).name for _, line in stream_lines(beside(path, without))} if without else set()
     for where, record in stream_list(path, "images"):
         part, name = (
             get_field(record, "split", str, where).replace("restval", "train"),
@@ -382,7 +382,7 @@ def read_karpathy(path: Path, split: str, without: str = "") -> Iterator[Caption
             yield Captioned(name, tuple(texts))
 
 
-def _beside(path: Path, names: str) -> Path:
+def beside(path: Path, names: str) -> Path:
     """The first file of "A|B", paths from the folder of `path`, that is there; else the first."""
     paths = [path.parent / name for name in names.split("|")]
     return next((p for p in paths if p.is_file()), paths[0])

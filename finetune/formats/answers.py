@@ -6,12 +6,16 @@
 3. The answer set, and whether two agree.
 """
 
+import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from finetune.formats import (
     Example,
+    beside,
     first_character,
     get_field,
     get_objects,
@@ -23,9 +27,11 @@ from finetune.formats import (
     stream_list,
     stream_members,
 )
+from raylib.cache import file_fingerprint
 from raylib.errors import UserError
-from raylib.fileio import read_json
+from raylib.fileio import nfc, read_json
 from raylib.pickles import load_plain
+from raylib.randomness import string_key
 from raylib.textfile import open_bytes
 
 LABELS = ("contradiction", "neutral", "entailment")
@@ -90,15 +96,55 @@ def _scores(annotation: dict, where: str) -> dict[str, float]:
     return {answer: min(1.0, n / 3) for answer, n in counts.items()}
 
 
-def read_ja_vqa(path: Path) -> Iterator[Example]:
+# images of the parts of Japanese VQA, of its 99,208 (paper 3, section V-A, after UC2)
+JA_VQA_IMAGES = {"train": 59_550, "dev": 1_984, "test": 37_674}
+# kinds of Japanese questions: those that hold a word (paper 3, table I b)
+JA_QUESTION_WORDS = {
+    "nani (what)": ("何", "なに"),
+    "dare (who)": ("誰", "だれ"),
+    "doko (where)": ("どこ",),
+    "donna (what kind)": ("どんな",),
+    "dorekurai (how much)": ("どれくらい", "どれぐらい", "どのくらい", "どのぐらい"),
+    "dou (how)": ("どう",),
+    "itsu (when)": ("いつ",),
+    "ikutsu (how many)": ("いくつ",),
+    "naze (why)": ("なぜ", "何故"),
+}
+
+
+def read_ja_vqa(path: Path, part: str = "") -> Iterator[Example]:
     """[{id: image, qas: [{qa_id, question, answer}]}]: Japanese VQA on Visual Genome, and Visual Genome
-    itself."""
+    itself.
+
+    part: of a file that has all images (the published question_answers.json), those of "train", "dev" or
+        "test": as many as paper 3 has of each. Which these are, nobody has published: images are dealt by a
+        hash of their ids.
+    """
+    images = _images_of_part(path, file_fingerprint(path), part) if part else None
     for where, record in stream_list(path):
         image = str(get_field(record, "id", int, where))
+        if images is not None and image not in images:
+            continue
         for place, qa in get_objects(record, "qas", where):
             answer = get_field(qa, "answer", str, place)
-            number = str(get_field(qa, "qa_id", int, place))
-            yield Example(number, (get_field(qa, "question", str, place),), (image,), {answer: 1.0})
+            number, text = str(get_field(qa, "qa_id", int, place)), get_field(qa, "question", str, place)
+            yield Example(number, (text,), (image,), {answer: 1.0}, question_words(text))
+
+
+def question_words(text: str) -> tuple[str, ...]:
+    """Return the kinds of a Japanese question: of each question word that it holds."""
+    return tuple(kind for kind, words in JA_QUESTION_WORDS.items() if any(word in text for word in words))
+
+
+@functools.lru_cache(maxsize=8)
+def _images_of_part(path: Path, fingerprint: Any, part: str) -> frozenset[str]:
+    """The images of a part of the file, which is this version of itself."""
+    names = {str(get_field(record, "id", int, where)) for where, record in stream_list(path)}
+    dealt = sorted(names, key=lambda name: (string_key(name), name))
+    parts, whole = list(JA_VQA_IMAGES), sum(JA_VQA_IMAGES.values())
+    before = sum(JA_VQA_IMAGES[name] for name in parts[: parts.index(part)])
+    first, end = (round(len(dealt) * n / whole) for n in (before, before + JA_VQA_IMAGES[part]))
+    return frozenset(dealt[first:end])
 
 
 def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
@@ -115,18 +161,21 @@ def read_fm_iqa(path: Path, split: str) -> Iterator[Example]:
 
 
 def read_cvil(path: Path, language: str, answers: str, translations: str = "") -> Iterator[Example]:
-    """JSON lines {en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the image, joined by
-    ";"}; the numbers are places in `answers`.
+    """{en, hi, ja, an: answer numbers, s: scores, img_id, q_id, o: tags of the image, joined by ";"}, a line
+    each or in one array; the numbers are places in `answers`, a path from their folder ("A|B": B where A is
+    not there). A test set may lack answers, a training set numbers of questions.
 
-    translations: a JSON list, what each of these is in the language of the classes. Answers with one
-        translation are one class then (cViL's Hindi: 2,912 of 3,129), which scores what they score together,
-        1 at most.
+    The kind of a question is what kind of answer it has, as VQA has it: yes/no, number, other.
+
+    translations: what these answers are in `language` (`read_translations`). Those with one translation are
+        one class (`merge_answers`): each scores what they score together, 1 at most.
     """
-    # several answers with one translation become one class
-    names = read_answers(path.parent / answers)
-    classes = _translations(path.parent / translations, names) if translations else names
-    for where, record in stream_jsonl(path):
-        numbers, scores = get_field(record, "an", list, where), get_field(record, "s", list, where)
+    names = read_answers(beside(path, answers))
+    groups = _groups(names, read_translations(path.parent / translations, names) if translations else names)
+    is_array = first_character(path) == "["
+    for place, (where, record) in enumerate(stream_list(path) if is_array else stream_jsonl(path)):
+        numbers = get_optional(record, "an", list, where, [])
+        scores = get_optional(record, "s", list, where, [])
         is_place = (type(n) is int and 0 <= n < len(names) for n in numbers)
         if len(numbers) != len(scores) or not all(is_place):
             raise UserError(
@@ -135,31 +184,66 @@ def read_cvil(path: Path, language: str, answers: str, translations: str = "") -
             )
         labels: dict[str, float] = {}
         for n, s in zip(numbers, scores, strict=True):
-            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + parse_number(s, where))
-        number, image = (
-            get_field(record, "q_id", (int, str), where),
-            get_field(record, "img_id", (int, str), where),
-        )
+            for name in groups[n]:
+                labels[name] = min(1.0, labels.get(name, 0.0) + parse_number(s, where))
+        # the kind goes by what most people answered, in English
+        best = max(range(len(numbers)), key=scores.__getitem__, default=None)
+        kind = "" if best is None else answer_type(names[numbers[best]])
+        number = get_optional(record, "q_id", (int, str), where, place)
+        image = get_field(record, "img_id", (int, str), where)
         tags = (
             tuple(filter(None, map(str.strip, get_field(record, "o", str, where).split(";"))))
             if "o" in record
             else ()
         )
-        yield Example(
-            str(number), (get_field(record, language, str, where),), (str(image),), labels, tags=tags
-        )
+        text = get_field(record, language, str, where)
+        yield Example(str(number), (text,), (str(image),), labels, kind, tags=tags)
 
 
-def _translations(path: Path, names: tuple[str, ...]) -> list[str]:
-    """Read the translations of `names`."""
-    values = read_json(path, "JSON: a list of translations", "translate the answers anew")
+NUMBER = re.compile(r"[-+]?[\d.,:/]*\d%?")
+
+
+def answer_type(answer: str) -> str:
+    """Return the kind of an answer, as VQA's annotations call it."""
+    return "yes/no" if answer in ("yes", "no") else "number" if NUMBER.fullmatch(answer) else "other"
+
+
+def read_translations(path: Path, names: Sequence[str]) -> list[str]:
+    """The translations of `names`: a JSON list in their order, or a JSON object {name: translation}.
+
+    Raises:
+        UserError: neither, or one is missing.
+    """
+    what = "a JSON list of the answers' translations in their order, or {answer: translation}"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; answers with one translation are one class here: give {what}")
+    values = read_json(path, what, "translate the answers anew")
+    if isinstance(values, dict) and not (missing := [name for name in names if name not in values]):
+        values = [values[name] for name in names]
+    elif isinstance(values, dict):
+        raise UserError(f"{path}: no translation of {missing[0]!r}, one of {len(missing)} that are missing")
     if (
         not isinstance(values, list)
         or len(values) != len(names)
-        or not all(isinstance(v, str) for v in values)
+        or not all(isinstance(v, str) and v.strip() for v in values)
     ):
-        raise UserError(f"{path}: wanted a list of {len(names)} translations, one for each answer")
-    return values
+        raise UserError(f"{path}: wanted {len(names)} translations, one for each answer, and no empty one")
+    return [nfc(" ".join(value.split())) for value in values]
+
+
+def merge_answers(names: Sequence[str], translations: Sequence[str]) -> tuple[str, ...]:
+    """Return the classes of answers of which some have one translation (cViL's Hindi: 2,912 of 3,129), each
+    called by the first of its answers."""
+    return tuple(dict.fromkeys(group[0] for group in _groups(names, translations)))
+
+
+def _groups(names: Sequence[str], translations: Sequence[str]) -> list[tuple[str, ...]]:
+    """Of each answer, all that have its translation, in their order."""
+    found: dict[str, list[str]] = {}
+    for name, translation in zip(names, translations, strict=True):
+        found.setdefault(translation, []).append(name)
+    groups = {translation: tuple(group) for translation, group in found.items()}
+    return [groups[translation] for translation in translations]
 
 
 def read_xvnli(path: Path) -> Iterator[Example]:

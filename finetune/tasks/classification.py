@@ -3,7 +3,7 @@ true or false. `Classification` has a classifier, `Generation` a decoder that ge
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -14,7 +14,13 @@ from torch import Tensor
 
 from finetune.batches import BatchOrder, EpochBatches, ExampleBatches, ExtraInputs
 from finetune.formats import Example
-from finetune.formats.answers import check_labels, read_answers, shorten_labels
+from finetune.formats.answers import (
+    check_labels,
+    merge_answers,
+    read_answers,
+    read_translations,
+    shorten_labels,
+)
 from finetune.formats.items import select
 from finetune.predict import confusions, evaluate, read_predictions
 from finetune.strategies.base import AddedTerm, LossTerms, Need, Outputs, term_shares
@@ -43,6 +49,8 @@ class Classification(Task):
     labels: the classes, in the order of IGLUE where it has the task; (): an open set of answers.
     answers: where an open set lies, if it comes as a file (the first that is there is read); else it is the
         answers of the English training file.
+    merged_answers: {language: file of the translations of `answers`}: of those with one translation a
+        training in this language alone makes one class.
     bleu: also BLEU, for answers that are sentences; "ja" cuts Japanese into words first.
     """
 
@@ -51,6 +59,7 @@ class Classification(Task):
 
     labels: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    merged_answers: Mapping[str, str] = field(default_factory=dict)
     bleu: str | None = None
 
     @cached_property
@@ -59,7 +68,7 @@ class Classification(Task):
             return {"classifier": self}
         return {
             "classifier": self,
-            "decoder": Generation(**{field.name: getattr(self, field.name) for field in fields(self)}),
+            "decoder": Generation(**{each.name: getattr(self, each.name) for each in fields(self)}),
         }
 
     @property
@@ -86,7 +95,11 @@ class Classification(Task):
             return self.labels
         files = [file for file in (Path(config.data) / name for name in self.answers) if file.is_file()]
         if files and config.answers is None:
-            return read_answers(files[0])
+            names = read_answers(files[0])
+            merged = self.merged_answers.get("".join(config.languages)) if config.trains_apart else None
+            if merged is None:
+                return names
+            return merge_answers(names, read_translations(Path(config.data) / merged, names))
         counts: Counter[str] = Counter()
         reading = self.read_split(config, "train", "en", config.train_limit)
         for example in reading.load():

@@ -91,6 +91,23 @@ def _xtd_parts() -> dict[str, Split]:
     }
 
 
+def _ja_vqa(part: str) -> Split:
+    """A part of Japanese VQA in a file of its own, or of the one file that is published."""
+    whole = Split("ja_vqa/question_answers.json.zip", answers.read_ja_vqa, {"part": part})
+    return Split(f"ja_vqa/{part}.json", answers.read_ja_vqa, others=(whole,))
+
+
+CVIL_ANSWERS = ("answers.json", "trainval_ans2label.pkl")
+CVIL_FILES = {"train": "train2014", "dev": "val2014", "test": "test-dev2015"}  # as cViL's code calls them
+HINDI_ANSWERS = "answers_hi.json"
+
+
+def _cvil(part: str, translations: str) -> Split:
+    options = {"language": "{language}", "answers": "|".join(CVIL_ANSWERS), "translations": translations}
+    other = Split(f"cvil/{CVIL_FILES[part]}_qla_mrcnn.json", answers.read_cvil, options)
+    return Split(f"cvil/{part}.jsonl", answers.read_cvil, options, (other,))
+
+
 TASKS: dict[str, Task] = {
     "xgqa": Classification(
         summary="questions about images; GQA in English, xGQA in 7 more languages",
@@ -383,7 +400,7 @@ TASKS: dict[str, Task] = {
         summary="questions about Visual Genome's images in Japanese, free answers",
         languages=("ja",),
         bleu="ja",
-        splits={part: Split(f"ja_vqa/{part}.json", answers.read_ja_vqa) for part in ("train", "dev", "test")},
+        splits={part: _ja_vqa(part) for part in ("train", "dev", "test")},
     ),
     "fm_iqa": Classification(
         summary="questions about MSCOCO's images in Chinese, free answers",
@@ -415,15 +432,13 @@ TASKS: dict[str, Task] = {
     "cvil_vqa": Classification(
         summary="VQA v2's questions in English, Hindi and Japanese, as cViL has them",
         languages=("en", "hi", "ja"),
-        answers=("cvil/answers.json",),
+        answers=tuple(f"cvil/{name}" for name in CVIL_ANSWERS),
+        merged_answers={"hi": f"cvil/{HINDI_ANSWERS}"},
         mscoco=True,
         splits={
-            part: Split(
-                f"cvil/{part}.jsonl",
-                answers.read_cvil,
-                {"language": "{language}", "answers": "answers.json"},
-            )
+            f"{part}{suffix}": _cvil(part, translations)
             for part in ("train", "dev", "test")
+            for suffix, translations in (("", ""), (".hi", HINDI_ANSWERS))
         },
     ),
 }

@@ -296,8 +296,10 @@ class TeacherInputs:
                 rows.append([*side.plain.pieces(ids), *([SEP_PIECE] if size else [])])
             matches.append(public_tag_matches(*rows))
         of_tags = matched_pairs(student.tags, teacher.tags, matches, public=True)
-        ends = [side.text.values[side.text.starts + side.text.lengths - 1] for side in (student, teacher)]
-        of_questions = TokenPairs(*ends, torch.ones(len(ends[0])))
+        left, right = (
+            side.text.values[side.text.starts + side.text.lengths - 1] for side in (student, teacher)
+        )
+        of_questions = TokenPairs(left, right, torch.ones(len(left)))
         return TokenPairs(*(torch.cat(both) for both in zip(of_questions, of_tags, strict=True)))
 
     def _word_pairs(

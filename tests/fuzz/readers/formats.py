@@ -5,11 +5,14 @@ import importlib
 import json
 import math
 import pickle
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.formats.answers import JA_QUESTION_WORDS
 from tests.fuzz.oracles import (
     dump_lines,
     load_json,
@@ -103,7 +106,8 @@ def ja_vqa(path: Path) -> Iterator[tuple]:
         for qa in typed(r, "qas", list):
             labels = {typed(qa, "answer", str): 1.0}
             number, text = str(typed(qa, "qa_id", int)), typed(qa, "question", str)
-            yield item(number, (text,), (str(typed(r, "id", int)),), labels)
+            kinds = tuple(kind for kind, words in JA_QUESTION_WORDS.items() if any(w in text for w in words))
+            yield item(number, (text,), (str(typed(r, "id", int)),), labels, kinds)
 
 
 def fm_iqa(path: Path) -> Iterator[tuple]:
@@ -114,16 +118,26 @@ def fm_iqa(path: Path) -> Iterator[tuple]:
 
 def cvil(folder: Path) -> Iterator[tuple]:
     answers, classes = load_json(folder / "answers.json"), load_json(folder / "hindi.json")
+    classes = [classes[answer] for answer in answers] if type(classes) is dict else classes
     assert len(answers) == len(classes) == len(set(answers)) and type(answers) is list
-    assert all(type(word) is str for word in (*answers, *classes))
-    for r in load_records(folder / "train.jsonl"):
+    assert all(type(word) is str for word in (*answers, *classes)) and all(map(str.split, classes))
+    classes = [unicodedata.normalize("NFC", " ".join(word.split())) for word in classes]
+    path = folder / "train.jsonl"
+    is_array = load_text(path).lstrip()[:1] == "["
+    for place, r in enumerate(records_of(path) if is_array else load_records(path)):
         labels: dict[str, float] = {}
-        for n, s in zip(typed(r, "an", list), typed(r, "s", list), strict=True):
+        pairs = list(zip(optional(r, "an", list, []), optional(r, "s", list, []), strict=True))
+        for n, s in pairs:
             assert type(n) is int and 0 <= n < len(answers)
-            labels[classes[n]] = min(1.0, labels.get(classes[n], 0.0) + score(s))
+            for answer in (a for a, c in zip(answers, classes, strict=True) if c == classes[n]):
+                labels[answer] = min(1.0, labels.get(answer, 0.0) + score(s))
+        best = answers[max(pairs, key=lambda pair: pair[1])[0]] if pairs else ""
+        is_number = re.fullmatch(r"[-+]?[\d.,:/]*\d%?", best)
+        kind = best and ("yes/no" if best in ("yes", "no") else "number" if is_number else "other")
         tags = tuple(filter(None, map(str.strip, typed(r, "o", str).split(";")))) if "o" in r else ()
-        number, image = str(typed(r, "q_id", int, str)), str(typed(r, "img_id", int, str))
-        yield item(number, (typed(r, "hi", str),), (image,), labels, tags=tags)
+        number = place if r.get("q_id") is None else typed(r, "q_id", int, str)
+        image = str(typed(r, "img_id", int, str))
+        yield item(str(number), (typed(r, "hi", str),), (image,), labels, kind if pairs else "", tags=tags)
 
 
 def xvnli(path: Path) -> Iterator[tuple]:
@@ -448,7 +462,7 @@ READERS = [
         ANSWERS,
         "read_cvil",
         cvil,
-        (*JSONL, "finetune.formats.answers:read_answers", "finetune.formats.answers:_translations"),
+        (*JSONL, "finetune.formats.answers:read_answers", "finetune.formats.answers:read_translations"),
         language="hi",
         answers="answers.json",
         translations="hindi.json",
