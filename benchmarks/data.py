@@ -27,7 +27,8 @@ import webdataset
 from PIL import Image
 
 from benchmarks.results import RESULTS
-from raylib.data.images import augment_image, count_uniforms, decode_image
+from raylib.data.augmentation import augment_image, count_uniforms
+from raylib.data.images import decode_image
 from raylib.data.shards import ShardWriter
 from raylib.data.sources import Source
 from raylib.fileio import append_jsonl

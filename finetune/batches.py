@@ -20,6 +20,7 @@ import torch
 
 from finetune.formats import Captioned, Example
 from finetune.stores.images import ImageSource, PrecomputedFeatures, VisualSource
+from raylib.data.augmentation import forbid_flips
 from raylib.data.images import BadImage
 from raylib.data.loading import StepDataset
 from raylib.distributed import worker_rows
@@ -163,12 +164,21 @@ class EpochBatches(StepDataset):
                 "(a run with a checkpoint goes on with the images that it began with)"
             )
 
-    def augmentation(self, visual: VisualSource | None, epoch: int, *keys: np.ndarray) -> np.ndarray | None:
-        """Uniform draws (n, d) for n images, which `keys` number; None where images are read as they are."""
-        if visual is None or not visual.num_draws:
+    def augmentation(
+        self, visual: VisualSource | None, epoch: int, numbers: np.ndarray, *keys: np.ndarray
+    ) -> np.ndarray | None:
+        """Uniform draws (n, d) for n images, which `keys` number; None where images are read as they are.
+        numbers (n,): of the example that each image is of."""
+        if not isinstance(visual, ImageSource) or visual.config is None:
             return None
         draws = uniform(self.order.seed, epoch, "augment", *keys, np.arange(visual.num_draws))
-        return draws.reshape(-1, visual.num_draws)
+        draws = draws.reshape(-1, visual.num_draws)
+        if visual.config.flip_unless:
+            # as the annotations have them, whatever strategies make of them
+            examples = [self.examples[i] for i in numbers]
+            said = [[*e.texts, *e.labels] if isinstance(e, Example) else e.texts for e in examples]
+            forbid_flips(visual.config, draws, said)
+        return draws
 
 
 class ExampleBatches(EpochBatches):
@@ -202,8 +212,9 @@ class ExampleBatches(EpochBatches):
 
         def read(examples: Sequence[Any], numbers: np.ndarray) -> VisualInputs:
             images = np.arange(len(examples[0].images))
-            draws = self.augmentation(self.visual, epoch, numbers[:, None, None], images[:, None])
-            return load_visual(examples, self.visual, draws)
+            keys = numbers[:, None, None], images[:, None]
+            of_images = numbers.repeat(len(images))
+            return load_visual(examples, self.visual, self.augmentation(self.visual, epoch, of_images, *keys))
 
         numbers, examples, visual, bad = self.read_usable(epoch, numbers, read)
         part = {
@@ -356,7 +367,7 @@ class CaptionBatches(EpochBatches):
         epoch, places, numbers = self.rows(step)
 
         def read(pairs: Sequence[Any], numbers: np.ndarray) -> VisualInputs:
-            draws = self.augmentation(self.visual, epoch, numbers[:, None])
+            draws = self.augmentation(self.visual, epoch, numbers, numbers[:, None])
             return self.visual.read([pair.image for pair in pairs], draws)
 
         numbers, pairs, visual, bad = self.read_usable(epoch, numbers, read)

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 
 from pretrain.config import DataConfig, StreamConfig
-from raylib.data.images import BadImage, augment_image, count_uniforms, decode_image, resize_image
+from raylib.data.augmentation import augment_image, count_uniforms, forbid_flips
+from raylib.data.images import BadImage, decode_image, resize_image
 from raylib.data.lanes import Lanes, list_step_draws
 from raylib.data.loading import StepDataset
 from raylib.data.sources import Sample, Source
@@ -202,6 +203,7 @@ class _ImageTextStream(_Stream):
         samples = self.source.samples(self.lanes.draw(d.lane, start + d.draw) for d in self.draws)
         for i, sample in enumerate(samples):
             identity, image, caption = self._read_sample(step, i, picks[i], sample)
+            forbid_flips(self.config.augment, augmentations[i : i + 1], [[caption]])
             images[i] = (
                 augment_image(image, self.size, self.config.augment, augmentations[i])
                 if self.augments

@@ -314,7 +314,7 @@ class OptimConfig(Config):
 MAX_PIXELS = 89_478_485
 MaxPixels = Annotated[int, Field(ge=1, le=1 << 30)]  # of an image; OpenCV decodes no larger one
 
-# RandAugment's (`raylib.data.images`: `WARPS`, and `TONES` with "identity")
+# RandAugment's (`raylib.data.augmentation`: `WARPS`, and `TONES` with "identity")
 OPERATIONS = (
     {"identity", "rotate", "shear_x", "shear_y", "translate_x", "translate_y"}
     | {"autocontrast", "brightness", "contrast", "equalize", "hue", "posterize", "saturation", "solarize"}
@@ -322,9 +322,28 @@ OPERATIONS = (
 )
 
 
+Resample = Literal["area", "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+
+
+class PreprocessConfig(Config):
+    """Preparation of an image that nothing augments: resized, its centre cropped to `image_size` on both
+    sides. Models bring theirs (`preprocessor_config.json`)."""
+
+    resize: Literal["square", "shortest_edge"] = "square"
+    """Squeeze the whole image into a square, or resize its shorter side, and the other in proportion."""
+    resize_to: PositiveInt | None = None
+    """Pixels of the square's sides, or of the shorter one; null: `image_size`."""
+    resample: Resample = "area"
+    """Filter: area (OpenCV's: areas where an image shrinks, cubic where it grows), or one of Pillow's."""
+
+
 class AugmentConfig(Config):
     """Random changes of training images: crop, RandAugment's operations, flip, grey, cutout."""
 
+    randaugment: Literal["fused", "albef", "pil"] = "fused"
+    """fused: crop, flip and moves as one warp, all operations applied, at strengths up to `magnitude`; albef:
+    ALBEF's public code (CCLM's, mVLP's) to the byte, a bicubic crop, then operations in turn, each on half of
+    the images, at `magnitude`; pil: the same, but without that code's overflows."""
     scale: tuple[float, float] = (0.2, 1.0)
     """Share of an image's area that a random crop keeps: least, most."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -348,6 +367,9 @@ class AugmentConfig(Config):
     """Operations to choose from."""
     flip: float = Field(0.0, ge=0, le=1)
     """Probability of a horizontal flip; 0 by default, for captions say left and right."""
+    flip_unless: tuple[str, ...] = ()
+    """Never flip an image whose text, or an answer, has one of these strings in it (CCLM on GQA: left,
+    right)."""
     grayscale: float = Field(0.0, ge=0, le=1)
     """Probability that an image loses its colours."""
     cutout: float = Field(0.0, ge=0, le=1)
@@ -366,6 +388,22 @@ class AugmentConfig(Config):
         if unknown := set(value) - OPERATIONS or not value:
             raise ValueError(f"unknown operations {unknown}; there are: {', '.join(sorted(OPERATIONS))}")
         return value
+
+    @model_validator(mode="after")
+    def _has_operations(self) -> "AugmentConfig":
+        own = set(type(self).model_fields["choices"].default)
+        if self.randaugment != "fused" and (others := set(self.choices) - own):
+            raise ValueError(
+                f"randaugment={self.randaugment} has no {', '.join(sorted(others))}; it has: "
+                f"{', '.join(sorted(own))}"
+            )
+        return self
+
+    @classmethod
+    def albef(cls, smallest: float, **settings: Any) -> "AugmentConfig":
+        """What ALBEF's code does, and CCLM's and mVLP's with it, to crops of `smallest` of the area."""
+        published = {"randaugment": "albef", "scale": (smallest, 1.0), "magnitude": 7.0, "flip": 0.5}
+        return cls(**{**published, **settings})
 
 
 # ---- models

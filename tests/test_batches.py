@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
 from raylib.config import override
-from raylib.data.images import AugmentConfig
 from raylib.data.loading import CALIBRATION, BatchStream, StepDataset, _unpack, to_device
 from raylib.data.shards import ShardWriter, index_folder
 from raylib.errors import UserError
 from raylib.packed import pack_tree, unpack_tree
 from raylib.randomness import string_key
+from raylib.settings import AugmentConfig
 from raylib.text import Tokenizer
 
 IMAGES, LANES = 41, 4

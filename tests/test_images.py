@@ -1,31 +1,34 @@
+import hashlib
 import io
 import os
 import re
 import resource
 import zlib
+from collections import Counter
 from struct import calcsize, pack
 
 import cv2
 import numpy as np
 import pytest
 from PIL import Image, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_image
 
 from finetune.stores.images import open_images
 from raylib.config import validate
-from raylib.data.images import (
+from raylib.data.augmentation import (
     FIXED_UNIFORMS,
+    FLIP,
     TONES,
     WARPS,
-    AugmentConfig,
-    BadImage,
+    apply_operation,
     augment_image,
     count_uniforms,
-    decode_image,
-    load_image,
-    resize_image,
+    crop_box,
+    forbid_flips,
 )
+from raylib.data.images import BadImage, decode_image, load_image, resize_image
 from raylib.errors import UserError
-from raylib.settings import OPERATIONS
+from raylib.settings import OPERATIONS, AugmentConfig
 
 RGB = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
 ALPHA = np.random.default_rng(1).integers(0, 256, (20, 24), dtype=np.uint8)
@@ -495,3 +498,103 @@ def test_pil_images_are_upright_and_of_the_limit():
     with pytest.raises(BadImage, match="48 x 32 pixels, of which 1,535 may be .max_pixels."):
         load_image(encode(PHOTO, "JPEG"), "x", max_pixels=1535)
     assert load_image(encode(PHOTO, "JPEG"), max_pixels=1536).shape == (32, 48, 3)
+
+
+# ---- ALBEF's augmentation
+
+# of what ALBEF's public randaugment.py makes of `photo()` at magnitude 7; recorded by running it
+ALBEF_DIGESTS = {
+    ("identity", 1): "7ebb4beb22117947",
+    ("identity", -1): "7ebb4beb22117947",
+    ("autocontrast", 1): "a1c8dd6dcc198c08",
+    ("autocontrast", -1): "a1c8dd6dcc198c08",
+    ("equalize", 1): "9f2c4424816c5912",
+    ("equalize", -1): "9f2c4424816c5912",
+    ("brightness", 1): "7c30f6b68cf46859",
+    ("brightness", -1): "7c30f6b68cf46859",
+    ("sharpness", 1): "2837e2a1d383e479",
+    ("sharpness", -1): "2837e2a1d383e479",
+    ("shear_x", 1): "5cead2643666c1d0",
+    ("shear_x", -1): "0bd1daa4237438f4",
+    ("shear_y", 1): "b1b5203ef8dc2956",
+    ("shear_y", -1): "088f71ce904021f2",
+    ("translate_x", 1): "59ef4e2ad60084a5",
+    ("translate_x", -1): "d5ec3eee66fb576f",
+    ("translate_y", 1): "cc6f4d7000a4ee90",
+    ("translate_y", -1): "2b15c23403566ee0",
+    ("rotate", 1): "bee8b7ce8a36c34d",
+    ("rotate", -1): "21968677239bd6bc",
+}
+
+
+def photo():
+    """A real one, without black."""
+    return np.maximum(load_sample_image("flower.jpg")[100:400, 200:520], 12)
+
+
+@pytest.mark.parametrize(("name", "sign"), ALBEF_DIGESTS)
+def test_operations_equal_those_of_albef_to_the_byte(name, sign):
+    changed = apply_operation(photo(), name, AugmentConfig.albef(0.5), sign)
+    assert hashlib.sha256(changed.tobytes()).hexdigest()[:16] == ALBEF_DIGESTS[name, sign]
+
+
+@pytest.mark.parametrize("magnitude", [0, 7, 10])
+def test_operations_without_overflow_equal_those_of_pillow(magnitude):
+    config, image = AugmentConfig(randaugment="pil", magnitude=magnitude), Image.fromarray(photo())
+    factor = magnitude / 10 * 1.8 + 0.1
+    expected = {
+        "autocontrast": ImageOps.autocontrast(image),
+        "equalize": ImageOps.equalize(image),
+        "brightness": ImageEnhance.Brightness(image).enhance(factor),
+    }
+    for name, other in expected.items():
+        assert np.array_equal(apply_operation(photo(), name, config, 1), np.asarray(other))
+    sharp = np.asarray(ImageEnhance.Sharpness(image).enhance(factor))
+    got = apply_operation(photo(), "sharpness", config, 1)
+    assert np.array_equal(got[1:-1, 1:-1], sharp[1:-1, 1:-1])  # ALBEF's leaves the border as it is
+
+
+def test_crop_of_albef_is_a_bicubic_one_of_torchvisions_boxes():
+    config = AugmentConfig.albef(0.5, operations=0, flip=0)
+    draws = np.random.default_rng(3).random((300, count_uniforms(config)))
+    shares = []
+    for row in draws:
+        box = crop_box(300, 320, config, [*row[:2], *row[9:27]], *row[2:4])
+        left, top, width, height = box
+        assert 0 <= left <= 320 - width and 0 <= top <= 300 - height
+        shares.append(width * height / (300 * 320))
+        assert 0.74 < width / height < 1.35
+    assert 0.49 < min(shares) < 0.52 and 0.95 < max(shares) <= 1
+    part = Image.fromarray(photo()).crop((left, top, left + width, top + height))
+    expected = np.asarray(part.resize((64, 64), Image.Resampling.BICUBIC))
+    assert np.array_equal(augment_image(photo(), 64, config, row), expected)
+    # no box of such an aspect fits: its centre, as wide as allowed
+    assert crop_box(30, 300, config, [0.99, 0.5] * 10, 0, 0) == (130, 0, 40, 30)
+    assert crop_box(300, 30, config, [0.99, 0.5] * 10, 0, 0) == (0, 130, 30, 40)
+
+
+def test_operations_of_albef_are_applied_to_half_of_the_images_in_both_directions():
+    config = AugmentConfig.albef(1.0, operations=1, choices=("rotate",), flip=0.5, ratio=(1, 1))
+    image, kinds = photo()[:300, :300], Counter()
+    ways = {}
+    for sign in (1, -1):
+        for flipped in (False, True):
+            start = np.ascontiguousarray(image[:, ::-1]) if flipped else image
+            ways[apply_operation(start, "rotate", config, sign).tobytes()] = (flipped, sign)
+            ways[start.tobytes()] = (flipped, 0)
+    for row in np.random.default_rng(0).random((400, count_uniforms(config))):
+        kinds[ways[augment_image(image, 300, config, row).tobytes()]] += 1
+    for flipped in (False, True):
+        assert 75 < kinds[flipped, 0] < 125 and all(30 < kinds[flipped, sign] < 70 for sign in (1, -1))
+
+
+def test_images_whose_texts_tell_left_from_right_are_not_flipped():
+    config = AugmentConfig.albef(0.5, flip=1.0, flip_unless=("left", "right"))
+    draws = np.zeros((4, count_uniforms(config)))
+    forbid_flips(config, draws, [["what is this", "cat"], ["the left one?"], ["why", "right"], ["leftovers"]])
+    assert draws[:, FLIP].tolist() == [0, 1, 1, 1]
+
+
+def test_operations_that_albef_lacks_are_refused():
+    with pytest.raises(UserError, match="randaugment=albef has no hue; it has: autocontrast, brightness"):
+        validate(AugmentConfig, {"randaugment": "albef", "choices": ["rotate", "hue"]}, "test")

@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.corpora import build_sample_corpus
 from pretrain.train import resolve_data, with_vocabulary
-from raylib.data.images import AugmentConfig, decode_image, resize_image
+from raylib.data.images import decode_image, resize_image
 from raylib.data.shards import MANIFEST
 from raylib.data.sources import Source
 from raylib.models.unified import UnifiedModel
@@ -24,6 +24,7 @@ from raylib.sample import (
     place_concepts,
     read_plain_concepts,
 )
+from raylib.settings import AugmentConfig
 from raylib.text import Tokenizer
 
 COUNT = 60

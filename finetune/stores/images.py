@@ -16,15 +16,9 @@ from finetune.formats.items import ItemList
 from finetune.stores import BOX_DIM, SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
+from raylib.data.augmentation import augment_image, count_uniforms
 from raylib.data.image_headers import MAX_BYTES
-from raylib.data.images import (
-    BadImage,
-    augment_image,
-    count_uniforms,
-    decode_image,
-    read_image_file,
-    resize_image,
-)
+from raylib.data.images import BadImage, decode_image, read_image_file, resize_image
 from raylib.data.index import FileBytes
 from raylib.data.loading import to_device
 from raylib.data.tars import TarScan

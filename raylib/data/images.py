@@ -1,14 +1,7 @@
-"""Images: decoding, the evaluation transform, augmentation. uint8 in, uint8 out, RGB, (H, W, 3).
-
-Augmentation is RandAugment (Cubuk et al. 2020) on a random resized crop, built for speed: crop, flip,
-rotation, shears and shifts are one affine warp, tone operations are look-up tables. It is not pixel-identical
-to PIL's: pixels that a rotation brings into view are the image's own where it has some, white elsewhere.
-All chance comes in as `uniforms`.
-"""
+"""Images: which files are some, decoding, and preparation for a model. RGB, uint8, (H, W, 3)."""
 
 import functools
 import io
-import math
 import os
 import stat
 import sys
@@ -20,7 +13,7 @@ import numpy as np
 
 from raylib.data.image_headers import MAX_BYTES, check_image, read_avif_depth, read_orientation
 from raylib.errors import UserError, describe_error, error_line
-from raylib.settings import MAX_PIXELS, AugmentConfig
+from raylib.settings import MAX_PIXELS, PreprocessConfig, Resample
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -29,8 +22,6 @@ cv2.setNumThreads(1)  # workers are processes; threads in each would only get in
 cv2.utils.logging.setLogLevel(
     cv2.utils.logging.LOG_LEVEL_SILENT
 )  # what does not decode is told by name, once
-
-WHITE = (255, 255, 255)
 
 
 class BadImage(UserError):
@@ -175,173 +166,55 @@ def _decode_pil(image: Any, name: str, max_pixels: int) -> np.ndarray:
     return decode_image(stream.getvalue(), name, max_pixels)
 
 
-def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """The evaluation transform: the whole image at (size, size)."""
-    if image.shape[:2] == (size, size):
-        return image
-    # areas average all pixels where it shrinks; where it grows, cubic interpolation keeps edges
-    interpolation = cv2.INTER_AREA if min(image.shape[:2]) > size else cv2.INTER_CUBIC
-    return cv2.resize(image, (size, size), interpolation=interpolation)
-
-
-FIXED_UNIFORMS = 9  # area, aspect, left, top, flip, grayscale, cutout, its left, its top
-
-
-def count_uniforms(config: AugmentConfig) -> int:
-    """Return how many uniforms `augment_image` takes."""
-    return FIXED_UNIFORMS + 2 * config.operations
-
-
-def augment_image(image: np.ndarray, size: int, config: AugmentConfig, uniforms: np.ndarray) -> np.ndarray:
-    """The training transform: (H, W, 3) to (size, size, 3). `uniforms`: `count_uniforms`, in [0, 1)."""
-    area, aspect, left, top, flip, gray, cutout, cut_left, cut_top, *choices = uniforms.tolist()
-    operations = []
-    for choice, strength in zip(choices[::2], choices[1::2], strict=True):
-        name = config.choices[int(choice * len(config.choices))]
-        operations.append((name, (2 * strength - 1) * config.magnitude / 10))
-    # everything that moves pixels is one matrix, so that the image is interpolated once
-    matrix = _crop(image, config, area, aspect, left, top)
-    for name, strength in operations:
-        if name in WARPS:
-            matrix = matrix @ np.array([*WARPS[name](strength), [0, 0, 1]], dtype=float)
-    if flip < config.flip:
-        matrix[:, 0] *= -1
-    image = _warp(image, size, matrix[:2])
-    for name, strength in operations:
-        if name in TONES:
-            image = TONES[name](image, strength)
-    if gray < config.grayscale:
-        image = _saturate(image, 0.0)
-    if cutout < config.cutout:
-        side = size // 4
-        left, top = (int(uniform * (size - side + 1)) for uniform in (cut_left, cut_top))
-        image[top : top + side, left : left + side] = 127
-    return image
-
-
-def _crop(
-    image: np.ndarray, config: AugmentConfig, area: float, aspect: float, left: float, top: float
-) -> np.ndarray:
-    """(3, 3) of a random crop, from four uniforms: output coordinates in [-1/2, 1/2] to pixels of the input,
-    both from their centres."""
+def preprocess_image(image: np.ndarray, size: int, config: PreprocessConfig) -> np.ndarray:
+    """The evaluation transform: (H, W, 3) -> (size, size, 3), as `transformers`' image processors on Pillow
+    do it, before they rescale and normalise."""
     height, width = image.shape[:2]
-    share = config.scale[0] + (config.scale[1] - config.scale[0]) * area
-    low, high = (math.log(ratio) for ratio in config.ratio)
-    stretch = math.sqrt(math.exp(low + (high - low) * aspect))
-    side = math.sqrt(share * width * height)
-    # a crop that is longer than the image is as long as it
-    crop_width, crop_height = min(width, side * stretch), min(height, side / stretch)
-    left, top = (width - crop_width) * left, (height - crop_height) * top
-    return np.array(
-        [[crop_width, 0, left + crop_width / 2], [0, crop_height, top + crop_height / 2], [0, 0, 1]]
-    )
+    side = config.resize_to or size
+    if config.resize == "square":
+        new_width = new_height = side
+    else:
+        short, long = min(height, width), max(height, width)
+        # cut off and not rounded, as torchvision does
+        other = side * long // short
+        new_width, new_height = (side, other) if width <= height else (other, side)
+    if config.resample != "area":
+        image = resize_pillow(image, new_width, new_height, config.resample)
+    elif (height, width) != (new_height, new_width):
+        # areas average all pixels where it shrinks; where it grows, cubic interpolation keeps edges
+        interpolation = cv2.INTER_AREA if min(height, width) > side else cv2.INTER_CUBIC
+        image = cv2.resize(image, (new_width, new_height), interpolation=interpolation)
+    return crop_center(image, size)
 
 
-def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
-    """Sample `image` at matrix @ (u, v, 1) for every output pixel; shrunk by areas first where it would
-    alias."""
-    # an affine warp reads four pixels for each of its own: where it shrinks more than twofold it would skip
-    # some, and alias
-    shrink = int(min(np.hypot(*matrix[:, 0]), np.hypot(*matrix[:, 1])) / size)
-    if shrink > 1:
-        height, width = image.shape[:2]
-        new = (max(width // shrink, 1), max(height // shrink, 1))
-        image = cv2.resize(image, new, interpolation=cv2.INTER_AREA)
-        matrix = matrix * [[new[0] / width], [new[1] / height]]
-    linear = matrix[:, :2] / size  # OpenCV's pixel i has its centre at i, ours at i + 1/2
-    offset = matrix[:, 2] + linear.sum(1) * (0.5 - size / 2) - 0.5
-    return cv2.warpAffine(
-        image,
-        np.column_stack([linear, offset]),
-        (size, size),
-        flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-        borderMode=cv2.BORDER_CONSTANT,
-        borderValue=WHITE,
-    )
+def resize_image(image: np.ndarray, size: int) -> np.ndarray:
+    """The whole image at (size, size), by OpenCV."""
+    return preprocess_image(image, size, PreprocessConfig())
 
 
-def _rotate(strength: float):
-    angle = math.radians(30 * strength)
-    return [math.cos(angle), -math.sin(angle), 0], [math.sin(angle), math.cos(angle), 0]
+def resize_pillow(image: np.ndarray, width: int, height: int, resample: Resample) -> np.ndarray:
+    """(H, W, 3) -> (height, width, 3) by one of Pillow's filters."""
+    from PIL import Image
+
+    if image.shape[:2] == (height, width):
+        return image
+    method = Image.Resampling[resample.upper()]
+    return np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize((width, height), method)).copy()
 
 
-# Geometric operations: strength in [-1, 1] to the two rows of an affine map. Ranges as in RandAugment.
-WARPS = {
-    "rotate": _rotate,
-    "shear_x": lambda strength: ([1, 0.3 * strength, 0], [0, 1, 0]),
-    "shear_y": lambda strength: ([1, 0, 0], [0.3 * strength, 1, 0]),
-    "translate_x": lambda strength: ([1, 0, 0.3 * strength], [0, 1, 0]),
-    "translate_y": lambda strength: ([1, 0, 0], [0, 1, 0.3 * strength]),
-}
-
-# a tone operation of one pixel at a time is a table of 256 levels, looked up by OpenCV
-LEVELS = np.arange(256, dtype=np.float32)
-
-
-def _table(image: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    return cv2.LUT(image, np.clip(np.rint(levels), 0, 255).astype(np.uint8))
-
-
-def _factor(strength: float) -> float:
-    return 1 + 0.9 * strength
-
-
-def _contrast(image: np.ndarray, strength: float) -> np.ndarray:
-    mean = round(cv2.mean(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))[0])
-    return _table(image, mean + (LEVELS - mean) * _factor(strength))
-
-
-def _posterize(image: np.ndarray, strength: float) -> np.ndarray:
-    step = 1 << round(4 * abs(strength))
-    return _table(image, LEVELS // step * step)
-
-
-def _solarize(image: np.ndarray, strength: float) -> np.ndarray:
-    return _table(image, np.where(256 * (1 - abs(strength)) > LEVELS, LEVELS, 255 - LEVELS))
-
-
-def _autocontrast(image: np.ndarray, strength: float) -> np.ndarray:
-    channels = []
-    for channel in cv2.split(image):
-        low, high, _, _ = cv2.minMaxLoc(channel)
-        channels.append(_table(channel, (LEVELS - low) * (255 / (high - low))) if high > low else channel)
-    return cv2.merge(channels)
-
-
-SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
-
-
-def _sharpness(image: np.ndarray, strength: float) -> np.ndarray:
-    smooth = cv2.filter2D(image, -1, SMOOTH)
-    return cv2.addWeighted(image, _factor(strength), smooth, 1 - _factor(strength), 0)
-
-
-def _saturate(image: np.ndarray, factor: float) -> np.ndarray:
-    gray = cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
-    return cv2.addWeighted(image, factor, gray, 1 - factor, 0)
-
-
-def _hue(image: np.ndarray, strength: float) -> np.ndarray:
-    hue, saturation, value = cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV))
-    hue = _table(hue, (LEVELS + round(90 * strength)) % 180)
-    return cv2.cvtColor(cv2.merge([hue, saturation, value]), cv2.COLOR_HSV2RGB)
-
-
-# Tone operations: image and strength in [-1, 1] to image.
-TONES = {
-    "brightness": lambda image, strength: _table(image, LEVELS * _factor(strength)),
-    "contrast": _contrast,
-    "posterize": _posterize,
-    "solarize": _solarize,
-    "autocontrast": _autocontrast,
-    "equalize": lambda image, strength: cv2.merge(list(map(cv2.equalizeHist, cv2.split(image)))),
-    "sharpness": _sharpness,
-    "saturation": lambda image, strength: _saturate(image, _factor(strength)),
-    "hue": _hue,
-    "blur": lambda image, strength: cv2.GaussianBlur(
-        image, (0, 0), 0.1 + abs(strength) * image.shape[0] / 32
-    ),
-}
+def crop_center(image: np.ndarray, size: int) -> np.ndarray:
+    """The centre (size, size, 3); of a smaller image with black around it."""
+    height, width = image.shape[:2]
+    if (height, width) == (size, size):
+        return image
+    if height < size or width < size:
+        # rounded up, where a crop is rounded down: as `transformers` pads
+        above, before = max(size - height + 1, 0) // 2, max(size - width + 1, 0) // 2
+        padded = np.zeros((max(height, size), max(width, size), 3), np.uint8)
+        padded[above : above + height, before : before + width] = image
+        image, (height, width) = padded, padded.shape[:2]
+    top, left = (height - size) // 2, (width - size) // 2
+    return np.ascontiguousarray(image[top : top + size, left : left + size])
 
 
 def is_image(extension: str) -> bool:

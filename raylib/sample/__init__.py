@@ -32,7 +32,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from raylib.data.images import augment_image, count_uniforms, decode_image, resize_image
+from raylib.data.augmentation import augment_image, count_uniforms
+from raylib.data.images import decode_image, resize_image
 from raylib.randomness import Key, integers, permutation, uniform
 from raylib.settings import AugmentConfig
 
