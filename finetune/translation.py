@@ -12,9 +12,10 @@ from pydantic import Field, PositiveInt
 from typing_extensions import TypedDict
 
 from finetune.formats import get_field, shorten, stream_jsonl
+from finetune.translator import Devices, load_tokenizer
 from raylib.config import Config, differing_paths
 from raylib.display import progress
-from raylib.errors import UserError, hub_hint, reading, require
+from raylib.errors import UserError
 from raylib.fileio import (
     append_jsonl,
     file_lock,
@@ -25,12 +26,14 @@ from raylib.fileio import (
     write_atomically,
     write_json,
 )
+from raylib.randomness import permutation
 from raylib.textfile import open_bytes, open_text
 
 if TYPE_CHECKING:
     from finetune.tasks.base import Task
 
-CAPTIONS = ("sentences", "caption_reference_description")  # fields of JSON lines that hold them
+# fields of JSON lines that hold texts: captions; the statements of XVNLI, of MaRVL, of NLVR2
+CAPTIONS = ("sentences", "caption_reference_description", "sentence2", "caption", "sentence")
 
 
 class TranslateConfig(Config):
@@ -46,21 +49,27 @@ class TranslateConfig(Config):
     """Data folder of the task."""
     languages: tuple[str, ...] = ()
     """Languages to translate."""
-    split: Literal["train", "shots", "test"] = "train"
-    """Texts to translate."""
+    split: Literal["train", "dev", "shots", "test"] = "train"
+    """Texts to translate; dev: the language's own development set, where the task has one."""
     shots: int | str = 5
     """Number of shots, of split=shots."""
     direction: Literal["to_en", "from_en"] = "to_en"
     """Into English, or from it."""
     codes: Mapping[str, str] = Field(default_factory=dict)
-    """The model's names of languages, where it wants to be told (NLLB, mBART, M2M-100): {"de": "deu_Latn",
-    ...}."""
+    """The model's names of languages, where it is told them (NLLB, mBART, M2M-100, MADLAD, Marian of many
+    languages) and calls them otherwise: {"de": "deu_Latn", "en": "eng_Latn"}."""
+    prefix: str = ""
+    """Words before each text, of a T5: "translate German to English: "."""
     batch: PositiveInt = 32
     """Texts at a time."""
     num_beams: PositiveInt = 4
     """Beams of the search for a translation."""
     length: PositiveInt = 128
     """Longest text and translation, in the model's tokens."""
+    bf16: bool | None = None
+    """Compute in bfloat16; null: on a GPU that has it."""
+    devices: PositiveInt | None = None
+    """Processes that translate, one a GPU; null: all GPUs, or one process on a CPU."""
 
 
 def translate(
@@ -69,39 +78,61 @@ def translate(
     """Make the files; returns them. One that is there is left as it is.
 
     Raises:
-        UserError: no such data or model; the task has no place for such translations; a file, or a part of
-            one, was made by another model, or with other settings.
+        UserError: no such data or model; the task has no place for such translations; a language that the
+            model does not know; a file, or a part of one, was made by another model, or with other settings.
     """
     if not config.data:
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:
         raise UserError("languages= is missing: give those to translate, such as languages=de,ru")
-    to_english = config.direction == "to_en"
-    target_split = f"{config.split}_{config.direction}"
-    if config.split == "test" and to_english:
-        target_split = "translated"
-    files = []
-    for language in config.languages:
-        spoken = language if to_english else "en"
-        source = task.path(Path(config.data), config.split, spoken, config.shots)
-        target = task.path(Path(config.data), target_split, language, config.shots)
-        if not source.is_file():
-            raise UserError(
-                f"{source}: no such file ({config.split} in '{spoken}'); check data=, languages=, shots="
-            )
-        files.append((source, target))
-    translator = None
-    digest = hash_model(model) if model.is_dir() else ""
-    for language, (source, target) in zip(config.languages, files, strict=True):
-        codes = (language, "en") if to_english else ("en", language)
-        output = Output(source, target, digest, codes, config)
-        if target.is_file():
-            output.require_same()
-            log(f"{target}: there already")
-            continue
-        translator = translator or Translator(model, config)
-        _translate_file(translator, output, log)
-    return [target for _, target in files]
+    files = [_source_and_target(task, config, language) for language in config.languages]
+    _, known = load_tokenizer(model)
+    pairs = [(code, "en") if config.direction == "to_en" else ("en", code) for code in config.languages]
+    tokens = [known.tokens_of(*pair, config) for pair in pairs]
+    config, digest = _with_devices(config), hash_model(model)
+    with Devices(model, config) as devices:
+        for pair, told, (source, target, only_first) in zip(pairs, tokens, files, strict=True):
+            output = Output(source, target, digest, pair, told, config)
+            if target.is_file():
+                output.require_same()
+                log(f"{target}: there already")
+                continue
+            _translate_file(devices, output, only_first, log)
+    return [target for _, target, _ in files]
+
+
+def _source_and_target(task: "Task", config: TranslateConfig, language: str) -> tuple[Path, Path, bool]:
+    """(file to translate, file to write, whether the first caption of an image alone is in the language).
+
+    Raises:
+        UserError: the task has no such splits, or the first file is missing.
+    """
+    to_english, name = config.direction == "to_en", config.split
+    spoken, folder = language if to_english else "en", Path(config.data)
+    if name == "dev" and spoken != "en" and task.source("dev", spoken) == task.source("dev", "en"):
+        name = "target_dev"  # the one called "dev" is English
+    target_split = "translated" if name == "test" and to_english else f"{name}_{config.direction}"
+    target = task.path(folder, target_split, language, config.shots)
+    source = task.path(folder, name, spoken, config.shots)
+    if not source.is_file():
+        raise UserError(f"{source}: no such file ({name} in '{spoken}'); check data=, languages=, shots=")
+    places = task.split(name, spoken).places(spoken, config.shots)
+    split = next(split for place, split in places if folder / place == source)
+    return source, target, split.options.get("sentences") == "first"
+
+
+def _with_devices(config: TranslateConfig) -> TranslateConfig:
+    """`config` with what this machine has: the number of devices, and whether they compute in bfloat16."""
+    import torch
+
+    from raylib.runtime import has_bf16
+
+    num_gpus, device = torch.cuda.device_count(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if num_gpus and config.devices and config.devices > num_gpus:
+        raise UserError(f"devices={config.devices}, but this machine has {num_gpus} GPUs")
+    is_fast = device.type == "cuda" and has_bf16(device)
+    bf16 = is_fast if config.bf16 is None else config.bf16
+    return config.model_copy(update={"devices": config.devices or num_gpus or 1, "bf16": bf16})
 
 
 def _name(paths: Sequence[str]) -> str:
@@ -126,14 +157,22 @@ class Output:
     """
 
     def __init__(
-        self, source: Path, target: Path, digest: str, codes: tuple[str, str], config: TranslateConfig
+        self,
+        source: Path,
+        target: Path,
+        digest: str,
+        languages: tuple[str, str],
+        tokens: Mapping[str, str],
+        config: TranslateConfig,
     ):
-        self.source, self.target, self.codes = source, target, codes
+        self.source, self.target, self.languages = source, target, languages
         self.partial = target.with_name(f"{target.name}.partial")
         self.note = target.with_name(f".{target.name}.run.json")
-        names = {code: config.codes[code] for code in codes if code in config.codes}
-        settings = {"num_beams": config.num_beams, "length": config.length, "codes": names}
-        self.identity = {"model": digest, **settings, "languages": list(codes)}
+        settings = {"num_beams": config.num_beams, "length": config.length, "codes": dict(tokens)}
+        # settings that came later: a file from before has none of them, and what it has is what they leave
+        later = {"prefix": config.prefix, "bf16": config.bf16}
+        settings |= {name: value for name, value in later.items() if value}
+        self.identity = {"model": digest, **settings, "languages": list(languages)}
 
     def require_same(self) -> None:
         """Check that the file, which is there, is what this command would make of its source, where the note
@@ -192,42 +231,52 @@ class Output:
         self.partial.unlink()
 
 
-def _translate_file(translator: "Translator", output: Output, log: Callable[[str], None]) -> None:
-    records = list(_records(output.source))
+def _translate_file(devices: Devices, output: Output, only_first: bool, log: Callable[[str], None]) -> None:
+    records = [_first_text(record) if only_first else record for record in _records(output.source)]
     texts = [text for record in records for text in _texts(record)]
     lock = output.target.with_name(f".{output.target.name}.lock")
     with file_lock(lock, wait=False) as is_free:
         if not is_free:
             raise UserError(f"{output.target}: another process is writing it; wait for its end")
-        _translate_texts(translator, output, records, texts, log)
+        _translate_texts(devices, output, records, texts, log)
         lock.unlink()
 
 
 def _translate_texts(
-    translator: "Translator",
+    devices: Devices,
     output: Output,
     records: Sequence[Any],
     texts: Sequence[str],
     log: Callable[[str], None],
 ) -> None:
     known = output.read_partial(log)
-    # An equal text has an equal translation. Batches are cut from all texts, not from those that remain: each
-    # is then padded as it would have been without the interruption.
-    unique = [text for text in dict.fromkeys(texts) if text.strip()]
-    size, num_before = translator.config.batch, sum(text in known for text in texts)
-    batches = [unique[start : start + size] for start in range(0, len(unique), size)]
+    batches, num_before = cut_batches(texts, devices.config.batch), sum(text in known for text in texts)
     missing = [batch for batch in batches if not all(text in known for text in batch)]
-    for batch in progress(missing, f"translate to {output.codes[1]}", sum(map(len, missing)), "texts", len):
-        outputs = translator(batch, *output.codes)
+    done = devices.translate(missing, *output.languages)
+    total = sum(map(len, missing))
+    shown = progress(done, f"translate to {output.languages[1]}", total, "texts", lambda pair: len(pair[0]))
+    for batch, outputs in shown:
         append_jsonl(output.partial, {"texts": batch, "translations": outputs}, durable=True)
         known |= zip(batch, outputs, strict=True)
     num_empty = sum(bool(text.strip()) and not known[text] for text in texts)
-    empty = f"; {num_empty} came out empty, and stay as they were" if num_empty else ""
+    empty = f"; {num_empty} came out empty, and are stored as empty" if num_empty else ""
     before = f", {num_before} of them from before" if num_before else ""
     log(f"{output.target}: {len(texts)} texts{before}{empty}")
-    # a text that stays may have line breaks in it, which a plain file would take for the end of its line
-    translations = iter([known.get(text) or " ".join(text.split()) for text in texts])
+    translations = iter([known.get(text, "") for text in texts])
     output.finish(_with_texts(record, [next(translations) for _ in _texts(record)]) for record in records)
+
+
+def cut_batches(texts: Sequence[str], size: int) -> list[list[str]]:
+    """Batches of the different texts that are not blank, each of texts about equally long, so that little is
+    padded: the longest first, whose memory is the most, then the others in a fixed random order, so that the
+    time of those that are done tells that of those that remain.
+
+    They are cut from all texts, not from those that an interruption left: each is padded as it would have
+    been without it.
+    """
+    unique = sorted({text for text in texts if text.strip()}, key=lambda text: (-len(text), text))
+    batches = [unique[start : start + size] for start in range(0, len(unique), size)]
+    return batches[:1] + [batches[1 + i] for i in permutation(len(batches[1:]), "translate")]
 
 
 def hash_model(folder: Path) -> str:
@@ -248,9 +297,20 @@ def _records(path: Path) -> Iterator[dict[str, Any] | str]:
                 raise UserError(f"{where}: field '{field}' is {shorten(captions)}; wanted captions")
             yield record
         return
+    if ".json" in path.suffixes:
+        raise UserError(
+            f"{path}: one JSON value; wanted plain lines, or JSON lines with {' or '.join(CAPTIONS)}"
+        )
     with open_text(path, has_lines=True) as file:
         for line in file:
             yield line.rstrip("\r\n")
+
+
+def _first_text(record: dict[str, Any] | str) -> dict[str, Any] | str:
+    """The record with the first of its captions."""
+    if isinstance(record, str):
+        return record
+    return {**record, _caption_field(record): _texts(record)[:1]}
 
 
 def _caption_field(record: dict[str, Any]) -> str:
@@ -269,65 +329,3 @@ def _with_texts(record: dict[str, Any] | str, texts: list[str]) -> str:
     field = _caption_field(record)
     new = texts if isinstance(record[field], list) else texts[0]
     return json.dumps({**record, field: new}, ensure_ascii=False)
-
-
-class Translator:
-    """A translation model of `transformers`: an encoder and a decoder, with its own tokenizer."""
-
-    def __init__(self, folder: Path, config: TranslateConfig):
-        import torch
-
-        from raylib.finite import require_finite_file
-        from raylib.models.hf_folders import library_output_off, load_by_library
-        from raylib.weights import limit_model, require_no_misfits
-
-        transformers = require("transformers", "transfer")
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder}: no such folder; give a translation model's, as transformers saves it"
-                f"{hub_hint(folder)}"
-            )
-        with limit_model(folder / "config.json", folder):
-            model, report = load_by_library(
-                folder,
-                transformers.AutoConfig,
-                transformers.AutoModelForSeq2SeqLM,
-                "a translation model's folder",
-            )
-        with reading(folder, "a translation model's folder"), library_output_off():
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
-            )
-        if (folder / "generation_config.json").is_file():
-            with reading(folder / "generation_config.json", "JSON: how a model writes"):
-                model.generation_config = transformers.GenerationConfig.from_pretrained(
-                    folder, local_files_only=True
-                )
-        # the library would take random numbers
-        require_no_misfits(folder, [f"missing {name}" for name in report["missing_keys"]])
-        self.model = model.eval()
-        require_finite_file(folder, self.model.state_dict())
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu")
-        self.config, self.inference_mode = config, torch.inference_mode
-
-    def __call__(self, texts: Sequence[str], source: str, target: str) -> list[str]:
-        """The texts in the language `target`, a line each."""
-        options, codes = {}, self.config.codes
-        if codes:
-            missing = [code for code in (source, target) if code not in codes]
-            if missing:
-                raise UserError(f"""codes= says nothing of '{missing[0]}'; give what the model calls it""")
-            self.tokenizer.src_lang = codes[source]
-            options["forced_bos_token_id"] = self.tokenizer.convert_tokens_to_ids(codes[target])
-        inputs = self.tokenizer(
-            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.config.length
-        )
-        inputs = {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        with self.inference_mode():
-            output_ids = self.model.generate(
-                **inputs, num_beams=self.config.num_beams, max_new_tokens=self.config.length, **options
-            )
-        return [
-            " ".join(text.split())
-            for text in self.tokenizer.batch_decode(output_ids, skip_special_tokens=True)
-        ]

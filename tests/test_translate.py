@@ -128,7 +128,7 @@ class Killed(Exception):
 
 def test_translate_killed_in_any_batch_makes_the_same_file(translator, tmp_path, xtd, made, monkeypatch):
     """Killed before and after each batch, and with its line cut off after any of its bytes."""
-    from finetune.translation import Translator
+    from finetune.translator import Translator
 
     xtd.write_text("".join(f"bild {letter}\n" for letter in "abcdefg"))
     run(translator, tmp_path)
@@ -172,7 +172,7 @@ def test_translate_killed_in_any_batch_makes_the_same_file(translator, tmp_path,
 def test_translate_partial_file_of_another_model_or_settings_is_refused(
     translator, tmp_path, xtd, made, change, words, monkeypatch
 ):
-    from finetune.translation import Translator
+    from finetune.translator import Translator
 
     monkeypatch.setattr(Translator, "__call__", lambda *_: (_ for _ in ()).throw(Killed))
     with pytest.raises(Killed):
@@ -186,7 +186,7 @@ def test_translate_partial_file_of_another_model_or_settings_is_refused(
 
 
 def test_translate_refuses_a_file_that_another_process_writes(translator, tmp_path, xtd, made, monkeypatch):
-    from finetune.translation import Translator
+    from finetune.translator import Translator
 
     translate_batch = Translator.__call__
 
@@ -209,7 +209,7 @@ def test_translate_partial_file_of_an_earlier_version_is_refused(translator, tmp
 
 def test_translate_goes_on_where_the_source_changed_by_the_text(translator, tmp_path, xtd, made, monkeypatch):
     """A line that was put in before those that are done moves none of them."""
-    from finetune.translation import Translator
+    from finetune.translator import Translator
 
     outputs = []
 
