@@ -165,7 +165,8 @@ def test_translate_killed_in_any_batch_makes_the_same_file(translator, tmp_path,
     [
         ({"num_beams": 2}, "begun with another num_beams"),
         ({"length": 9}, "begun with another length"),
-        ({"codes": {"de": "d", "en": "e"}}, "begun with another codes.de, codes.en"),
+        ({"prefix": "translate German to English: "}, "begun with another prefix"),
+        ({"bf16": True}, "begun with another bf16"),
         ({"model": True}, "begun with another model"),
     ],
 )
@@ -225,8 +226,8 @@ def test_translate_goes_on_where_the_source_changed_by_the_text(translator, tmp_
     xtd.write_text("bild z\nbild b\nbild a\n")
     monkeypatch.setattr(Translator, "__call__", lambda self, texts, *_: [f"later {t}" for t in texts])
     said = run(translator, tmp_path, batch=1)
-    assert made.read_text().splitlines() == ["later bild z", "translation of bild b", "translation of bild a"]
-    assert said == [f"{made}: 3 texts, 2 of them from before"]
+    assert made.read_text().splitlines() == ["later bild z", "later bild b", "translation of bild a"]
+    assert said == [f"{made}: 3 texts, 1 of them from before"]
 
 
 def test_translate_finished_file_of_other_settings_or_source_is_named(translator, tmp_path, xtd, made):
@@ -284,3 +285,52 @@ def test_translate_unfit_models_are_refused(tmp_path, capsys):
     ):
         assert main(["translate", "xtd_few", model, f"data={tmp_path}", 'languages=["de"]']) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("direction", ["to_en", "from_en"])
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_translate_makes_every_split_of_multi30k(split, direction, translator, tmp_path, monkeypatch):
+    """Also of translations that come out empty, which are stored as empty, in their places."""
+    from finetune.translator import Translator
+
+    task, part = TASKS["multi30k"], {"dev": "val", "test": "test_2016_flickr"}[split]
+    made = "translated" if (split, direction) == ("test", "to_en") else f"{split}_{direction}"
+    if not task.has(made, "cs"):
+        pytest.fail(f"multi30k has no split {made}")
+    raw = tmp_path / "multi30k" / "data" / "task1" / "raw"
+    raw.mkdir(parents=True)
+    (raw.parent / "image_splits").mkdir()
+    (raw.parent / "image_splits" / f"{part}.txt").write_text("0.jpg\n1.jpg\n2.jpg\n")
+    for language, words in (("cs", "jedna\ndva\ntři\n"), ("en", "one\ntwo\nthree\n")):
+        with gzip.open(raw / f"{part}.{language}.gz", "wt", encoding="utf-8") as file:
+            file.write(words)
+    middle = {"dva", "two"}
+    monkeypatch.setattr(
+        Translator, "__call__", lambda self, texts, *codes: ["" if t in middle else f"{t}!" for t in texts]
+    )
+    said = []
+    config = settings(tmp_path, languages=("cs",), split=split, direction=direction)
+    (file,) = translate(task, translator, config, said.append)
+    assert said == [f"{file}: 3 texts; 1 came out empty, and are stored as empty"]
+    source = ["jedna", "dva", "tři"] if direction == "to_en" else ["one", "two", "three"]
+    expected = [("0.jpg", f"{source[0]}!"), ("1.jpg", ""), ("2.jpg", f"{source[2]}!")]
+    assert [(item.image, *item.captions) for item in task.read(file, made, "cs")] == expected
+
+
+def test_translate_dev_is_the_languages_own_not_english(translator, tmp_path):
+    """xFlickrCO's "dev" is English in every language; its target_dev, of which the first of five captions
+    alone is in the language, is translated."""
+    folder = tmp_path / "flickr30k" / "annotations_machine-translate"
+    folder.mkdir(parents=True)
+    record = {"sentences": ["ein hund", "a dog"], "id": "0", "img_path": "0.jpg"}
+    (folder / "valid-de_gmt.jsonl").write_text(json.dumps(record) + "\n")
+    task = TASKS["xflickrco"]
+    (file,) = translate(task, translator, settings(tmp_path, split="dev"), lambda _: None)
+    assert file == task.path(tmp_path, "target_dev_to_en", "de")
+    (item,) = task.read(file, "target_dev_to_en", "de")
+    assert len(item.captions) == 1
+    xgqa = tmp_path / "xGQA" / "annotations" / "few_shot" / "de"
+    xgqa.mkdir(parents=True)
+    (xgqa / "test.json").write_text("{}")
+    with pytest.raises(UserError, match="test.json: one JSON value; wanted plain lines"):
+        translate(TASKS["xgqa"], translator, settings(tmp_path, split="test"), lambda _: None)

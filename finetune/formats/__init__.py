@@ -107,8 +107,8 @@ def check_item(item: Any, where: str) -> None:
             raise UserError(f"{where}: {name} is {value!r:.60}; wanted a tuple of strings, such as ('one',)")
 
 
-def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("path:line", text) of every line that is not empty.
+def stream_lines(path: Path, blank: bool = False) -> Iterator[tuple[str, str]]:
+    """("path:line", text) of every line that is not empty; with `blank`, of every line.
 
     Raises:
         UserError: no such file, not UTF-8, not to be decompressed.
@@ -116,7 +116,7 @@ def stream_lines(path: Path) -> Iterator[tuple[str, str]]:
     prefix = f"{path}:"  # a path is made a string slowly
     with open_text(path, has_lines=True) as file:
         for number, line in enumerate(file, 1):
-            if line.strip():
+            if blank or line.strip():
                 yield f"{prefix}{number}", line.rstrip("\r\n")
 
 
@@ -317,7 +317,8 @@ def read_flickr(path: Path, sentences: str = "all", empty: str = "") -> Iterator
     """JSON lines {sentences, id, img_path}: Flickr30K and xFlickrCO as IGLUE has them.
 
     sentences: "first", where the others are in another language. empty: "keep" captions without a word, which
-        are in IGLUE's German and Indonesian tests, one in each; else they are an error.
+        are in IGLUE's German and Indonesian tests, one in each, and may be among translations; else they are
+        an error.
     """
     for where, record in stream_jsonl(path):
         texts = get_field(record, "sentences", list, where)
@@ -337,16 +338,17 @@ def read_wit(path: Path) -> Iterator[Captioned]:
         yield Captioned(str(get_field(record, "wit_ix", (str, int), where)), (caption,), source=address)
 
 
-def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
+def read_multi30k(path: Path, images: str, empty: str = "") -> Iterator[Captioned]:
     """A caption a line; `images`, a path from the captions' folder ("A|B": B where A is not there), has the
     file name of each line's image. Multi30K's task 1; its task 2 is five such files, joined by writing "?"
-    in place of their number."""
+    in place of their number. empty: "keep" lines without a word: translations that came out empty; else they
+    are no captions."""
     paths = sorted(path.parent.glob(path.name)) if "?" in path.name else [path]
     if not paths:
         raise UserError(f"{path}: no such files")
     name_file = beside(path, images)
     names = [line for _, line in stream_lines(name_file)]
-    columns = [[line for _, line in stream_lines(p)] for p in paths]
+    columns = [[line for _, line in stream_lines(p, empty == "keep")] for p in paths]
     for p, column in zip(paths, columns, strict=True):
         if len(column) != len(names):
             raise UserError(f"{p}: {len(column)} captions for the {len(names)} images of {name_file}")
@@ -357,11 +359,11 @@ def read_multi30k(path: Path, images: str) -> Iterator[Captioned]:
 XTD_PARTS = {"train": slice(0, 50), "dev": slice(50, 100), "test": slice(100, None)}
 
 
-def read_xtd(path: Path, images: str, part: str) -> Iterator[Captioned]:
+def read_xtd(path: Path, images: str, part: str, empty: str = "") -> Iterator[Captioned]:
     """As `read_multi30k`, but only the images of a part: the first 50, the next 50 or the others in the
     order that paper 4's public code draws (`torch.randperm` after seed 42)."""
     # the draw of paper 4's public code, so that its test set is ours
-    items = list(read_multi30k(path, images))
+    items = list(read_multi30k(path, images, empty))
     import torch
 
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(42)).tolist()

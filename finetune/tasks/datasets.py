@@ -32,6 +32,7 @@ GQA_ANSWERS = (
     "gqa/annotations/trainval_label2ans.pkl",
     "gqa/cache/trainval_ans2label.pkl",
 )
+TRANSLATED = {"empty": "keep"}  # a translation may have come out empty; it keeps its place
 LANGUAGE_OPTION = {"language": "{language}"}  # for a reader that wants to know
 GQA_TRAIN = Split(
     "gqa/annotations/train.json.zip",
@@ -80,7 +81,8 @@ def _xtd_parts() -> dict[str, Split]:
 
     def translated(name: str, way: str) -> Split:
         images = f"../{XTD_IMAGES}|../XTD10/{XTD_IMAGES}"
-        return Split(f"xtd/translated_{way}_en/{{language}}.txt", read_xtd, {"images": images, "part": name})
+        options = {"images": images, "part": name, **TRANSLATED}
+        return Split(f"xtd/translated_{way}_en/{{language}}.txt", read_xtd, options)
 
     return {
         **{name: _xtd(read_xtd, part=name) for name in XTD_PARTS},
@@ -277,7 +279,7 @@ TASKS: dict[str, Task] = {
                 others=(Split("xFlickrCO/annotations/{language}/dev.jsonl", read_flickr),),
             ),
             "target_dev_to_en": Split(
-                "xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", read_flickr
+                "xFlickrCO/annotations_machine-translate/{language}/dev_gmt.jsonl", read_flickr, TRANSLATED
             ),
             "translated": Split(
                 "xFlickrCO/annotations_machine-translate/{language}/test_gmt.jsonl",
@@ -287,10 +289,12 @@ TASKS: dict[str, Task] = {
             "shots_to_en": Split(
                 "xFlickrCO/annotations_machine-translate/{language}/train_{shots}_gmt.jsonl",
                 read_flickr,
+                TRANSLATED,
             ),
             "shots_from_en": Split(
                 "xFlickrCO/annotations_machine-translate/{language}/train_{shots}_from_en.jsonl",
                 read_flickr,
+                TRANSLATED,
             ),
         },
     ),
@@ -324,7 +328,7 @@ TASKS: dict[str, Task] = {
             split: Split(
                 f"multi30k/translated_{way}_en/{part}.{{language}}",
                 read_multi30k,
-                {"images": f"../data/task1/image_splits/{part}.txt"},
+                {"images": f"../data/task1/image_splits/{part}.txt", **TRANSLATED},
             )
             for split, way, part in (
                 ("train_to_en", "to", "train"),
