@@ -107,7 +107,8 @@ def _source_and_target(task: "Task", config: TranslateConfig, language: str) -> 
     Raises:
         UserError: the task has no such splits, or the first file is missing.
     """
-    to_english, name = config.direction == "to_en", config.split
+    to_english = config.direction == "to_en"
+    name: str = config.split
     spoken, folder = language if to_english else "en", Path(config.data)
     if name == "dev" and spoken != "en" and task.source("dev", spoken) == task.source("dev", "en"):
         name = "target_dev"  # the one called "dev" is English
