@@ -148,7 +148,8 @@ def _languages(transformers: Any, tokenizer: Any, folder: Path) -> Languages:
                 folder, "mark", found, {code: vocabulary[token] for code, token in found.items()}
             )
     prefixes = {}
-    for name, task in (config.get("task_specific_params") or {}).items():
+    tasks = config.get("task_specific_params")
+    for name, task in tasks.items() if isinstance(tasks, dict) else ():
         if match := re.fullmatch("translation_(.+)_to_(.+)", name):
             prefixes[match[1], match[2]] = str(task.get("prefix", "")) if isinstance(task, dict) else ""
     return Languages(folder, "words" if prefixes else "", prefixes=prefixes)

@@ -16,6 +16,7 @@ caption, text that is not UTF-8) is skipped and counted by a `Tally`: one in a h
 more is an error.
 """
 
+import itertools
 import json
 import logging
 import os
@@ -37,6 +38,7 @@ from raylib.text import BadCaption, clean_captions, parse_captions
 from raylib.textfile import open_bytes, stream_json
 
 MARGIN = 1.04  # WikiMatrix's usual threshold
+PEEK = 100  # lines that tell the number of columns
 LIMIT = 0.01  # share of bad samples that is still normal
 IMAGE_MAGIC = {b"\xff\xd8\xff": "jpg", b"\x89PNG": "png", b"RIFF": "webp"}  # first bytes -> extension
 
@@ -100,16 +102,18 @@ def read_image_text(
 
 
 def read_pairs(path: Path, tally: Tally, language: str, margin: float = MARGIN) -> Iterator[tuple[str, str]]:
-    """(English, `language`) of every good line. The first line's columns, three (with a margin) or two, are
-    the rule."""
+    """(English, `language`) of every good line. The rule is the number of columns, three (with a margin) or
+    two, that most of the first `PEEK` lines have."""
     named = re.search(r"(?:^|[._])([a-z]{2,3})-([a-z]{2,3})\.tsv(?:\.gz|\.xz)?$", path.name)
     codes = named.groups() if named and "en" in named.groups() else ("en", language)
     if set(codes) != {"en", language}:
         raise UserError(f"{path}: named for {'-'.join(codes)} but given as the file of {language!r}")
-    num_columns = 0
-    for line in read_lines(path, tally):
+    lines = read_lines(path, tally)
+    head = list(itertools.islice(lines, PEEK))
+    counts = Counter(count for line in head if (count := line.count("\t") + 1) in (2, 3))
+    num_columns = max(counts, key=counts.__getitem__, default=2)
+    for line in itertools.chain(head, lines):
         columns = [column.strip() for column in line.split("\t")]
-        num_columns = num_columns or (3 if len(columns) == 3 else 2)
         if len(columns) != num_columns:
             tally.skip(f"lines without {num_columns} columns")
             continue

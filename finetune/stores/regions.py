@@ -372,7 +372,7 @@ class _Tsv(_KeyedStore):
                 number += 1
                 key, tab, _ = line[: self.MAX_ID].partition(b"\t")
                 if tab:
-                    first = self.offsets.setdefault(stem(key.decode()), offset)
+                    first = self.offsets.setdefault(stem(key.decode("utf-8-sig")), offset)
                     if first != offset and not self._is_same_line(first, line):
                         raise ValueError(f"line {number:,} is of {key.decode()} again, with others")
                 elif line.strip():
@@ -394,7 +394,8 @@ class _Tsv(_KeyedStore):
     def load(self, key: str, place: int) -> dict:
         with open(self.path, "rb") as file:
             file.seek(place)
-            cells = file.readline(MAX_BYTES).decode(errors="replace").rstrip("\r\n").split("\t")
+            line = file.readline(MAX_BYTES).decode("utf-8-sig", errors="replace")
+        cells = line.rstrip("\r\n").split("\t")
         if stem(cells[0]) != key:
             raise UserError(f"{self.path}: ends before '{key}', which was in it; restore it, and start again")
         if len(cells) == self.OSCAR:

@@ -19,6 +19,7 @@ Which of the last three a file is shows in its first bytes, whatever its name.
 
 import math
 import re
+from codecs import BOM_UTF8
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -200,9 +201,10 @@ def _read_vectors(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
         return _read_array(path, words)
     with open_bytes(path) as (file, _):
         first, rest = file.readline(PEEK), file.readline(PEEK)
+    header_bytes, first = len(first), first.removeprefix(BOM_UTF8)
     header = re.fullmatch(rb"(\d+) (\d+)\s*", first)
     if header and not _is_text(rest, int(header[2])):
-        return _read_binary(path, words, int(header[1]), int(header[2]), len(first))
+        return _read_binary(path, words, int(header[1]), int(header[2]), header_bytes)
     width = int(header[2]) if header else len(first.split()) - 1
     if width < 1 or not (header or _is_text(first, width)):
         raise UserError(
@@ -226,7 +228,7 @@ def _read_array(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     count, row_bytes = 0, dtype.itemsize * math.prod(shape[1:])
     with open_bytes(names, has_lines=True) as (file, _):
         for count, line in enumerate(file, 1):
-            word = words.get(line.rstrip(b"\r\n"))
+            word = words.get((line if count > 1 else line.removeprefix(BOM_UTF8)).rstrip(b"\r\n"))
             if word is not None and len(shape) == 2 and count <= shape[0] and word not in vectors:
                 row = content.read(row_bytes, offset + (count - 1) * row_bytes)
                 vectors[word] = np.frombuffer(row, dtype).astype(np.float32)
@@ -248,6 +250,8 @@ def _read_text(path: Path, words: dict[bytes, str], width: int) -> dict[str, np.
     with open_bytes(path, has_lines=True) as (file, _):
         lines = progress(file, f"read {path.name}", path.stat().st_size, "B", len)
         for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(BOM_UTF8)
             # of millions of lines a few hundred are wanted: only these are split
             word = words.get(line[: line.find(b" ")])
             if word is None or word in vectors:

@@ -174,7 +174,7 @@ def output(path: Path) -> Any:
     """The product's `Output` of the translations `target.jsonl` in a folder."""
     from finetune.translation import Output, TranslateConfig
 
-    return Output(path / "source.jsonl", path / "target.jsonl", "digest", ("de", "en"), TranslateConfig())
+    return Output(path / "source.jsonl", path / "target.jsonl", "digest", ("de", "en"), {}, TranslateConfig())
 
 
 IDENTITY = {"model": "digest", "num_beams": 4, "length": 128, "codes": {}, "languages": ["de", "en"]}
@@ -241,7 +241,8 @@ def read_source(path: Path) -> Any:
 def load_source(path: Path) -> Any:
     texts = []
     for r in load_records(path):
-        found = r.get("sentences", r.get("caption_reference_description"))
+        fields = "sentences", "caption_reference_description", "sentence2", "caption", "sentence"
+        found = next(r[field] for field in fields if field in r)
         found = found if type(found) is list else [found]
         assert all(type(text) is str for text in found)
         texts += found

@@ -326,7 +326,8 @@ def example_translator(folder: Path) -> Path:
 
 
 def read_translator(path: Path) -> Any:
-    from finetune.translation import TranslateConfig, Translator
+    from finetune.translation import TranslateConfig
+    from finetune.translator import Translator
 
     return dict(Translator(path, TranslateConfig()).model.state_dict())
 
@@ -759,7 +760,7 @@ READERS = [
                 example_translator,
                 read_translator,
                 same_shared,
-                "finetune.translation:Translator.__init__",
+                "finetune.translator:Translator.__init__",
             ),
             (
                 "word_aligner",
