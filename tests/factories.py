@@ -83,14 +83,17 @@ def make_clip(vocabulary: int = 40) -> transformers.CLIPModel:
 
 
 def write_mclip(
-    folder: Path, text: transformers.XLMRobertaModel, mapped: torch.nn.Linear, **described
+    folder: Path, text: transformers.PreTrainedModel, mapped: torch.nn.Linear, **described
 ) -> None:
-    """Write a text encoder and its map to CLIP's space as Multilingual-CLIP is published."""
+    """Write a text encoder and its map to CLIP's space as Multilingual-CLIP is published, with the encoder's
+    own config.json beside it, unless `described` names one by `modelBase`."""
     folder.mkdir()
     weights = {f"transformer.{k}": v for k, v in text.state_dict().items()}
     weights |= {f"LinearTransformation.{k}": v.detach() for k, v in mapped.state_dict().items()}
     torch.save(weights, folder / "pytorch_model.bin")
     (folder / "config.json").write_text(json.dumps({"model_type": "M-CLIP", **described}))
+    if "modelBase" not in described:
+        (folder / "base_config.json").write_text(text.config.to_json_string())
 
 
 def make_sentences(lengths, generator, share: float = 0.3) -> Sentences:

@@ -2,8 +2,11 @@
 parameter counts."""
 
 import json
+import pickle
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -27,7 +30,7 @@ def folders(tmp_path_factory):
     text = transformers.XLMRobertaModel(xlmr_config()).eval()
     clip, mapped = make_clip(), torch.nn.Linear(64, 24)
     clip.save_pretrained(home / "clip")
-    sizes = {"modelBase": "xlm-roberta-large", "transformerDimensions": 64, "numDims": 24}
+    sizes = {"transformerDimensions": 64, "numDims": 24}
     write_mclip(home / "text", text, mapped, **sizes)
     return home / "text", home / "clip", (text, mapped, clip)
 
@@ -53,6 +56,162 @@ def test_mclip_embeddings_equal_transformers(folders):
         seen = clip.visual_projection(clip.vision_model(pixel_values=pixels).pooler_output)
         found = model.embed_images(model.encode_images(images), normalize=False)
         torch.testing.assert_close(found, seen, rtol=1e-4, atol=1e-5)
+
+
+def text_encoder(kind: str) -> transformers.PreTrainedModel:
+    """A small text encoder: heads of width 32, and an epsilon that no constant would be."""
+    torch.manual_seed(1)
+    bert = dict(
+        vocab_size=90,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=96,
+        max_position_embeddings=20,
+        layer_norm_eps=0.02,
+    )
+    if kind == "distilbert":
+        model = transformers.DistilBertModel(
+            transformers.DistilBertConfig(
+                vocab_size=90, dim=64, n_layers=2, n_heads=2, hidden_dim=96, max_position_embeddings=20
+            )
+        )
+    elif kind == "xlm-roberta":
+        model = transformers.XLMRobertaModel(xlmr_config(num_attention_heads=2, layer_norm_eps=0.02))
+    else:
+        model = transformers.BertModel(transformers.BertConfig(**bert))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model.eval()
+
+
+def assert_equal_texts(path, vision, text, mapped) -> None:
+    """Compare with what Multilingual-CLIP computes: the mean over the tokens of a text, mapped."""
+    model = MClip.import_weights(path, vision).eval()
+    ids = torch.tensor([[3, 5, 6, 7, 4], [3, 8, 4, 1, 1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    with torch.inference_mode():
+        states = text(input_ids=ids, attention_mask=mask)[0]
+        expected = mapped((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+        found = model.embed_text(Ragged(ids[mask.bool()], mask.sum(1)), normalize=False)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["folder", "beside", "fields"])
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "distilbert"])
+def test_mclip_text_tower_is_what_its_base_says(folders, tmp_path, kind, place):
+    text, mapped = text_encoder(kind), torch.nn.Linear(64, 24)
+    text.save_pretrained(tmp_path / "base")
+    if place == "folder":
+        write_mclip(tmp_path / "text", text, mapped, modelBase=str(tmp_path / "base"))
+    elif place == "beside":
+        write_mclip(tmp_path / "text", text, mapped)
+    else:  # its kind is known, and its own config.json has the heads
+        names = {"bert": "sentence-transformers/LaBSE", "distilbert": "distilbert-base-multilingual-cased"}
+        heads = {"num_attention_heads": 2, **({} if kind == "distilbert" else {"layer_norm_eps": 0.02})}
+        write_mclip(tmp_path / "text", text, mapped, modelBase=names.get(kind, "xlm-roberta-base"), **heads)
+    assert_equal_texts(tmp_path / "text", folders[1], text, mapped)
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert"])
+def test_mclip_older_folder_has_its_map_in_a_pickle(folders, tmp_path, kind):
+    text, mapped = text_encoder(kind), torch.nn.Linear(64, 24)
+    text.save_pretrained(tmp_path / "text")
+    with pytest.raises(UserError, match=r"no LinearTransformation among its tensors, and 0 files \.pkl"):
+        MClip.import_weights(tmp_path / "text", folders[1])
+    arrays = [mapped.weight.detach().T.numpy(), mapped.bias.detach().numpy()]
+    (tmp_path / "text" / "M-BERT Linear Weights.pkl").write_bytes(pickle.dumps(arrays))
+    assert_equal_texts(tmp_path / "text", folders[1], text, mapped)
+    (tmp_path / "text" / "M-BERT Linear Weights.pkl").write_bytes(pickle.dumps(arrays[::-1]))
+    with pytest.raises(UserError, match=r"M-BERT Linear Weights\.pkl.*arrays of shapes"):
+        MClip.import_weights(tmp_path / "text", folders[1])
+
+
+def test_mclip_published_base_is_known_by_its_name(folders, tmp_path):
+    """LaBSE's width, heads, epsilon and first position, on one layer."""
+    torch.manual_seed(2)
+    sizes = dict(vocab_size=20, hidden_size=768, num_hidden_layers=1, num_attention_heads=12)
+    config = transformers.BertConfig(**sizes, intermediate_size=32, max_position_embeddings=20)
+    text, mapped = transformers.BertModel(config).eval(), torch.nn.Linear(768, 24)
+    write_mclip(tmp_path / "text", text, mapped, modelBase="sentence-transformers/LaBSE")
+    assert_equal_texts(tmp_path / "text", folders[1], text, mapped)
+
+
+def test_mclip_asks_for_what_no_tensor_shows(folders, tmp_path):
+    text, mapped = text_encoder("bert"), torch.nn.Linear(64, 24)
+    path, vision = tmp_path / "text", folders[1]
+    write_mclip(path, text, mapped, modelBase="someone/encoder")
+    with pytest.raises(UserError, match="someone/encoder' is not known here.*as base_config.json"):
+        MClip.import_weights(path, vision)
+    for name, words in (
+        ("sentence-transformers/LaBSE", "is 768 wide, this 64, .*as base_config.json"),
+        (None, "'xlm-roberta-large' is 1024 wide, this 64"),
+        (7, "modelBase is 7, no name"),
+    ):
+        described = {"model_type": "M-CLIP", **({} if name is None else {"modelBase": name})}
+        (path / "config.json").write_text(json.dumps(described))
+        with pytest.raises(UserError, match=words):
+            MClip.import_weights(path, vision)
+    (path / "config.json").write_text(json.dumps({"model_type": "M-CLIP"}))
+    base = json.loads(text.config.to_json_string())
+    for field, value in (("hidden_act", "relu"), ("is_decoder", True), ("model_type", "electra")):
+        (path / "base_config.json").write_text(json.dumps({**base, field: value}))
+        with pytest.raises(UserError, match=field):
+            MClip.import_weights(path, vision)
+
+
+def test_mclip_image_tower_of_open_clip_equals_its_code(folders, tmp_path):
+    """`VisionTransformer` of open_clip/transformer.py, sizes 12 / 4, width 12, 2 layers of 3 heads, mlp_ratio
+    2, output 10: its weights, images, and what it made of them. Its sizes are written as open_clip's."""
+    vision = {"image_size": 12, "layers": 2, "width": 12, "patch_size": 4, "head_width": 4, "mlp_ratio": 2.0}
+    with np.load(Path(__file__).parent / "data/open_clip_tower.npz") as stored:
+        arrays = {name: torch.from_numpy(value) for name, value in stored.items()}
+    folder = tmp_path / "open_clip"
+    folder.mkdir()
+    weights = {k: v for k, v in arrays.items() if k.startswith("visual.")} | {"logit_scale": torch.ones(())}
+    torch.save(
+        {"state_dict": {f"module.{k}": v for k, v in weights.items()}}, folder / "open_clip_pytorch_model.bin"
+    )
+    text, mapped = text_encoder("bert"), torch.nn.Linear(64, 10)
+    write_mclip(tmp_path / "text", text, mapped)
+    with pytest.raises(UserError, match=r"no open_clip_config\.json, which says how many heads"):
+        MClip.import_weights(tmp_path / "text", folder)
+
+    def describe(**changes):
+        described = {"model_cfg": {"embed_dim": 10, "vision_cfg": {**vision, **changes}}}
+        (folder / "open_clip_config.json").write_text(json.dumps(described))
+
+    describe()
+    MClip.import_weights(tmp_path / "text", folder).save(tmp_path / "ours")
+    model = MClip.from_pretrained(tmp_path / "ours").eval()
+    with torch.inference_mode():
+        found = model.embed_images(model.encode_images(arrays["images"]), normalize=False)
+    torch.testing.assert_close(found, arrays["output"], rtol=0, atol=1e-5)
+    for changes, words in (
+        ({"layers": [4, 6, 10, 6]}, "is a ResNet"),
+        ({"pool_type": "avg"}, "pool_type is 'avg'"),
+        ({"timm_model_name": "vit"}, "timm_model_name is 'vit'"),
+        ({"ls_init_value": 0.1}, "ls_init_value is 0.1"),
+    ):
+        describe(**changes)
+        with pytest.raises(UserError, match=words):
+            MClip.import_weights(tmp_path / "text", folder)
+
+
+def test_mclip_keeps_its_image_towers_activation_and_eps(folders, tmp_path):
+    torch.manual_seed(4)
+    config = transformers.CLIPVisionConfig(
+        **CLIP_VISION, projection_dim=24, hidden_act="gelu", layer_norm_eps=0.03
+    )
+    tower = transformers.CLIPVisionModelWithProjection(config).eval()
+    tower.save_pretrained(tmp_path / "clip")
+    MClip.import_weights(folders[0], tmp_path / "clip").save(tmp_path / "ours")
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    model = MClip.from_pretrained(tmp_path / "ours").eval()
+    with torch.inference_mode():
+        expected = tower(pixel_values=model.pixel_values(images)).image_embeds
+        torch.testing.assert_close(model.encode_images(images).values, expected, rtol=0, atol=1e-5)
 
 
 def test_mclip_saves_and_loads(folders, tmp_path):
@@ -139,7 +298,8 @@ def test_mclip_wrong_folders_and_settings_are_errors(folders, tmp_path):
     weights = torch.load(path / "pytorch_model.bin", weights_only=True)
     (tmp_path / "more").mkdir()
     save_file({**weights, "transformer.extra": torch.zeros(1)}, tmp_path / "more" / "model.safetensors")
-    (tmp_path / "more" / "config.json").write_text((path / "config.json").read_text())
+    for name in ("config.json", "base_config.json"):
+        (tmp_path / "more" / name).write_text((path / name).read_text())
     with pytest.raises(UserError, match="unused extra"):
         MClip.import_weights(tmp_path / "more", vision)
 

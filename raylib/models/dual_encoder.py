@@ -1,8 +1,8 @@
 """Backbones that read texts and images apart (paper 4), so that they retrieve (`use_itm_head=false`) and have
 no head of any other task to stand under.
 
-    Multilingual-CLIP   (Carlsson et al. 2022) XLM-R's mean state, mapped to where CLIP's image tower puts
-                        images
+    Multilingual-CLIP   (Carlsson et al. 2022) a text encoder's mean state, mapped to where CLIP's image tower
+                        puts images
     CLIP                (Radford et al. 2021) both towers from `transformers`, English alone or with
                         translations. Its layers are not ours: small modules do not go in.
 
@@ -23,15 +23,14 @@ from raylib.config import Config, Size
 from raylib.errors import UserError, reading, require
 from raylib.models.base import RetrievalBackbone
 from raylib.models.hf_folders import read_folder
-from raylib.models.hf_weights import WeightMapper, copy_block, count_layers
+from raylib.models.hf_weights import UNUSED_TEXT, WeightMapper, copy_block
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
+from raylib.models.mclip_weights import read_image_tower, read_text_tower
 from raylib.models.recompute import SplitModule, recompute_layers
 from raylib.models.vision import CLIP_MEAN, CLIP_STD
 from raylib.packed import Ragged, upload
 from raylib.settings import Checkpointing, check_heads
 from raylib.weights import limit_model, load_state
-
-FIRST_POSITION = 2  # row of XLM-R's position embeddings that a text starts at
 
 
 class ClipImageSizes(Config):
@@ -43,6 +42,7 @@ class ClipImageSizes(Config):
     num_attention_heads: Size = 16
     patch_size: Size = 14
     hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
 
 
 class MClipConfig(Config):
@@ -163,8 +163,8 @@ class MClip(DualEncoder):
 
     @classmethod
     def import_weights(cls, path: Path, vision: Path | None = None) -> Self:
-        """From a Multilingual-CLIP folder (`transformer.*`, `LinearTransformation`) and, as `vision`, the
-        folder of its CLIP.
+        """From a Multilingual-CLIP folder and, as `vision`, the folder of its CLIP
+        (`raylib.models.mclip_weights`).
 
         Raises:
             UserError: no such folders; towers that map into spaces of different widths; tensors missing or
@@ -177,26 +177,18 @@ class MClip(DualEncoder):
             )
         # the checkpoint has no image tower: Multilingual-CLIP trains texts towards CLIP's space
         tower = _load_tower(vision)
-        weights, _ = read_folder(path)
-        weights = {name.removeprefix("transformer."): value for name, value in weights.items()}
-        mapper = WeightMapper(weights, path)
-        words, projection = mapper("embeddings.word_embeddings.weight"), mapper("LinearTransformation.weight")
+        text = read_text_tower(path)
+        mapper = WeightMapper(text.weights, path)
+        projection = mapper("LinearTransformation.weight")
         tower_sizes = tower.config.to_dict()
         if len(projection) != tower_sizes["projection_dim"]:
             raise UserError(
                 f"{path} maps texts to {len(projection)} numbers, {vision} images to "
                 f"{tower_sizes['projection_dim']}; give the CLIP that it was made for"
             )
-        layers = count_layers(weights, path)
-        positions = mapper("embeddings.position_embeddings.weight")[FIRST_POSITION:]
-        # its config.json names XLM-R alone: the sizes are those of the tensors
-        sizes = dict(
-            vocabulary=len(words),
-            width=words.shape[1],
-            heads=words.shape[1] // 64,
-            text_layers=layers,
-            positions=len(positions),
-            feedforward=len(mapper("encoder.layer.0.intermediate.dense.bias", (None,))),
+        sizes = {
+            ("text_layers" if name == "layers" else name): size for name, size in text.sizes.items()
+        } | dict(
             embedding=len(projection),
             image_size=tower_sizes["image_size"],
             image={k: tower_sizes[k] for k in ClipImageSizes.model_fields},
@@ -205,14 +197,18 @@ class MClip(DualEncoder):
             model = cls.from_sizes(sizes, cls.kind, path)
         with torch.no_grad():
             mapper.copy(model.embedding.word.weight, "embeddings.word_embeddings.weight")
-            # all texts are of one type: its vector becomes part of the positions
-            token_type = mapper("embeddings.token_type_embeddings.weight", (None, model.width))[0]
-            model.embedding.position.weight.copy_(positions + token_type)
+            rows = (model.config.positions + text.first, model.width)
+            positions = mapper("embeddings.position_embeddings.weight", rows)[text.first :]
+            # all texts are of one type: its vector becomes part of the positions; a DistilBERT has none
+            types = "embeddings.token_type_embeddings.weight"
+            if types in text.weights:
+                positions = positions + mapper(types, (None, model.width))[0]
+            model.embedding.position.weight.copy_(positions)
             mapper.copy_layer(model.embedding.norm, "embeddings.LayerNorm")
             for layer, block in enumerate(model.text.blocks):
                 copy_block(mapper, block, layer)
             mapper.copy_layer(model.text_projection, "LinearTransformation")
-        mapper.assert_all_used([r"pooler\.", r"embeddings\.position_ids"])
+        mapper.assert_all_used([*UNUSED_TEXT, r"cls\.", r"lm_head\."])
         model.vision = tower
         return model
 
@@ -359,15 +355,8 @@ def _make_tower(sizes: dict[str, Any]) -> nn.Module:
 
 def _load_tower(folder: Path) -> Any:
     """The image half of a CLIP folder; what is of its text half is left out."""
-    weights, description = read_folder(folder)
-    with limit_model(folder / "config.json", folder), reading(folder / "config.json", "sizes of CLIP"):
-        sizes = description.get("vision_config", description)
-        # 512: CLIP's, if its config.json says nothing
-        width = description.get("projection_dim", sizes.get("projection_dim", 512))
-        tower = _make_tower({**sizes, "projection_dim": width})
-    # a folder of CLIP holds both towers, one of its image tower alone has the same names
-    parts = ("vision_model.", "visual_projection.")
-    weights = {name: value for name, value in weights.items() if name.startswith(parts)}
-    weights.pop("vision_model.embeddings.position_ids", None)
+    sizes, weights = read_image_tower(folder)
+    with limit_model(folder, folder), reading(folder, "sizes of CLIP"):
+        tower = _make_tower(sizes)
     load_state(tower, weights, folder)
     return tower

@@ -53,6 +53,24 @@ SWIN_COMPUTED: dict[str, tuple] = {
     "layer_norm_eps": (1e-5,),
     "quantization_config": (),
 }
+# of open_clip's image towers, beside sizes
+OPEN_CLIP_COMPUTED: dict[str, tuple] = {
+    "attentional_pool": (False,),
+    "no_ln_pre": (False,),
+    "pos_embed_type": ("learnable",),
+    "final_ln_after_pool": (False,),
+    "pool_type": ("tok",),
+    "output_tokens": (False,),
+    "global_average_pool": (False,),
+    "input_patchnorm": (False,),
+    "qk_norm": (False,),
+    "scaled_cosine_attn": (False,),
+    "scale_heads": (False,),
+    "scale_attn_inner": (False,),
+    "scale_attn": (False,),
+    "scale_fc": (False,),
+    "timm_model_pretrained": (False,),
+}
 # Files of weights, in the order in which `transformers` looks for them: a whole file before an index of
 # parts, safetensors before PyTorch's own.
 WEIGHT_FILES = (

@@ -138,9 +138,9 @@ def _spline_matrix(knots: np.ndarray, places: np.ndarray) -> np.ndarray:
         left, right = widths[i], widths[i + 1]
         system[row, i : i + 3] = right, -(left + right), left
     curvature = np.linalg.solve(system, slopes)
-    i = np.clip(np.searchsorted(knots, places, "right") - 1, 0, count - 2)
-    width = widths[i][:, None]
-    b = (places[:, None] - knots[i][:, None]) / width
+    at = np.clip(np.searchsorted(knots, places, "right") - 1, 0, count - 2)
+    width = widths[at][:, None]
+    b = (places[:, None] - knots[at][:, None]) / width
     a = 1 - b
-    bend = (a**3 - a) * curvature[i] + (b**3 - b) * curvature[i + 1]
-    return a * identity[i] + b * identity[i + 1] + bend * width**2 / 6
+    bend = (a**3 - a) * curvature[at] + (b**3 - b) * curvature[at + 1]
+    return a * identity[at] + b * identity[at + 1] + bend * width**2 / 6
