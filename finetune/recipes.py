@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.settings import FitConfig, OptimConfig, PartRates
+from raylib.settings import AugmentConfig, FitConfig, OptimConfig, PartRates
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
@@ -71,7 +71,9 @@ def _p2(
     candidates: int = 0,
     **more,
 ):
-    """A row of P2's tables 7 and 8: 384 pixels, batch over all workers."""
+    """A row of P2's tables 7 and 8: 384 pixels, batch over all workers; images augmented as its code does, so
+    that a frozen image encoder runs in every step."""
+    images = {} if task == "xnli" else {"augment": AugmentConfig.albef(0.5), "cache_image_states": False}
     return _recipe(
         f"P2 {where}: {task}, lr {lr:g}, batch {batch}, {epochs} epochs",
         name=name,
@@ -85,6 +87,7 @@ def _p2(
         optim=P2.model_copy(update={"lr": lr}),
         classifier=PUBLIC_HEAD,
         select_metric="recall_at_1",
+        **images,
         **more,
     )
 
@@ -152,9 +155,13 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
     if model == "uc2":
         optim = optim.model_copy(update={"lr": 4e-5 if task == "xgqa" else 2e-5})
     batch = {"xgqa": 256, "xflickrco": 128, "xvnli": 128 if model == "uc2" else 144}[task]
-    cclm = (
-        {"image_size": 384, "head": "decoder" if task == "xgqa" else "classifier"} if model == "cclm" else {}
-    )
+    # where a question or an answer tells left from right, CCLM's code does not flip the image
+    sides = ("left", "right") if task == "xgqa" else ()
+    cclm = {
+        "image_size": 384,
+        "head": "decoder" if task == "xgqa" else "classifier",
+        "augment": AugmentConfig.albef(0.5, flip_unless=sides),
+    }
     # "We mirror the training procedures from IGLUE": its losses, and VOLTA's heads
     losses = {"xgqa": "bce", "xvnli": "bce_mean"} if model == "uc2" else {}
     defaults = {
@@ -174,7 +181,7 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         candidates=128,
         select="last",
         strategies=strategies,
-        **cclm,
+        **(cclm if model == "cclm" else {}),
         **{**defaults, **more},
     )
 

@@ -187,6 +187,7 @@ def base() -> PretrainConfig:
             image_text=StreamConfig(batch=512, length=35, lanes=64),
             parallel=StreamConfig(batch=2048, length=50, lanes=64),
             text=StreamConfig(batch=2048, length=64, lanes=64),
+            augment=AugmentConfig.albef(0.2),
         ),
         optim=OptimConfig(),
         fit=FitConfig(steps=240_000, log_every=50, eval_every=10_000, save_every=2_000),
