@@ -19,9 +19,13 @@ from finetune.stores.images import ImageSource, open_images
 from finetune.stores.regions import open_regions
 from raylib.checkpoint import find_best
 from raylib.config import override
+from raylib.data.augmentation import FLIP, augment_image
 from raylib.data.images import BadImage
 from raylib.errors import UserError
 from raylib.monitoring import read_metrics
+from raylib.randomness import uniform
+from raylib.sample import DATA
+from raylib.settings import AugmentConfig
 from raylib.text import Tokenizer
 from tests.test_finetune_models import regions_of, write_regions
 
@@ -306,3 +310,26 @@ def test_tar_that_is_cut_off_in_mid_run_is_named(scenes, tmp_path):
     last = names_of(items_of(scenes, "test"))[-1]
     with pytest.raises(UserError, match=f"{path}: cut off: it has 5,000 bytes"):
         store.read(last)
+
+
+def test_augmented_batches_draw_for_each_image_and_heed_left_and_right(scenes, images):
+    """What is read of an example is its images as ALBEF's code would augment them, by draws of (seed, epoch,
+    example, image); of a question with a side in it the image is never flipped."""
+    items = items_of(scenes, "train", recipe="scenes_marvl")[:24]
+    config = AugmentConfig.albef(0.5, flip=1.0, flip_unless=("a",), operations=0)
+    source = ImageSource(open_images(images), 24, config)
+    tokenizer = Tokenizer.load(DATA / "tokenizer.model")
+    batches = ExampleBatches(items, ("True", "False"), source, tokenizer, 20, False, BatchOrder(12, 3))
+    for step in (1, 3):  # of the first epoch and the second
+        epoch, _, numbers = batches.rows(step)
+        pixels = batches[step]["examples"]["images"]
+        draws = uniform(3, epoch, "augment", numbers[:, None, None], np.arange(2)[:, None], np.arange(27))
+        for row, number in enumerate(numbers):
+            said = [*items[number].texts, *items[number].labels]
+            for side, name in enumerate(items[number].images):
+                values = draws[row, side].copy()
+                values[FLIP] = 1 if any("a" in text for text in said) else values[FLIP]
+                expected = augment_image(source.store.read(name), 24, config, values)
+                assert np.array_equal(pixels[2 * row + side].numpy(), expected)
+    flips = ["a" in "".join([*item.texts, *item.labels]) for item in items]
+    assert 0 < sum(flips) < len(items)
