@@ -92,12 +92,43 @@ def _p2(
     )
 
 
-def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int, schedule: int = 20, **more):
-    """`schedule`: epochs that the learning rate is laid out for (`optim_train_epochs`)."""
+# IGLUE's tasks: learning rate, batch, epochs, those that the rate is laid out for (`optim_train_epochs`),
+# longest text, and what else; the same for all models
+IGLUE_TASKS: dict[str, tuple[float, int, int, int, int, dict[str, Any]]] = {
+    "xgqa": (4e-5, 256, 5, 20, 40, {"loss": "bce"}),
+    "xvnli": (2e-5, 128, 10, 20, 80, {"loss": "bce_mean"}),
+    "xflickrco": (2e-5, 64, 10, 20, 80, {}),
+    "marvl": (1e-5, 64, 20, 20, 80, {"loss": "bce_mean"}),
+    "wit": (2e-5, 64, 2, 2, 80, {}),
+}
+# shots of the most examples, their batch (VOLTA's, divided by its accumulation), and the languages
+IGLUE_SHOTS: dict[str, tuple[int | str, int, dict[str, Any]]] = {
+    "xgqa": (48, 64, {}),
+    "xvnli": (48, 64, {}),
+    "xflickrco": (100, 32, {}),
+    "marvl": ("10x2", 32, {"languages": ("id", "tr", "zh")}),
+}
+# models of its tables ("": ours); which have the tasks that they can: retrieval is by our own alone
+IGLUE_MODELS = ("", "muniter", "xuniter", "uc2", "m3p")
+IGLUE_CLASSIFIED = ("xgqa", "xvnli", "marvl")
+
+
+def _iglue(task: str, model: str = "", setting: str = "zero_shot"):
+    """A row of IGLUE's tables: training on English, or `setting=translate_test` of what that has left."""
+    lr, batch, epochs, schedule, length, more = IGLUE_TASKS[task]
+    name = "_".join(filter(None, ("iglue", model, "" if setting == "zero_shot" else setting, task)))
+    english = "_".join(filter(None, ("iglue", model, task)))
+    what = (
+        f"lr {lr:g}, batch {batch}, {epochs} epochs"
+        if setting == "zero_shot"
+        else f"on translations into English; give model=RUN of {english}"
+    )
     return _recipe(
-        f"IGLUE's protocol: {task}, lr {lr:g}, batch {batch}, {epochs} epochs",
+        f"IGLUE's protocol, {model.upper() or 'any model'}, {setting}: {task}, {what}",
         name=name,
         task=task,
+        setting=setting,
+        backbone=model or "unified",
         batch=batch,
         epochs=epochs,
         length=length,
@@ -109,26 +140,42 @@ def _iglue(name: str, task: str, lr: float, batch: int, epochs: int, length: int
     )
 
 
-def _iglue_few_shot(task: str, shots: int | str, length: int, **more):
+def _iglue_few_shot(task: str, model: str = ""):
     """From the English checkpoint, a model for each language and number of shots; its middle learning rate,
     of which it tries three. Its code has smaller batches of fewer shots: xGQA 8, 16, 32 of 1, 5, 10; XVNLI 2,
-    16, 32 of these; MaRVL 2, 4, 8, 16, 32 of 1, 2, 4, 10, 10x2; xFlickrCO 1, 2, 4, 8, 16 of 1, 5, 10, 25, 50.
+    16, 32 of these; MaRVL 2, 4, 8, 16 of 1, 2, 4, 10; xFlickrCO 1, 2, 4, 8, 16 of 1, 5, 10, 25, 50.
     Set batch=."""
+    (shots, batch, more), (*_, length, task_settings) = IGLUE_SHOTS[task], IGLUE_TASKS[task]
+    middle = f"{model}_" if model else ""
     return _recipe(
-        f"IGLUE's few-shot protocol: {task}, shots={shots}; give model=RUN of iglue_{task}",
-        name=f"iglue_few_shot_{task}",
+        f"IGLUE's few-shot protocol, {model.upper() or 'any model'}: {task}, shots={shots}; give model=RUN "
+        f"of iglue_{middle}{task}",
+        name=f"iglue_{middle}few_shot_{task}",
         task=task,
         setting="few_shot",
+        backbone=model or "unified",
         shots=shots,
-        batch=64,
+        batch=batch,
         epochs=20,
         length=length,
         workers=1,
         last_batch="keep",
         classifier=VOLTA_HEAD,
         optim=IGLUE.model_copy(update={"lr": FEW_SHOT_RATES[1]}),
+        **task_settings,
         **more,
     )
+
+
+def _iglue_rows() -> "dict[str, Callable[[], FinetuneConfig]]":
+    """All rows of IGLUE's tables, by name."""
+    recipes = []
+    for model in IGLUE_MODELS:
+        tasks = [task for task in IGLUE_TASKS if not model or task in IGLUE_CLASSIFIED]
+        recipes += [_iglue(task, model) for task in tasks]
+        recipes += [_iglue_few_shot(task, model) for task in tasks if task in IGLUE_SHOTS]
+        recipes += [_iglue(task, model, "translate_test") for task in tasks]
+    return {recipe().name: recipe for recipe in recipes}
 
 
 def _p0(model: str, row: str, strategies: dict, **more):
@@ -234,10 +281,14 @@ def _p4(task: str, row: str, strategies: dict, **more):
     row (`tune_spaces p4_small`, `p4_full`)."""
     is_xtd = task == "xtd_few"
     has_small_modules = any(name in strategies for name in ("lora", "adapter", "compacter", "soft_prompt"))
+    optim: dict[str, Any] = {"lr": P4_SMALL_RATES[1] if has_small_modules else P4_FULL_RATES[1]}
+    if has_small_modules and "soft_prompt" not in strategies:
+        # "we unfreeze the linear head and assign the same learning rate as fine-tuning" (section 5.4.2)
+        optim["rates"] = PartRates(head=P4_FULL_RATES[1])
     settings: dict[str, Any] = {
         "backbone": "mclip",
         "setting": "single_language",
-        "optim": P4.model_copy(update={"lr": P4_SMALL_RATES[1] if has_small_modules else P4_FULL_RATES[1]}),
+        "optim": P4.model_copy(update=optim),
         # XTD's 50 captions are 5 steps, after which it is evaluated: an epoch
         "fit": FitConfig(eval_every=0 if is_xtd else 300),
     }
@@ -505,17 +556,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p2_marvl": _p2("p2_marvl", "table 8", "marvl", 4e-5, 256, 10, 40, freeze=UNIMODAL),
     "p2_xnli": _p2("p2_xnli", "table 8", "xnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "p2_snli_xvnli": _p2("p2_snli_xvnli", "table 8", "snli_xvnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
-    "iglue_xgqa": _iglue("iglue_xgqa", "xgqa", 4e-5, 256, 5, 40, loss="bce"),
-    "iglue_xvnli": _iglue("iglue_xvnli", "xvnli", 2e-5, 128, 10, 80, loss="bce_mean"),
-    "iglue_xflickrco": _iglue("iglue_xflickrco", "xflickrco", 2e-5, 64, 10, 80),
-    "iglue_marvl": _iglue("iglue_marvl", "marvl", 1e-5, 64, 20, 80, loss="bce_mean"),
-    "iglue_wit": _iglue("iglue_wit", "wit", 2e-5, 64, 2, 80, schedule=2),
-    "iglue_few_shot_xgqa": _iglue_few_shot("xgqa", 48, 40, loss="bce"),
-    "iglue_few_shot_xvnli": _iglue_few_shot("xvnli", 48, 80, loss="bce_mean"),
-    "iglue_few_shot_xflickrco": _iglue_few_shot("xflickrco", 100, 80),
-    "iglue_few_shot_marvl": _iglue_few_shot(
-        "marvl", "10x2", 80, loss="bce_mean", languages=("id", "tr", "zh")
-    ),
+    **_iglue_rows(),
     "scenes_xgqa": _scenes("xgqa"),
     "scenes_xvnli": _scenes("xvnli"),
     "scenes_xflickrco": _scenes("xflickrco", languages=SCENES),
@@ -534,8 +575,13 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
 FAMILIES = {
     "scenes": "Emoji scenes, a miniature IGLUE, on 2 CPU cores in minutes",
     "transfer": "Emoji scenes in four languages by the methods of P4 and P3, on 2 CPU cores",
-    "iglue": "IGLUE (Bugliarello et al. 2022), its protocol: zero-shot",
+    "iglue": "IGLUE (Bugliarello et al. 2022), its protocol, of any model: zero-shot",
     "iglue_few_shot": "IGLUE, few-shot",
+    "iglue_translate_test": "IGLUE, tested on translations into English",
+    "iglue_muniter": "IGLUE, mUNITER",
+    "iglue_xuniter": "IGLUE, xUNITER",
+    "iglue_uc2": "IGLUE, UC2",
+    "iglue_m3p": "IGLUE, M3P",
     "p0": "P0 (Nooralahzadeh and Sennrich 2023): linguistic prior, sparse fine-tuning, code-mixing; xGQA",
     "p1": "P1 (Reinhardt et al. 2024): scheduled unfreezing, layer-wise learning rates",
     "p2": "P2 (Li et al. 2023): the pretrained model on each task",

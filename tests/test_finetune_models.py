@@ -58,9 +58,9 @@ def error(printed: str) -> str:
     return line
 
 
-def regions_of(scenes: Path, task: str, more=()) -> dict[str, dict]:
+def regions_of(scenes: Path, task: str, more=(), *settings: str) -> dict[str, dict]:
     """Made-up detections for every image of a task, two to five each, by id; `more`: of further splits."""
-    config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}"])
+    config = override(RECIPES[f"scenes_{task}"](), [f"data={scenes}", *settings])
     places = [("train", "en"), ("dev", "en"), ("test", "en"), ("test", "ru"), *more]
     names = sorted(
         {image for place in places for example in read_split(config, *place) for image in example.images}

@@ -98,3 +98,39 @@ def test_single_stream_wrong_settings_are_one_line_errors(finetune, tmp_path, sc
         settings = [*settings, f"regions={write_regions(tmp_path, 'npz', regions_of(scenes, 'xgqa'))}"]
     found, printed = finetune(task, f"model={text}", "backbone=uc2", *settings)
     assert found is None and words in error(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "kind", "task"),
+    [
+        ("uc2", "xlmr", "xgqa"),
+        ("xuniter", "xlmr", "xvnli"),
+        ("muniter", "bert", "marvl"),
+        ("m3p", "xlmr", "xgqa"),
+    ],
+)
+def test_rows_of_iglue_run_one_after_the_other(tmp_path, scenes, model, kind, task):
+    """Trained on English; from there few-shot, and tested on translations into English."""
+    text = text_folder(tmp_path / "text", kind)
+    shots = 4 if task == "marvl" else 5
+    more = [("shots", "ru"), *([("shots_dev", "ru")] if task == "xgqa" else [])]
+    path = write_regions(tmp_path, "npz", regions_of(scenes, task, more, f"shots={shots}"))
+    own = [
+        *(f"data={scenes}", f"regions={path}", f"runs={tmp_path}", "runtime=local", "epochs=1", "batch=16"),
+        *("fit.bf16=false", "fit.loader_workers=0"),
+    ]
+    chain = {
+        f"iglue_{model}_{task}": [f"model={text}", "languages=en,ru"],
+        f"iglue_{model}_few_shot_{task}": [f"model={tmp_path / 'english'}", "languages=ru", f"shots={shots}"],
+        f"iglue_{model}_translate_test_{task}": [f"model={tmp_path / 'english'}", "languages=en,ru"],
+    }
+    found = {}
+    for recipe, settings in chain.items():
+        name = "english" if not found else recipe
+        assert main([recipe, *own, f"name={name}", *settings]) == 0
+        found[recipe] = json.loads((tmp_path / name / "result.json").read_text())
+    english, few, translated = found.values()
+    assert few["setting"] == "few_shot" and set(few["accuracy"]) == {"ru"} and few["steps"] > 0
+    assert translated["setting"] == "translate_test" and translated["steps"] == 0
+    assert translated["accuracy"]["en"] == english["accuracy"]["en"]
