@@ -35,7 +35,7 @@ from finetune.tasks.base import Overlap, Task
 from raylib.cache import file_fingerprint
 from raylib.display import progress
 from raylib.errors import UserError
-from raylib.fileio import nfc, read_json, write_json
+from raylib.fileio import MAX_JSON, nfc, read_json, write_json
 
 RULE_VERSION = 2  # of what counts as the same: another number makes nothing of what is kept
 COMPARED = (("test", "train"), ("test", "dev"), ("dev", "train"))
@@ -233,9 +233,8 @@ def _cached_overlaps(cache: Path, task: Task, sets: list[UsedSet]) -> list[dict[
         )
     file = cache / f"overlap-{hashlib.sha256(repr(facts).encode()).hexdigest()[:24]}.json"
     if os.path.lexists(file):
-        return read_json(
-            file, "overlaps that were found", "remove it, and they are found anew", shape=list[FoundOverlap]
-        )
+        what, advice = "overlaps that were found", "remove it, and they are found anew"
+        return read_json(file, what, advice, shape=list[FoundOverlap], most=MAX_JSON)
     began = time.perf_counter()
     found = find_overlaps(task, sets)
     if time.perf_counter() - began > 1:

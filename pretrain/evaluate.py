@@ -17,7 +17,7 @@ from raylib.data.sources import Source
 from raylib.display import markdown_table, progress
 from raylib.distributed import gather_objects, raise_on_all_workers, rank, world_size
 from raylib.errors import UserError
-from raylib.fileio import find_file, read_json, write_json
+from raylib.fileio import MAX_JSON, find_file, read_json, write_json
 from raylib.finite import is_finite, require_finite, require_finite_values
 from raylib.metrics import mean_or_zero, mean_recall_at_1, recall_figures, recall_hits, recall_interval
 from raylib.models import find_model, find_tokenizer
@@ -69,7 +69,7 @@ def read_retrieval_set(folder: Path | str) -> Iterator[RetrievalItem]:
 
 def _from_folder(folder: Path) -> Iterator[RetrievalItem]:
     what, advice = "JSON: a list of images and captions", "take an undamaged copy"
-    records = read_json(folder / "captions.json", what, advice)
+    records = read_json(folder / "captions.json", what, advice, most=MAX_JSON)
     if not isinstance(records, list) or not records:
         raise UserError(f"{folder}/captions.json: no {what.removeprefix('JSON: a ')}; {advice}")
     for i, record in enumerate(records):

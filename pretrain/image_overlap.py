@@ -30,7 +30,7 @@ from raylib.data.sources import Source
 from raylib.data.tars import TarScan
 from raylib.display import markdown_table, percent, progress
 from raylib.errors import UserError, reading
-from raylib.fileio import nfc, read_json, require_unicode, write_json
+from raylib.fileio import MAX_JSON, nfc, read_json, require_unicode, write_json
 from raylib.provenance import provenance
 from raylib.runtime import available_cpus
 from raylib.settings import MAX_PIXELS
@@ -202,7 +202,8 @@ def read_names(path: Path) -> set[str]:
     """
     names: set[str] = set()
     if path.suffix == ".json":
-        names.update(_named(read_json(path, "JSON that names images", "take an undamaged copy")))
+        what, advice = "JSON that names images", "take an undamaged copy, or a file with a name a line"
+        names.update(_named(read_json(path, what, advice, most=MAX_JSON)))
     else:
         with open_text(path, has_lines=True) as file:
             for number, line in enumerate(file, 1):

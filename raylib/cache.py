@@ -28,7 +28,7 @@ from raylib.data.loading import prefetch, to_device, to_host
 from raylib.display import progress
 from raylib.distributed import barrier, broadcast_from_rank0, raise_on_all_workers, rank, world_size
 from raylib.errors import NotFinite, UserError, reading
-from raylib.fileio import file_lock, read_json_object
+from raylib.fileio import MAX_JSON, file_lock, read_json_object
 from raylib.finite import is_finite
 from raylib.lock import make_folder
 from raylib.packed import Ragged
@@ -131,7 +131,7 @@ class EncoderStates:
         self.shapes: list[tuple[int, int, str]] = []  # (tokens, width, dtype) of each worker's file
         for worker in range(len(list(folder.glob("index-*.json")))):
             path, what, advice = folder / f"index-{worker}.json", "an index of states", self._advice
-            index = read_json_object(path, (), what, advice, shape=StoredIndex)
+            index = read_json_object(path, (), what, advice, shape=StoredIndex, most=MAX_JSON)
             with reading(path, what, advice):
                 _require_fit(index, folder / f"states-{worker}.bin")
                 shape = index["tokens"], index["width"], index["dtype"]

@@ -1,6 +1,10 @@
 """Kinds of files by their first bytes: why a file is not what was expected, and what to do."""
 
+import errno
+import io
+import os
 import re
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,13 +59,33 @@ KINDS = (
 )
 
 
+def open_plain(path: Path | str, may_wait: bool = False) -> io.BufferedReader:
+    """Open a file to read its bytes. A pipe would be waited for, for ever, and a device never end.
+
+    may_wait: take these too.
+    Raises:
+        ValueError: it is one. OSError: as of `open`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if may_wait else os.O_NONBLOCK))
+    except OSError as e:
+        if e.errno == errno.ENXIO:
+            raise ValueError("a socket, where a file is needed") from None
+        raise
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    # as `open` with a name: it refuses a folder, and errors name the file
+    file = io.FileIO(path, opener=lambda *_: descriptor)
+    if kind != stat.S_IFREG and not may_wait:
+        file.close()
+        raise ValueError("a pipe or a device, where a file is needed")
+    return io.BufferedReader(file)
+
+
 def recognize(path: Path, expected: str) -> tuple[str, str]:
     """Return (why a file that could not be read as `expected` is none, what to do) as far as its first bytes
     tell; ("", "") where they do not."""
     try:
-        if not path.is_file():  # a pipe would be waited for
-            return "", ""
-        with open(path, "rb") as file:
+        with open_plain(path) as file:
             head = file.read(HEAD)
     except (OSError, ValueError):
         return "", ""

@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shutil
-import stat
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -23,12 +22,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from raylib.errors import UserError, name_errors, reading
+from raylib.file_kinds import open_plain
 from raylib.processes import process_start, try_lock
 from raylib.strict_json import check_shape, parse_json
 
 CHUNK = 1 << 16  # bytes read at a time
 MAX_TRIES = 1000  # places where a record may begin in a line that a crash has damaged
-MAX_JSON = 1 << 30  # bytes of a file that is read whole
+MAX_SMALL = 1 << 24  # bytes of a file that is read whole: settings, sizes, records, results, a program
+MAX_JSON = 1 << 29  # and of one that may have a value for each image, file or step of a run
 URL_SAFE = bytes.maketrans(b"-_", b"+/")
 DAY = 24 * 60 * 60  # seconds
 
@@ -137,19 +138,16 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
     write_atomically(path, text + "\n")
 
 
-def read_bytes(path: Path, most: int = MAX_JSON) -> bytes:
+def read_bytes(path: Path, most: int = MAX_SMALL) -> bytes:
     """Read a file whole.
 
     Raises:
-        ValueError: it has more bytes than `most`, or is no plain file: a pipe would be waited for.
+        ValueError: it has more bytes than `most`, or is no plain file.
     """
-    status = path.stat()
-    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise ValueError("a pipe or a device")
-    if status.st_size > most:
-        raise ValueError(f"{status.st_size:,} bytes, of which {most:,} may be")
-    with open(path, "rb") as file:  # a folder: its error says so
-        return file.read(status.st_size)  # `most` would be made room for
+    with open_plain(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise ValueError(f"{size:,} bytes, of which {most:,} may be")
+        return file.read(size)  # `most` would be made room for
 
 
 def read_json(
@@ -158,6 +156,7 @@ def read_json(
     advice: str = "restore the file",
     finite: bool = True,
     shape: Any = None,
+    most: int = MAX_SMALL,
 ) -> Any:
     """Read a JSON file (`raylib.strict_json`) that lies in memory whole.
 
@@ -165,11 +164,13 @@ def read_json(
         what, advice: of the line (`raylib.errors.reading`).
         finite: NaN and Infinity are refused; False for what earlier versions of this code wrote.
         shape: the types that its values must have, where that matters, as pydantic has them.
+        most: bytes; values take up to thirty times as many.
     Raises:
-        UserError: it is damaged, or another kind of file; a value has another type (its place is named).
+        UserError: it is damaged, too large, or another kind of file; a value has another type (its place is
+            named).
     """
     with reading(path, what, advice):
-        values = parse_json(read_bytes(path), finite)
+        values = parse_json(read_bytes(path, most), finite)
         if shape is not None:
             check_shape(values, shape)
     return values
@@ -182,13 +183,14 @@ def read_json_object(
     advice: str = "restore the file",
     finite: bool = True,
     shape: Any = None,
+    most: int = MAX_SMALL,
 ) -> dict[str, Any]:
     """Read a JSON file that holds an object with `keys`; the rest as `read_json`.
 
     Raises:
         UserError: it does not.
     """
-    values = read_json(path, what, advice, finite, shape)
+    values = read_json(path, what, advice, finite, shape, most)
     with reading(path, what, advice):
         if not isinstance(values, dict):
             raise ValueError(f"{type(values).__name__} in place of an object")
@@ -269,7 +271,7 @@ def _read_lines(path: Path) -> list[bytes]:
     if not os.path.lexists(path):
         return []
     with reading(path, "lines of JSON", "restore the file"):
-        return read_bytes(path).split(b"\n")
+        return read_bytes(path, MAX_JSON).split(b"\n")
 
 
 def repair_jsonl(path: Path, key: str) -> list[str]:

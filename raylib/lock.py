@@ -33,6 +33,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from raylib.errors import MachineError, RunLost, UserError, name_errors
+from raylib.file_kinds import open_plain
 from raylib.processes import (
     has_rebooted,
     is_same_file,
@@ -50,6 +51,7 @@ LOCK = "lock.json"
 WATCH_SECONDS = 1.0  # between looks
 # until a process that should have ended by itself is interrupted, and until it is ended
 GRACE_SECONDS, INTERRUPT_SECONDS = 5.0, 20.0
+LONGEST = 1 << 16  # bytes of a record that are read
 RETRY_SECONDS = 3.0  # a lock that is just being looked at, or written, is free or whole by then
 
 Record = Mapping[str, Any]
@@ -335,7 +337,7 @@ def _acquire(folder: Path, job_has_ended: JobHasEnded) -> RunLock:
         try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise UserError(f"{path}: no lock of a run, whose name it has; remove it")
-            is_free, record = try_lock(descriptor), _parse(os.pread(descriptor, 1 << 16, 0))
+            is_free, record = try_lock(descriptor), _parse(os.pread(descriptor, LONGEST, 0))
             # an owner that has just ended has removed the file that was opened
             if is_free is not False and is_same_file(descriptor, path):
                 _require_gone(folder, record, is_free, job_has_ended)
@@ -394,10 +396,15 @@ def _parse(data: bytes) -> dict[str, Any]:
     return {}
 
 
+def _read_start(path: Path) -> bytes:
+    with open_plain(path) as file:
+        return file.read(LONGEST)
+
+
 def _read_record(path: Path) -> dict[str, Any]:
     """Return the record of a lock, which its owner may be writing just now; {}: it is torn."""
     for _ in range(3):
-        if record := _parse(path.read_bytes()):
+        if record := _parse(_read_start(path)):
             return record
         time.sleep(0.05)
     return {}

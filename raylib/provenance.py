@@ -35,7 +35,7 @@ from raylib.checkpoint import hint_if_unsaved
 from raylib.data.index import JSON_ENDING, hash_index
 from raylib.display import progress
 from raylib.errors import UserError
-from raylib.fileio import read_json_object, sha256_file, write_atomically
+from raylib.fileio import MAX_JSON, read_json_object, sha256_file, write_atomically
 from raylib.runtime import available_cpus, device_name
 from raylib.strict_json import Count
 
@@ -262,7 +262,8 @@ def read_identity(run: Path) -> dict[str, Any]:
     if not os.path.lexists(run / IDENTITY):
         return {"folder": "", "code": [], "data": {}}
     advice = "delete it to record the data anew"
-    stored = read_json_object(run / IDENTITY, (), "the record of a run's data", advice, shape=StoredIdentity)
+    what = "the record of a run's data"
+    stored = read_json_object(run / IDENTITY, (), what, advice, shape=StoredIdentity, most=MAX_JSON)
     return {"folder": "", **stored}
 
 

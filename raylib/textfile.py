@@ -13,7 +13,6 @@ import io
 import lzma
 import os
 import re
-import stat
 import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ import ijson
 import numpy as np
 
 from raylib.errors import UserError, error_line, reading, unreadable
-from raylib.file_kinds import HEAD, LFS_POINTER, WEB_PAGE
+from raylib.file_kinds import HEAD, LFS_POINTER, WEB_PAGE, open_plain
 from raylib.strict_json import DEPTH
 
 RATIO, FLOOR = 250, 1 << 28  # times the file's size, and bytes that are no bomb at any ratio
@@ -59,17 +58,16 @@ def open_bytes(
     """
     with ExitStack() as stack:
         try:
-            kind = stat.S_IFMT(os.stat(path).st_mode)
-            # a pipe may be waited for for ever, and a device never end
-            if kind not in (stat.S_IFREG, stat.S_IFDIR) and not path.is_relative_to("/dev"):
-                raise UserError(f"{path}: a pipe or a device, where a file is needed; give a file")
-            stored = stack.enter_context(open(path, "rb"))
+            # of /dev, what a shell writes: <(COMMAND), /dev/stdin
+            stored = stack.enter_context(open_plain(path, may_wait=path.is_relative_to("/dev")))
             packed: IO[bytes] | gzip.GzipFile | lzma.LZMAFile = stored
             if path.suffix in PACKED:
                 packed = _unpack(path, stored)
                 stack.push(packed)
         except FileNotFoundError:
             raise UserError(f"{path}: no such file") from None
+        except ValueError as e:
+            raise UserError(f"{path}: {e}; give a file") from None
         except OSError as e:
             raise error_line(e, path) or e from None
         counted = _Counted(path, packed, os.fstat(stored.fileno()).st_size, is_text, has_lines)

@@ -11,7 +11,6 @@
    allocated: no more than these storages take in the file.
 """
 
-import errno
 import math
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
+from raylib.file_kinds import open_plain
 from raylib.pickles import CALLS as PLAIN_CALLS
 from raylib.pickles import OPCODES, Machine, Name, Refused, make_bytes, refuse_call, require_plain
 
@@ -111,9 +111,7 @@ def read_torch(
         ValueError: a damaged file, or one with more than tensors and plain values.
         OSError: no file.
     """
-    if not path.is_file():  # a pipe would never end
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
-    with open(path, "rb") as file:
+    with open_plain(path) as file:
         size = os.fstat(file.fileno()).st_size
         is_zip = file.read(4) == b"PK\x03\x04"
         file.seek(0)

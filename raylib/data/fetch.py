@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field
 from raylib.config import PIPE
 from raylib.data.shards import KINDS, MANIFEST, ShardName, index_command
 from raylib.errors import MachineError, UserError, name_errors, reading
-from raylib.fileio import atomic_file, file_lock, read_json_object, sha256_file
+from raylib.fileio import MAX_JSON, atomic_file, file_lock, read_json_object, sha256_file
 from raylib.strict_json import Count
 
 CHUNK = 1 << 20
@@ -134,7 +134,7 @@ def fetch_manifest(base: str | Path, cache, kind: str | None) -> Manifest:
             f"{error}; for a folder of tars, `{index_command(base, kind or 'KIND')}` makes one"
         ) from None
     what, advice = "a manifest of shards", f"make it anew: {index_command(base, kind or 'KIND')}"
-    stored = read_json_object(path, (), what, advice, shape=StoredManifest)
+    stored = read_json_object(path, (), what, advice, shape=StoredManifest, most=MAX_JSON)
     with reading(path, what, advice):
         return _parse_manifest(stored)
 

@@ -3,7 +3,6 @@
 import functools
 import io
 import os
-import stat
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 
 from raylib.data.image_headers import MAX_BYTES, check_image, read_avif_depth, read_orientation
 from raylib.errors import UserError, describe_error, error_line
+from raylib.file_kinds import open_plain
 from raylib.settings import MAX_PIXELS, PreprocessConfig, Resample
 
 IMAGE_EXTENSIONS = frozenset(
@@ -136,15 +136,14 @@ def read_image_file(path: Path | str) -> bytes:
     Raises:
         BadImage: no file, or too large a one. OSError: as of `open`.
     """
-    # a pipe is not waited for
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb", buffering=0) as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise BadImage(f"{path}: no file")
-        if status.st_size > MAX_BYTES:
-            raise BadImage(f"{path}: {status.st_size:,} bytes, of which an image may have {MAX_BYTES:,}")
-        return file.readall()
+    try:
+        file = open_plain(path)
+    except (ValueError, IsADirectoryError):
+        raise BadImage(f"{path}: no file") from None
+    with file:
+        if (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+            raise BadImage(f"{path}: {size:,} bytes, of which an image may have {MAX_BYTES:,}")
+        return file.read()
 
 
 def _decode_pil(image: Any, name: str, max_pixels: int) -> np.ndarray:

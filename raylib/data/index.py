@@ -37,7 +37,7 @@ import numpy as np
 
 from raylib.data.tars import BLOCK, TarScan
 from raylib.errors import UserError, describe_error, reading
-from raylib.fileio import file_lock, read_json_object, write_atomically, write_json
+from raylib.fileio import MAX_JSON, file_lock, read_json_object, write_atomically, write_json
 
 MAGIC, FORMAT = b"PGLANCE\n", 2
 HEAD_OF_3 = re.compile(rb'\A\{"format":3,("bytes":\d+),"crc32":\d+')
@@ -405,7 +405,7 @@ def _convert(shard: Path) -> bytes:
         scan = TarScan(shard, hashes=False)
         return encode_index(scan.bytes, list_samples(scan), time)
     what, advice = "the index of a shard", "delete it, and index the folder anew"
-    stored = read_json_object(path, ("bytes", "samples"), what, advice)
+    stored = read_json_object(path, ("bytes", "samples"), what, advice, most=MAX_JSON)
     with reading(path, what, advice):
         samples = _parse_samples(stored)
         if stored.get("format") != JSON_FORMATS[-1]:

@@ -42,7 +42,7 @@ from raylib.data.index import index_path, json_path, list_samples, read_npy_head
 from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.display import hide_progress, progress
 from raylib.errors import UserError, reading
-from raylib.fileio import read_json_object, write_json
+from raylib.fileio import MAX_JSON, read_json_object, write_json
 from raylib.strict_json import check_shape
 from raylib.text import is_language_code, language_of
 
@@ -326,7 +326,7 @@ def _list_stale(manifest: Path) -> set[str]:
     if not manifest.exists():
         return set()
     what, advice = "a manifest of shards", "delete it, or write into another folder"
-    shards = read_json_object(manifest, ("shards",), what, advice)["shards"]
+    shards = read_json_object(manifest, ("shards",), what, advice, most=MAX_JSON)["shards"]
     with reading(manifest, what, advice):
         names = [shard["name"] for shard in shards]
         check_shape(names, list[ShardName])  # they will be deleted: none may lead out of the folder

@@ -26,7 +26,7 @@ from ray.tune.search import BasicVariantGenerator, SearchAlgorithm
 from raylib.command import spell_commands
 from raylib.config import change_settings, dump_config
 from raylib.errors import UserError
-from raylib.fileio import write_json
+from raylib.fileio import read_bytes, write_json
 from raylib.launch import IDLE_CPUS, gpu_share, list_nodes, warn_of_copy
 from raylib.lock import add_ray_job, hold_run, owner_of, watch_file
 from raylib.provenance import record_identity
@@ -94,7 +94,7 @@ def _search_in(
     """`run_search`, in a folder that it holds."""
     grown = check_fingerprint(folder, fingerprint, type(base))
     report_file = folder / "report.md"  # says that all is done; a power failure may leave zero bytes
-    if report_file.is_file() and report_file.read_bytes().strip(b"\0") and not grown:
+    if report_file.is_file() and read_bytes(report_file).strip(b"\0") and not grown:
         print(f"search '{config.name}' is complete: {folder}/report.md (another name= starts another search)")
         return folder
     warm_start = load_warm_start(config, space, fingerprint, type(base))

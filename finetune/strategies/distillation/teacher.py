@@ -22,7 +22,7 @@ from raylib.data.index import FileBytes
 from raylib.data.loading import to_host
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError, hub_hint, reading
-from raylib.fileio import read_json
+from raylib.fileio import MAX_JSON, read_json
 from raylib.finite import is_finite
 from raylib.models.base import FusionBackbone, RegionBackbone, read_description
 from raylib.models.finetuned import FinetuneModel, find_evaluated, is_foreign, load_backbone
@@ -103,9 +103,8 @@ class StoredStates:
         self.rows: dict[str, tuple[str, int, int]] = {}  # id -> (shard, first token, tokens)
         for index in sorted(folder.glob("index-*.json")):
             worker = index.stem.removeprefix("index-")
-            places = read_json(
-                index, "an index of states", f"delete {folder}, they are made again", shape=INDEX
-            )
+            what, advice = "an index of states", f"delete {folder}, they are made again"
+            places = read_json(index, what, advice, shape=INDEX, most=MAX_JSON)
             # a number alone: a text could lead out of the folder
             for name, (number, *row) in places.items():
                 self.rows[name] = f"states-{worker}-{number}.safetensors", *row
