@@ -20,7 +20,7 @@ import torch
 
 from raylib import checkpoint
 from raylib.engine_state import MOMENTS, VALUE, EngineState, Piece, make_state, state_files
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.fileio import read_json_object, write_json
 from raylib.lock import hold_run
 from raylib.saving import write_files
@@ -72,12 +72,9 @@ def convert_checkpoint(folder: Path) -> None:
         UserError: the checkpoint is not whole, or its state is not to be read.
     """
     workers = checkpoint.verify(folder)["workers"]
-    try:
+    with reading(folder, "the state of an optimizer", "take an undamaged copy; nothing has changed"):
         states = _read_zero(folder / "zero") if (folder / "zero").is_dir() else _read_torch(folder)
         written = [write_files(folder, state_files(state, rank)) for rank, state in enumerate(states)]
-    except (RuntimeError, EOFError, LookupError, AttributeError, TypeError, ValueError) as e:
-        reason = str(e).splitlines()[0] if str(e) else type(e).__name__
-        raise UserError(f"{folder}: its optimizer state is not read ({reason}); nothing changed") from e
     # the list of worker 0 last: by it the checkpoint is one of an earlier version or not
     for rank in reversed(range(workers)):
         listing = folder / f"files-{rank:05d}.json"

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
-from raylib.file_kinds import recognize
+from raylib.file_kinds import DOWNLOAD_AGAIN, find_unfinished, recognize
 
 HUB_NAME = re.compile(
     r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
@@ -59,7 +59,9 @@ def require(module: str, extra: str) -> Any:
 
 def hub_hint(path: Path | str) -> str:
     """Return how to download a model of the Hugging Face Hub, if `path`, where nothing lies, may be its name;
-    else ""."""
+    of one whose download has not ended, that; else ""."""
+    if partial := find_unfinished(Path(path)):
+        return f"; {partial} is an unfinished download: let it end, or {DOWNLOAD_AGAIN}"
     name, parent = str(path), Path(path).parent
     may_be = HUB_NAME.fullmatch(name) and not FILE_NAME.search(name) and not Path(path).exists()
     # beside other files it is a mistyped path

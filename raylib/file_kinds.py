@@ -1,10 +1,6 @@
 """Kinds of files by their first bytes: why a file is not what was expected, and what to do."""
 
-import errno
-import io
-import os
 import re
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +17,10 @@ ANSWER = re.compile(
 )
 HUB_ADDRESS = re.compile(r"url\s*=\s*\S*huggingface\.co[:/](\S+?/\S+?)(?:\.git)?/?\s*$", re.M)
 DOWNLOAD_AGAIN = "download it again"
+# endings of files that a program is downloading: the hub's, browsers' and curl's, aria2's note beside one
+UNFINISHED = (".incomplete", ".part", ".partial", ".crdownload", ".aria2")
+# where the hub's program keeps them: below a `--local-dir`, and beside the snapshots of its cache
+HUB_DOWNLOADS = (".cache/huggingface/download", "../../blobs")
 
 
 class Kind(NamedTuple):
@@ -59,36 +59,18 @@ KINDS = (
 )
 
 
-def open_plain(path: Path | str, may_wait: bool = False) -> io.BufferedReader:
-    """Open a file to read its bytes. A pipe would be waited for, for ever, and a device never end.
-
-    may_wait: take these too.
-    Raises:
-        ValueError: it is one. OSError: as of `open`.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if may_wait else os.O_NONBLOCK))
-    except OSError as e:
-        if e.errno == errno.ENXIO:
-            raise ValueError("a socket, where a file is needed") from None
-        raise
-    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
-    # as `open` with a name: it refuses a folder, and errors name the file
-    file = io.FileIO(path, opener=lambda *_: descriptor)
-    if kind != stat.S_IFREG and not may_wait:
-        file.close()
-        raise ValueError("a pipe or a device, where a file is needed")
-    return io.BufferedReader(file)
-
-
 def recognize(path: Path, expected: str) -> tuple[str, str]:
     """Return (why a file that could not be read as `expected` is none, what to do) as far as its first bytes
     tell; ("", "") where they do not."""
     try:
-        with open_plain(path) as file:
+        if not path.is_file():  # a pipe would be waited for
+            return "", ""
+        with open(path, "rb") as file:
             head = file.read(HEAD)
     except (OSError, ValueError):
         return "", ""
+    if path.suffix in UNFINISHED:
+        return "an unfinished download, by its name", f"let it end, or {DOWNLOAD_AGAIN}"
     if not head:
         return "empty", "restore it, or " + DOWNLOAD_AGAIN
     if head.startswith(LFS_POINTER):
@@ -102,7 +84,29 @@ def recognize(path: Path, expected: str) -> tuple[str, str]:
     for kind in KINDS:
         if head.startswith(kind.magic, kind.start) and not _is_expected(kind.words, path, expected):
             return kind.name, "give the file that is meant"
+    if partial := find_unfinished(path):
+        return f"perhaps not whole: beside it is {partial}, an unfinished download", DOWNLOAD_AGAIN
     return "", ""
+
+
+def find_unfinished(path: Path) -> Path | None:
+    """Return an unfinished download of a file, or of one in a folder; None: there is none.
+
+    A file's own is named after it; the hub's program names its own by hashes.
+    """
+    folder, begin = (path, "") if path.is_dir() else (path.parent, f"{path.name}.")
+    places = [(folder, begin), *((folder / name, "") for name in HUB_DOWNLOADS)]
+    try:
+        found = [
+            file
+            for place, start in places
+            if place.is_dir()
+            for file in place.iterdir()
+            if file.suffix in UNFINISHED and file.name.startswith(start)
+        ]
+    except OSError:
+        return None
+    return min(found, default=None)
 
 
 def _is_expected(words: tuple[str, ...], path: Path, expected: str) -> bool:

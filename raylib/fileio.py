@@ -7,6 +7,7 @@ look alike.
 
 import base64
 import binascii
+import errno
 import fcntl
 import hashlib
 import io
@@ -14,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -22,7 +24,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from raylib.errors import UserError, name_errors, reading
-from raylib.file_kinds import open_plain
 from raylib.processes import process_start, try_lock
 from raylib.strict_json import check_shape, parse_json
 
@@ -136,6 +137,28 @@ def write_json(path: Path, value: Any, compact: bool = False) -> None:
         separators=(",", ":") if compact else None,
     )
     write_atomically(path, text + "\n")
+
+
+def open_plain(path: Path | str, may_wait: bool = False) -> io.BufferedReader:
+    """Open a file to read its bytes. A pipe would be waited for, for ever, and a device never end.
+
+    may_wait: take these too.
+    Raises:
+        ValueError: it is one. OSError: as of `open`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | (0 if may_wait else os.O_NONBLOCK))
+    except OSError as e:
+        if e.errno == errno.ENXIO:
+            raise ValueError("a socket, where a file is needed") from None
+        raise
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    # as `open` with a name: it refuses a folder, and errors name the file
+    file = io.FileIO(path, opener=lambda *_: descriptor)
+    if kind != stat.S_IFREG and not may_wait:
+        file.close()
+        raise ValueError("a pipe or a device, where a file is needed")
+    return io.BufferedReader(file)
 
 
 def read_bytes(path: Path, most: int = MAX_SMALL) -> bytes:

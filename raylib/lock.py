@@ -33,7 +33,7 @@ from typing import Annotated, Any, NamedTuple
 from pydantic import BaseModel, Field
 
 from raylib.errors import MachineError, RunLost, UserError, name_errors
-from raylib.file_kinds import open_plain
+from raylib.fileio import open_plain
 from raylib.processes import (
     has_rebooted,
     is_same_file,

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from raylib.errors import UserError, hub_hint, reading
-from raylib.fileio import sha256_file
+from raylib.fileio import read_bytes, sha256_file
+from raylib.patterns import check_patterns
 from raylib.randomness import hash64, integers, uniform
 from raylib.strict_json import parse_json
 
@@ -79,6 +80,7 @@ class Tokenizer:
             if not found:
                 raise UserError(
                     f"{path}: no tokenizer here; one of {', '.join(TOKENIZER_FILES)} is looked for"
+                    f"{hub_hint(path)}"
                 )
             path = found[0]
         if not path.is_file():
@@ -178,12 +180,13 @@ def load_tokenizer_json(path: Path) -> Any:
     import tokenizers
 
     with reading(path, JSON_TOKENIZER):
-        _check_size(path)
+        values = parse_json(read_bytes(path, MAX_BYTES))
+        check_patterns(values)
         model = tokenizers.Tokenizer.from_file(str(path))
         if (largest := max(model.get_vocab().values(), default=-1)) >= MAX_VOCABULARY:
             raise ValueError(f"id {largest:,}, where {MAX_VOCABULARY:,} may be at most")
         # the library gives a token that the vocabulary lacks another id than the file says, without a word
-        for token in parse_json(path.read_bytes())["added_tokens"]:
+        for token in values["added_tokens"]:
             if model.token_to_id(token["content"]) != token["id"]:
                 raise ValueError(f"its token {token['content']!r:.40} has not the id {token['id']}")
     return model

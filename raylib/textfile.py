@@ -23,7 +23,8 @@ import ijson
 import numpy as np
 
 from raylib.errors import UserError, error_line, reading, unreadable
-from raylib.file_kinds import HEAD, LFS_POINTER, WEB_PAGE, open_plain
+from raylib.file_kinds import HEAD, LFS_POINTER, WEB_PAGE
+from raylib.fileio import open_plain
 from raylib.strict_json import DEPTH
 
 RATIO, FLOOR = 250, 1 << 28  # times the file's size, and bytes that are no bomb at any ratio

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.file_kinds import open_plain
+from raylib.fileio import open_plain
 from raylib.pickles import CALLS as PLAIN_CALLS
 from raylib.pickles import OPCODES, Machine, Name, Refused, make_bytes, refuse_call, require_plain
 

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from raylib.errors import UserError, reading
+from raylib.errors import UserError, hub_hint, reading
 from raylib.finite import require_finite_file
 from raylib.torch_files import TensorRecord, read_torch
 
@@ -81,7 +81,7 @@ def _require_names(tensors: Iterable[str]) -> None:
 
 def _require_file(path: Path | str, what: str) -> None:
     if not Path(path).is_file():  # a pipe would never end
-        raise UserError(f"{path}: no such file; wanted {what}")
+        raise UserError(f"{path}: no such file; wanted {what}{hub_hint(path)}")
 
 
 def _choose_state(value: Any) -> dict[str, TensorRecord]:

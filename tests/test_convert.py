@@ -193,7 +193,7 @@ def test_conversion_runs_no_code_of_a_pickle(old, capsys, way):
         before = {each.name: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
         assert main(["convert", str(place)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith(f"error: {folder}: its optimizer state is not read")
+        assert line.startswith(f"error: {folder}: not to be read as the state of an optimizer")
         assert not marker.exists()
         after = {each.name: each.read_bytes() for each in folder.rglob("*") if each.is_file()}
         assert before.items() <= after.items() and checkpoint.has_old_optimizer(folder)

@@ -1,16 +1,21 @@
 import functools
 import json
+import os
+import re
 
 import pytest
 
 from raylib import fileio
 from raylib.errors import MachineError, UserError, error_line
 from raylib.fileio import (
+    MAX_JSON,
+    MAX_SMALL,
     append_jsonl,
     atomic_file,
     atomic_folder,
     copy_atomically,
     file_lock,
+    open_plain,
     read_json,
     read_json_object,
     read_jsonl,
@@ -18,6 +23,8 @@ from raylib.fileio import (
     sha256_file,
     write_json,
 )
+from raylib.models.hf_folders import read_folder
+from raylib.weights import read_tensors
 
 
 def test_atomic_file_keeps_the_old_one_when_the_block_fails(tmp_path):
@@ -215,3 +222,49 @@ def test_copy_onto_itself_is_whole_after_a_kill(tmp_path):
     for point in (*points, *torn_writes(points)):
         done = trace([lambda: work() or 0], folder, tmp_path / "log", (0, point), power_fails=True)
         assert done.reached and (folder / "code.py").read_text() == "x = 1\n" * 100, point
+
+
+def test_read_json_of_settings_is_bounded(tmp_path):
+    """A few bytes of JSON are thirty times as many in memory; what holds a value an image may be larger."""
+    path = tmp_path / "config.json"
+    path.write_bytes(b"[]" + b" " * MAX_SMALL)
+    with pytest.raises(UserError, match=rf"{path}: not to be read as JSON \(16,777,218 bytes, of which"):
+        read_json(path)
+    assert read_json(path, most=MAX_JSON) == []
+
+
+def test_open_plain_waits_for_nothing(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ValueError, match="a pipe or a device"):
+            open_plain(path)
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        open_plain(tmp_path)
+    (tmp_path / "file").write_bytes(b"content")
+    with open_plain(tmp_path / "file") as file:
+        assert file.read() == b"content" and file.name == tmp_path / "file"
+
+
+@pytest.mark.parametrize(
+    ("name", "partial"),
+    [
+        ("model.safetensors", "model.safetensors.part"),
+        ("model.safetensors", "model.safetensors.crdownload"),
+        ("model.safetensors", ".cache/huggingface/download/uR1o.0a1b.incomplete"),
+        ("pytorch_model.bin", "pytorch_model.bin.incomplete"),
+    ],
+)
+def test_unfinished_downloads_are_told(name, partial, tmp_path):
+    """Beside weights that are not whole, in their place, and where a folder has none."""
+    data, folder = b"\1" * 60, tmp_path / "model"
+    (folder / partial).parent.mkdir(parents=True)
+    (folder / partial).write_bytes(data)
+    said = f"{folder / partial} is an unfinished download: let it end, or download it again"
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=re.escape(said)):
+        read_folder(folder)
+    (folder / name).write_bytes(data)
+    with pytest.raises(UserError, match=re.escape(f"beside it is {folder / partial}")):
+        read_tensors(folder / name)
+    with pytest.raises(UserError, match="an unfinished download, by its name"):
+        read_tensors(folder / partial)

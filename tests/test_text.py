@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import sentencepiece
@@ -5,6 +7,7 @@ import sentencepiece
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
 from raylib.models import find_tokenizer
+from raylib.patterns import describe_problem
 from raylib.text import Tokenizer, Tokens, add_specials, mask_tokens, text_ids
 
 WORDS = [
@@ -186,3 +189,57 @@ def test_tokenizer_of_a_missing_folder_is_told_apart_from_a_missing_tokenizer(tm
     (tmp_path / "corpus").mkdir()
     with pytest.raises(UserError, match="corpus: no tokenizer in it; one of .* is looked for"):
         find_tokenizer(tmp_path / "corpus")
+
+
+PUBLISHED = (  # CLIP, GPT-2, Llama 3, GPT-4o, BLOOM, DeepSeek, Gemma
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\s+",
+    r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+"
+    r"|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*",
+    " {2,}",
+)
+
+
+@pytest.mark.parametrize(
+    "pattern", [*PUBLISHED, "[]a]+", "[^]]+b", "(?<=a)b", "a+?", "a++", "(?:ab)+", "(?>a)b"]
+)
+def test_patterns_that_are_published_or_plain_have_no_problem(pattern):
+    assert describe_problem(pattern) == ""
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(a+)+$", "(a|aa)+$", "(.*a){25}$", "a*a*a*b", "(a?)*", "a**", "a{2}{3}", r"(a)\1+", r"(?<n>a|b\g<n>c)"]
+    + ["(?~abc)", "(?(1)a|b)", "(?x)# [\n(a+)+ # ]", "(a+", "a)", "[a[b]c]*.*.*", "((?:a+))*", "a" * 20_000],
+)
+def test_patterns_that_may_take_long_are_refused(pattern):
+    assert describe_problem(pattern)
+
+
+@pytest.mark.parametrize("part", ["normalizer", "pre_tokenizer"])
+def test_tokenizer_json_with_a_pattern_that_takes_long_is_refused(part, tmp_path, capfd):
+    kinds = {
+        "normalizer": {"type": "Replace", "content": "x"},
+        "pre_tokenizer": {"type": "Split", "behavior": "Isolated", "invert": False},
+    }
+    vocabulary = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 4, "a": 5}
+    values = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+    }
+    file = tmp_path / "tokenizer.json"
+    for pattern, is_refused in (("(a+)+$", True), ("a+", False)):
+        values[part] = {**kinds[part], "pattern": {"Regex": pattern}}
+        file.write_text(json.dumps(values))
+        if is_refused:
+            with pytest.raises(UserError, match=f"{file}: not to be read as .*repeats what repeats"):
+                Tokenizer.load(file)
+        else:
+            assert len(Tokenizer.load(file).encode(["aaaa a"])) == 1
+    assert capfd.readouterr().err == ""

@@ -112,7 +112,7 @@ def test_wordnet_missing_file_is_named(tmp_path, name):
 def test_wordnet_other_data_is_refused(tmp_path):
     for name in FILES:
         (tmp_path / name).write_text("hello\n")
-    with pytest.raises(UserError, match="not WordNet's files"):
+    with pytest.raises(UserError, match="not to be read as WordNet's files"):
         WordNet(tmp_path)
 
 

@@ -29,7 +29,7 @@ import numpy as np
 
 from raylib.data.index import NPY_HEADER, FileBytes, read_npy_header
 from raylib.display import progress
-from raylib.errors import UserError
+from raylib.errors import UserError, reading
 from raylib.textfile import open_bytes
 
 # as in paper 0's table 3: what a prediction is to the true label
@@ -127,7 +127,7 @@ def _open(folder: Path):
     """NLTK's reader of the folder."""
     try:
         import nltk
-        from nltk.corpus.reader.wordnet import WordNetCorpusReader, WordNetError
+        from nltk.corpus.reader.wordnet import WordNetCorpusReader
     except ImportError:
         raise UserError("WordNet is read by NLTK, which is not installed; `pip install nltk`") from None
 
@@ -144,10 +144,8 @@ def _open(folder: Path):
     root = str(folder.resolve())
     if root not in nltk.data.path:
         nltk.data.path.append(root)  # NLTK opens nothing elsewhere
-    try:
+    with reading(folder, "WordNet's files, as NLTK has them"):
         return Reader(root, omw_reader=False)  # None would warn that other languages' wordnets are missing
-    except (WordNetError, AssertionError, ValueError, IndexError) as e:
-        raise UserError(f"{folder}: not WordNet's files as NLTK reads them ({e})") from None
 
 
 def label_words(label: str) -> list[str]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from raylib.data.image_headers import MAX_BYTES, check_image, read_avif_depth, read_orientation
 from raylib.errors import UserError, describe_error, error_line
-from raylib.file_kinds import open_plain
+from raylib.fileio import open_plain
 from raylib.settings import MAX_PIXELS, PreprocessConfig, Resample
 
 IMAGE_EXTENSIONS = frozenset(

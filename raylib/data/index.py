@@ -275,12 +275,8 @@ def list_samples(scan: TarScan) -> list[IndexedSample]:
             if "ends.npy" in members:
                 offset, size = members["ends.npy"][:2]
                 file.seek(offset)
-                try:
+                with reading(f"{scan.path}: sample {key}", "ends.npy", "pack it anew"):
                     rows = read_npy_header(file.read(min(size, NPY_HEADER)), size)[1][0]
-                except (ValueError, IndexError) as error:
-                    raise UserError(
-                        f"{scan.path}: sample {key}: not to be read as ends.npy ({error}); pack it anew"
-                    ) from error
             samples.append(IndexedSample(key, members, rows))
     return samples
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 from torch import Tensor, nn
 
 from raylib.config import Config, user_source, validate
-from raylib.errors import UserError
+from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models import peft
@@ -288,7 +288,7 @@ class Backbone(nn.Module, ABC):
         folder, advice = Path(folder), "give a folder written by `python -m pretrain export RUN DIR`"
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise UserError(f"{folder}: no {name}; {advice}")
+                raise UserError(f"{folder}: no {name}; {advice}{hub_hint(folder)}")
         description = read_description(folder)
         # CCLM's folders are unified models too: a pretraining that goes on from one need not know
         kind = model_kind(description)

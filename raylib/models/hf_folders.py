@@ -186,7 +186,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], dict]:
     if absent := [name for name in shards if not (folder / name).is_file()]:
         raise UserError(
             f"{file}: {len(absent)} of the {len(shards)} files that it names are not there: "
-            f"{', '.join(absent):.200}; put them beside it"
+            f"{', '.join(absent):.200}; put them beside it{hub_hint(folder)}"
         )
     weights: dict[str, Tensor] = {}
     for name, tensors in shards.items():
@@ -217,7 +217,7 @@ def find_weights(folder: Path, config: Mapping[str, Any]) -> Path:
     there = f"; {', '.join(others):.200} is not read: rename it, or convert it" if others else ""
     raise UserError(
         f"{folder}: no {' or '.join(name for name in names if not name.endswith('.json'))}{there}; give a "
-        "checkpoint folder in Hugging Face format"
+        f"checkpoint folder in Hugging Face format{hub_hint(folder)}"
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from raylib.errors import UserError
+from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json_object
 from raylib.models.attention import Block
 from raylib.models.hf_folders import WEIGHT_FILES, encoder_sizes, first_position, read_folder
@@ -96,7 +96,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict]:
         )
         raise UserError(
             f"{path}: {found}; give one file ({', '.join(ENDINGS)}), or an XLM-R or BERT folder with its "
-            "config.json"
+            f"config.json{hub_hint(path)}"
         )
     return read_tensors(files[0]), description
 

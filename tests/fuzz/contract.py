@@ -25,7 +25,7 @@ EXEMPT = {
     "it only writes, or reads what says nothing": """
         raylib.fileio:sync_file raylib.checkpoint:hold_checkpoint""",
     "any bytes will do": """
-        raylib.data.index:hash_index
+        raylib.data.index:hash_index raylib.fileio:open_plain
         raylib.fileio:sha256_file raylib.file_kinds:recognize raylib.file_kinds:_lfs_advice
         raylib.search.search:_search_in raylib.search.tuner:RecordTrials.on_trial_error
         raylib.provenance:code_version""",
