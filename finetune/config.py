@@ -166,6 +166,9 @@ class FinetuneConfig(LaunchConfig):
     eval_each_epoch: bool = False
     """Evaluate the test set in every language after every epoch too; it chooses nothing (`analyse` draws
     it)."""
+    similarity_items: NonNegativeInt = 0
+    """Test items in all languages whose states, as the head reads them, are compared after every epoch too
+    (paper 1's CLS similarity), with eval_each_epoch; 0: none."""
     run_test: bool = True
     """Evaluate the test sets at the end; trials of a search do not."""
     dev_languages: tuple[str, ...] = ()

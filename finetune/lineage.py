@@ -16,7 +16,9 @@ from raylib.provenance import started_in
 from raylib.renames import rename_settings
 
 # names of a run, what is only looked at, and the seed, which is kept apart
-NO_SETTING = frozenset({"name", "method", "eval_each_epoch", "run_test", "fit.seed", *MUTABLE_SETTINGS})
+NO_SETTING = frozenset(
+    {"name", "method", "eval_each_epoch", "similarity_items", "run_test", "fit.seed", *MUTABLE_SETTINGS}
+)
 PATHS = ("model", "vision", "data", "images", "regions", "wordnet")  # settings that are paths
 UNTRAINED = "as it is"
 ABSENT = object()  # no such setting in a run: of a part that is off, or a model that is no run

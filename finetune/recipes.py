@@ -197,7 +197,7 @@ def _p0(model: str, row: str, strategies: dict, **more):
 
 
 def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1", **more):
-    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated."""
+    """A row of P1's tables 1 and 2, figure 5: the last epoch is evaluated, and curves are recorded."""
     optim = P1_OPTIM[model]
     if model == "uc2":
         optim = optim.model_copy(update={"lr": 4e-5 if task == "xgqa" else 2e-5})
@@ -217,6 +217,9 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         "classifier": PUBLIC_HEAD,
         "epochs": 5 if task == "xgqa" else 10,
         "workers": 4,
+        # figures 2 and 3: accuracy after each epoch; figure 4: CLS similarity, of all test items
+        "eval_each_epoch": True,
+        "similarity_items": 10_000,
         "optim": optim,
     }
     return _recipe(

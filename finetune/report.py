@@ -1,6 +1,7 @@
 """Results of a run for people: `result.json`, a Markdown table, a figure."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,33 @@ def _runtime_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return facts
 
 
+# beginnings of names in metrics.jsonl, as `finetune.worker.Validation` records them
+EPOCH_RECORDS = {"test": "score", "similarity": "similarity"}
+
+
+def read_epochs(folders: Iterable[Path]) -> dict[str, dict[str, list[float]]]:
+    """{"score": {language: of its test set after each evaluation}, "similarity": {"mean", "unpaired" and
+    languages: cosines}}, of what the metrics.jsonl of these folders record; {} where that is nothing."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for folder in folders:
+        for record in read_metrics(folder):
+            for key, value in record.items():
+                kind, _, name = key.removeprefix("eval/").partition("/")
+                if key.startswith("eval/") and kind in EPOCH_RECORDS and "/" not in name:
+                    found.setdefault(EPOCH_RECORDS[kind], {}).setdefault(name, []).append(value)
+    return found
+
+
+def epochs_table(epochs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
+    """Markdown: a line an evaluation, its scores and the similarity of parallel items, in %."""
+    scores, similarity = epochs["score"], epochs.get("similarity", {})
+    shown = {name: similarity[name] for name in ("mean", "unpaired") if name in similarity}
+    rows = [["epoch", *scores, *(f"{'CLS similarity' if n == 'mean' else n}" for n in shown)]]
+    columns = [*scores.values(), *shown.values()]
+    rows += [[str(i), *(percent(column[i - 1]) for column in columns)] for i in range(1, len(columns[0]) + 1)]
+    return markdown_table(rows)
+
+
 def scores_of(result: dict[str, Any]) -> dict[str, float]:
     """The one figure of each language: accuracy, or mean recall."""
     if "accuracy" in result:
@@ -172,7 +200,8 @@ def table(result: dict[str, Any]) -> str:
             mean_or_zero(details[code][c] for code in targets if c in details.get(code, {})) for c in columns
         ]
         rows.append(["mean of the targets", percent(result["mean_targets"]), "", *map(percent, means)])
-    return "\n".join([markdown_table(rows), "", _notes(result)])
+    epochs = ["", epochs_table(result["epochs"])] if result.get("epochs") else []
+    return "\n".join([markdown_table(rows), "", _notes(result), *epochs])
 
 
 def _notes(result: dict[str, Any]) -> str:
@@ -243,14 +272,20 @@ def draw_curve(run: Path) -> None:
     losses = sorted(
         {key for record in records for key in record if key.startswith("loss/")} - {"loss/grad_norm"}
     )
-    for axes, key, scale in [*((left, loss, 1) for loss in losses), (right, "eval/score", 100)]:
+    epochs = {key: None for record in records for key in record if key.startswith("eval/test/")}
+    curves = [key for key in epochs if key.count("/") == 2] + ["eval/similarity/mean"]
+    right_keys = [(right, key, 100) for key in ("eval/score", *curves)]
+    for axes, key, scale in [*((left, loss, 1) for loss in losses), *right_keys]:
         points = [(r["step"], scale * r[key]) for r in records if key in r]
         if points:
             axes.plot(*zip(*points, strict=True), marker=".", linewidth=1, label=key.partition("/")[2])
     if len(losses) > 1:
         left.legend(fontsize=8)
     left.set(xlabel="step", ylabel="loss", title="terms, means over the global batch", ylim=(0, None))
-    right.set(xlabel="step", ylabel="score, %", title="development set", ylim=(0, None))
+    if curves[1:]:
+        right.legend(fontsize=6)
+    what = "development set; test sets and CLS similarity" if curves[1:] else "development set"
+    right.set(xlabel="step", ylabel="score, %", title=what, ylim=(0, None))
     save_figure(figure, run / "curve.png")
 
 
@@ -277,6 +312,7 @@ class StoredResult(BaseModel, extra="allow"):
     counts: dict[str, dict[str, float]] = {}
     bad_images: dict[str, Count] = {}
     disparity: dict[str, float] = {}
+    epochs: dict[str, dict[str, list[float]]] = {}
 
 
 class StoredPart(BaseModel, extra="allow"):

@@ -124,8 +124,11 @@ def _run_in(
         result = {**report.summarise(config, results), **identity}
         require_owned(folder)
         if is_main_process(config):
-            for trained_folder in {run_folder(part) for part, _ in parts if config.trains}:
+            trained_folders = dict.fromkeys(run_folder(part) for part, _ in parts if config.trains)
+            for trained_folder in trained_folders:
                 report.draw_curve(trained_folder)
+            if epochs_found := report.read_epochs(trained_folders):
+                result["epochs"] = epochs_found
             report.write(folder, result)  # last: result.json says that the run is complete
             tracking.log_results("test", report.figures_of(result))
     log(report.table(result))

@@ -355,7 +355,8 @@ def test_read_parallel_counts_items_missing_in_a_language(scenes, tmp_path):
 
 
 def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
-    run = train("xgqa", "whole", "eval_each_epoch=true", "test_limit=60")
+    epochs = ["eval_each_epoch=true", "similarity_items=20", "select=last"]
+    run = train("xgqa", "whole", "test_limit=60", *epochs)
     capsys.readouterr()
     recwarn.clear()
     assert main(["analyse", str(run), "--limit", "20"]) == 0
@@ -370,6 +371,17 @@ def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
     assert values["similarity"]["languages"] == codes and values["similarity"]["items"] == 20
     result = json.loads((run / "result.json").read_text())
     assert values["similarity"]["score"] == result["accuracy"]
+    # the run has recorded the same after each epoch
+    similarity = result["epochs"]["similarity"]
+    assert {len(points) for points in similarity.values()} == {2} and set(similarity) == {
+        "mean",
+        "unpaired",
+        *codes[1:],
+    }
+    assert similarity["mean"][-1] == pytest.approx(values["similarity"]["mean"], abs=1e-6)
+    assert similarity["ru"][-1] == pytest.approx(values["similarity"]["to_english"]["ru"], abs=1e-6)
+    assert result["epochs"]["score"] == values["curves"]["score"]
+    assert "| epoch | en |" in (run / "result.md").read_text()
     assert {code: len(points) for code, points in values["curves"]["score"].items()} == dict.fromkeys(
         codes, 2
     )
