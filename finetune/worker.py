@@ -206,8 +206,8 @@ def _parallel_items(config: FinetuneConfig) -> "Parallel | None":
 
 
 def measure_parallel(pipeline: Pipeline, parallel: "Parallel") -> dict[str, float]:
-    """{"mean": cosine of parallel items over all pairs of languages, "unpaired": of different items, LANGUAGE:
-    of its items and the English ones}, of what the head reads."""
+    """{"mean": cosine of parallel items over all pairs of languages, "unpaired": of different items,
+    LANGUAGE: of its items and the English ones}, of what the head reads."""
     from finetune.analysis.languages import measure_similarity, parallel_states
 
     config, model, tokenizer, visual = pipeline
