@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from finetune.strategies import StrategiesConfig
-from raylib.config import FolderName, NameOrFile
+from raylib.config import Config, FolderName, NameOrFile
 from raylib.memory import next_settings
 from raylib.settings import (
     MAX_PIXELS,
@@ -63,6 +63,14 @@ def public_head(code: str, backbone: str, task: str) -> dict[str, Any]:
     code = code or PUBLIC_CODE.get(backbone, "")
     of_backbone = VOLTA_HEADS.get(backbone, {}) if code == "volta" else {}
     return PUBLIC_HEADS.get(code, HEAD) | of_backbone | PUBLIC_TASK_HEADS.get(code, {}).get(task, {})
+
+
+def _part(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the settings of a part that may be off, not given, or an object."""
+    part = values.get(name)
+    if isinstance(part, Config):
+        return part.model_dump()
+    return part if isinstance(part, Mapping) else {}
 
 
 class FinetuneConfig(LaunchConfig):
@@ -143,14 +151,18 @@ class FinetuneConfig(LaunchConfig):
     """Dropout of the classifier."""
     classifier: ClassifierConfig = ClassifierConfig()
     """Classifier where `head` is one."""
-    loss: Literal["ce", "bce", "bce_mean"] = "ce"
-    """Cross-entropy over classes; or binary cross-entropy of each class, summed (IGLUE, xGQA), or their mean
-    (IGLUE, XVNLI and NLVR2)."""
+    loss: Literal["ce", "ce_labels", "bce", "bce_mean"] = "ce"
+    """Cross-entropy over classes, or this, and terms of strategies beside it, times their number (ce_labels;
+    paper 0's public code, before it clips); or binary cross-entropy of each class, summed (IGLUE, xGQA), or
+    their mean (IGLUE, XVNLI and NLVR2)."""
     use_itm_head: bool = True
     """Train and rank pairs of a retrieval by the image-text matching head too; without, by contrast alone."""
     candidates: NonNegativeInt = 16
     """Candidates that the matching head ranks after the contrast (paper 2, appendix B.2.3); 0 ranks every
     pair."""
+    contrast: Literal["sum", "mean"] = "sum"
+    """Contrasts of images with texts and of texts with images, where `use_itm_head` is false: their sum
+    (paper 4, equation 9), or their mean (its public code)."""
     temperature: PositiveFloat = 0.01
     """Temperature of the contrast where `use_itm_head` is false (paper 4's tau)."""
     last_batch: Literal["drop", "keep"] = "drop"
@@ -190,14 +202,23 @@ class FinetuneConfig(LaunchConfig):
 
     @classmethod
     def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return the head: where `classifier.follow` is code, that of public code for backbone and task."""
-        classifier = values.get("classifier", {})
-        given = classifier.model_dump() if isinstance(classifier, ClassifierConfig) else classifier
+        """Return what `follow` of the classifier and of strategies sets for the whole run: the head; the loss
+        (prior); the contrast (alignment)."""
         head, dropout = HEAD, cls.model_fields["head_dropout"].default
-        if isinstance(given, Mapping) and given.get("follow") == "code":
+        classifier = _part(values, "classifier")
+        if classifier.get("follow") == "code":
             backbone = values.get("backbone", cls.model_fields["backbone"].default)
-            head, dropout = public_head(given.get("code", ""), backbone, values.get("task", "")), 0.0
-        return {"classifier": head, "head_dropout": dropout}
+            head, dropout = public_head(classifier.get("code", ""), backbone, values.get("task", "")), 0.0
+        follows = {
+            name: _part(_part(values, "strategies"), name).get("follow") == "code"
+            for name in ("prior", "alignment")
+        }
+        return {
+            "classifier": head,
+            "head_dropout": dropout,
+            "loss": "ce_labels" if follows["prior"] else "ce",
+            "contrast": "mean" if follows["alignment"] else "sum",
+        }
 
     @model_validator(mode="after")
     def _check_settings(self) -> "FinetuneConfig":

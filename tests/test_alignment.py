@@ -7,12 +7,14 @@ import math
 import pytest
 import torch
 
+from finetune.config import FinetuneConfig
 from finetune.formats import Captioned
 from finetune.strategies import Context
 from finetune.strategies.alignment import TranslationAlignment, TranslationAlignmentConfig
 from finetune.strategies.base import AddedTerm
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.retrieval import CONTRAST_AND_ITM, ContrastObjective, MatchingObjective
+from raylib.config import override
 from raylib.distributed import worker_rows
 from raylib.errors import UserError
 from raylib.metrics import disparity
@@ -131,6 +133,41 @@ def test_alignment_losses_equal_slow_loops(loss):
     assert float(total) == pytest.approx(
         expected["i2t"] + expected["t2i"] + weight * expected["alignment"], rel=1e-5
     )
+
+
+@pytest.mark.parametrize("loss", ["pivot", "image"])
+def test_alignment_that_follows_code_equals_its_arithmetic(loss):
+    """PECTVLM's trainer: contrasts are means of both directions, and so is that of images and texts."""
+    config = TranslationAlignmentConfig(follow="code", loss=loss, weight=0.7)
+    assert config.directions == "both" and TranslationAlignmentConfig().directions == "one"
+    run = override(FinetuneConfig(task="xtd_few", use_itm_head=False), ["strategies.alignment.follow=code"])
+    assert run.contrast == "mean" and FinetuneConfig(task="xtd_few").contrast == "sum"
+    model, batch = make_model().eval(), aligned_batch()
+    part = batch["image_text"]
+    part["image_id"][4] = 4  # the code masks no pair, so all images differ here
+    method = TranslationAlignment({}, loss, 0.7, two_way=config.directions == "both")
+    terms = {"alignment": AddedTerm(*method.terms(model)["alignment"], reads=config.needs)}
+    total, values = ContrastObjective(model, 0.01, terms, is_mean=run.contrast == "mean")(batch)
+
+    def unit(x):
+        return x / x.norm(dim=-1, keepdim=True)
+
+    def two_way(queries, keys):
+        scores, labels = 100.0 * unit(queries) @ unit(keys).T, torch.arange(len(queries))
+        cross_entropy = torch.nn.functional.cross_entropy
+        return (cross_entropy(scores, labels) + cross_entropy(scores.T, labels)) / 2
+
+    image = model.embed_images(model.encode_images(part["images"]), normalize=False)
+    text = model.embed_text(type(part["pivot"])(part["text"].clean, part["text"].lengths), normalize=False)
+    pivot = model.embed_text(part["pivot"], normalize=False)
+    alignment = two_way(pivot, text if loss == "pivot" else image)
+    assert float(values["alignment"]) == pytest.approx(float(alignment), rel=1e-5)
+    expected = two_way(image, text) + 0.7 * alignment
+    assert float(total) == pytest.approx(float(expected), rel=1e-5)
+    names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
+    ours, theirs = (torch.autograd.grad(loss, parameters, allow_unused=True) for loss in (total, expected))
+    for name, a, b in zip(names, ours, theirs, strict=True):
+        assert (a is None or not a.any()) if b is None else torch.allclose(a, b, rtol=1e-4, atol=1e-5), name
 
 
 @pytest.mark.parametrize("loss", ["mse", "pivot", "image"])

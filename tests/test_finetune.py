@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
+from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example, answers
 from finetune.predict import CorpusBleu, evaluate, score
 from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
+from finetune.strategies.base import AddedTerm, LossTerms
+from finetune.strategies.prior import LinguisticPrior
 from finetune.tasks.classification import ClassificationObjective
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.ranking import retrieve
 from finetune.tasks.retrieval import merge_captions
+from raylib.config import override
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel, freeze
 from raylib.models.layers import Memory
@@ -81,7 +85,7 @@ def test_premise_is_fused_like_a_text_of_its_own(scenes):
         torch.testing.assert_close(logits[row], model.head(state[None])[0])
 
 
-@pytest.mark.parametrize("loss", ["ce", "bce"])
+@pytest.mark.parametrize("loss", ["ce", "ce_labels", "bce", "bce_mean"])
 def test_classification_loss_equals_worked_example(loss):
     model = small_model(dtype=torch.float64)
     premise = Ragged(torch.arange(5, 11), torch.tensor([4, 2]))
@@ -94,15 +98,44 @@ def test_classification_loss_equals_worked_example(loss):
     value, terms = ClassificationObjective(model, loss)({"examples": part})
     logits, expected = model(part), 0.0
     for row in range(2):
-        if loss == "ce":
+        if loss.startswith("ce"):
             expected -= float((logits[row, part["answer"][row]] - logits[row].logsumexp(0)).detach()) / 2
         else:
             for label in range(3):
                 p, y = float(torch.sigmoid(logits[row, label])), float(part["scores"][row, label])
                 expected -= (y * np.log(p) + (1 - y) * np.log(1 - p)) / 2
-    assert float(value.detach()) == pytest.approx(expected, rel=1e-5) and float(
-        terms["task"]
-    ) == pytest.approx(expected, rel=1e-5)
+    expected /= 3 if loss == "bce_mean" else 1
+    assert float(terms["task"]) == pytest.approx(expected, rel=1e-5)
+    # the number of labels multiplies what is trained on, and not what is told
+    assert float(value.detach()) == pytest.approx(expected * (3 if loss == "ce_labels" else 1), rel=1e-5)
+
+
+def test_prior_that_follows_code_has_the_loss_of_paper_0s_code():
+    """Its `ForwardModelsTrain`: (CE + lambda prior) times the labels, of the ten likeliest (here 2); loss and
+    gradients."""
+    run = override(FinetuneConfig(task="xgqa"), ["strategies.prior.follow=code"])
+    assert run.loss == "ce_labels" and run.strategies.prior.relatives == "lemmas"
+    assert override(run, ["strategies.prior.follow=paper"]).loss == FinetuneConfig(task="xgqa").loss == "ce"
+    torch.manual_seed(0)
+    model, distance = small_model(dtype=torch.float64).eval(), torch.rand(3, 3, dtype=torch.float64)
+    prior = LinguisticPrior(distance, 10.0, 2)
+    terms = {"prior": AddedTerm(*prior.terms(model)["prior"], reads=frozenset({"logits"}))}
+    part = {
+        "text": Ragged(torch.randint(5, 12000, (6,)), torch.tensor([3, 3])),
+        "premise": Ragged(torch.arange(5, 11), torch.tensor([4, 2])),
+        "answer": torch.tensor([2, 0]),
+    }
+    value = ClassificationObjective(model, run.loss, LossTerms(terms))({"examples": part})[0]
+    logits = model(part)
+    rows = distance.T[part["answer"]]  # of each example, d(c, y) by c
+    top, index = torch.topk(logits.softmax(-1), k=2)
+    semantic = (top * rows[torch.arange(2).unsqueeze(1), index]).sum(-1).mean(0)
+    expected = torch.nn.functional.cross_entropy(logits, part["answer"]) * 3 + 10.0 * semantic * 3
+    torch.testing.assert_close(value, expected)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad(x, trained, allow_unused=True) for x in (value, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None) and (a is None or torch.allclose(a, b, rtol=1e-5, atol=1e-6))
 
 
 def test_classification_score_equals_worked_example():

@@ -1,6 +1,7 @@
 """Heads, their losses and small modules equal those of public code, whose numbers tests/public_heads.py
 stored; defaults that follow from other settings."""
 
+import json
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,8 +13,12 @@ from torch import Tensor, nn
 
 from finetune.config import FinetuneConfig, public_head
 from finetune.recipes import RECIPES
+from finetune.strategies import Context
+from finetune.strategies.tuning import CompacterConfig, LoraConfig, PeftModules
 from finetune.tasks.classification import task_loss
 from raylib.config import Config, override
+from raylib.errors import UserError
+from raylib.models import peft
 from raylib.models.classifier import Classifier
 from raylib.models.finetuned import FinetuneModel
 from raylib.settings import ClassifierConfig
@@ -132,8 +137,6 @@ def test_finetuned_model_keeps_its_head_through_a_folder(tmp_path, task):
 
 
 def test_stored_model_without_classifier_settings_has_the_head_of_its_time(tmp_path):
-    import json
-
     model = FinetuneModel(make_model(), ("a", "b"), 1, 0.1)
     model.save(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
@@ -207,3 +210,122 @@ def test_derived_defaults_reach_parts_of_parts():
     assert on.other == Part(follow="code", times=5)
     assert override(on, ["other.follow=paper"]).other.times == 1
     assert override(on, ["other=null"]).other is None
+
+
+# ---- OpenDelta's modules
+
+
+class Places(nn.Module):
+    """Two linear layers as they stand in tests/public_heads.py, with our modules behind or in them."""
+
+    def __init__(self, arrays: dict[str, Tensor], modules: list[nn.Module]):
+        super().__init__()
+        layers = []
+        for place in ("first", "second"):
+            layer = nn.Linear(32, 32)
+            layer.weight.data, layer.bias.data = (
+                arrays[f"{place}.dense.{end}"] for end in ("weight", "bias")
+            )
+            layers.append(layer)
+        self.layers = nn.ModuleList(peft.AdaptedLinear(*pair) for pair in zip(layers, modules, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layers
+        return second(torch.tanh(first(x)))
+
+
+def equals_opendelta(model: nn.Module, arrays: dict[str, Tensor]) -> None:
+    x = arrays["x"].requires_grad_(True)
+    y = model(x)
+    y.square().sum().backward()
+    assert torch.allclose(y, arrays["y"], rtol=1e-5, atol=1e-5)
+    assert torch.allclose(x.grad, arrays["grad/x"], rtol=1e-5, atol=1e-4)
+
+
+def test_compacter_that_follows_code_equals_opendelta():
+    arrays, settings = tensors("delta/compacter"), CompacterConfig(follow="code", reduction=4)
+    backbone = make_model(width=32)
+    PeftModules("compacter", settings.model_dump(exclude={"follow", "projection", "norms"})).adapt(
+        FinetuneModel(backbone, ("a", "b"), 1, 0.0)
+    )
+    ours = [m for m in backbone.modules() if isinstance(m, peft.Compacter)][:2]
+    torch.manual_seed(1)
+    assert sum(p.numel() for m in ours for p in m.parameters()) == stored()["params/delta/compacter"]
+    for place, module in zip(("first", "second"), ours, strict=True):
+        for layer, at in ((module.down, "down_sampler"), (module.up, "up_sampler")):
+            parts = {"kronecker": "phm_rule", "left": "W_left", "right": "W_right", "bias": "b"}
+            for name, other in parts.items():
+                getattr(layer, name).data = arrays[f"{place}.dense.compactor.{at}.{other}"]
+    equals_opendelta(Places(arrays, ours), arrays)
+
+
+def test_compacter_starts_as_opendelta_does():
+    """Xavier-uniform with gain sqrt 2: bound sqrt 2 sqrt(6 / (inputs + outputs)) of a factor."""
+    config = CompacterConfig(follow="code")
+    torch.manual_seed(0)
+    layer = peft.LowRankKronecker(256, 64, None, config.n, config.rank, config.gain)
+    bound = (2 * 6 / (64 + 1)) ** 0.5
+    assert 0.95 * bound < float(layer.left.abs().max()) <= bound
+    assert 0.005 < float(layer.kronecker.std()) < 0.015
+    gains = stored()["std/delta/compacter/first.dense.compactor.down_sampler.W_left"]
+    assert abs(gains / ((2 * 6 / 9) ** 0.5 / 3**0.5) - 1) < 0.25  # uniform: bound / sqrt 3; 32 numbers
+
+
+def test_compacter_of_the_paper_shares_its_rule_and_uses_gelu():
+    model = FinetuneModel(make_model(width=32), ("a", "b"), 1, 0.0)
+    CompacterConfig(reduction=4).build(Context(*[None] * 6, print)).adapt(model)
+    names = [name for name, _ in model.named_parameters() if "kronecker" in name]
+    assert names == ["backbone.kronecker"]
+    own = FinetuneModel(make_model(width=32), ("a", "b"), 1, 0.0)
+    CompacterConfig(reduction=4, follow="code").build(Context(*[None] * 6, print)).adapt(own)
+    rules = [name for name, _ in own.named_parameters() if "kronecker" in name]
+    assert len(rules) == 2 * len([m for m in own.modules() if isinstance(m, peft.Compacter)])
+    # each rule is trained, and a stored model has them again
+    assert all(dict(own.named_parameters())[name].requires_grad for name in rules)
+
+
+def test_adapter_and_lora_equal_opendelta():
+    arrays = tensors("delta/adapter")
+    modules = [peft.Adapter(32, 6), peft.Adapter(32, 6)]
+    for place, module in zip(("first", "second"), modules, strict=True):
+        for layer, other in ((module.down, "down_proj"), (module.up, "up_proj")):
+            at = f"{place}.dense.adapter.modulelist.{other}"
+            layer.weight.data, layer.bias.data = arrays[f"{at}.weight"], arrays[f"{at}.bias"]
+    assert sum(p.numel() for m in modules for p in m.parameters()) == stored()["params/delta/adapter"]
+    equals_opendelta(Places(arrays, modules), arrays)
+
+    # LoRA's product added to the weights, at our scale alpha / rank
+    arrays, scale = tensors("delta/lora"), LoraConfig(rank=2).alpha / 2
+    for place in ("first", "second"):
+        at = f"{place}.dense"
+        arrays[f"{at}.weight"] = arrays[f"{at}.weight"] + scale * (
+            arrays[f"{at}.lora.lora_B"] @ arrays[f"{at}.lora.lora_A"]
+        )
+    equals_opendelta(Places(arrays, [nn.Identity(), nn.Identity()]), arrays)
+
+
+def test_modules_that_follow_code_leave_the_projection_and_say_so():
+    assert LoraConfig().projection and not LoraConfig(follow="code").projection
+    assert CompacterConfig(follow="code").display_name("compacter") == "compacter (follow code)"
+    changed = override(FinetuneConfig(task="xtd"), ["strategies.compacter.follow=code"])
+    found = changed.strategies.compacter
+    assert (found.activation, found.rule, found.projection) == ("relu", "own", False)
+
+
+def test_model_tuned_before_compacter_had_its_settings_loads(tmp_path):
+    model = FinetuneModel(make_model(width=32), ("a", "b"), 1, 0.0)
+    CompacterConfig(reduction=4).build(Context(*[None] * 6, print)).adapt(model)
+    model.save(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name in ("activation", "rule", "gain"):
+        del values["tuning"]["compacter"][name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    again = FinetuneModel.from_pretrained(tmp_path)
+    # and goes on, with the settings of today
+    CompacterConfig(reduction=4).build(Context(*[None] * 6, print)).adapt(again)
+    with pytest.raises(UserError, match="tuned with"):
+        CompacterConfig(reduction=4, follow="code").build(Context(*[None] * 6, print)).adapt(again)
+    values["tuning"]["compacter"]["rule"] = "other"
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="tuning"):
+        FinetuneModel.from_pretrained(tmp_path)

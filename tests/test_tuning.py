@@ -72,7 +72,7 @@ def test_compacter_equals_explicit_kronecker_sum():
     torch.manual_seed(0)
     owner = torch.nn.Module()
     owner.kronecker = rule = torch.nn.Parameter(torch.randn(4, 4, 4))
-    layer = peft.LowRankKronecker(12, 8, owner, rank=2)
+    layer = peft.LowRankKronecker(12, 8, owner, 4, rank=2)
     explicit = sum(torch.kron(rule[i], layer.left[i] @ layer.right[i]) for i in range(4))
     torch.testing.assert_close(layer.matrix(), explicit)
     x = torch.randn(5, 12)

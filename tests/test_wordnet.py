@@ -24,6 +24,36 @@ def wordnet():
 # ---- WordNet
 
 
+def test_lemma_relatives_equal_the_loops_of_paper_0s_code(wordnet):
+    """Its extract_wn_rel.py, pair by pair: spelling of lemmas as they stand, synonyms first, then hypernyms.
+    With WordNet 3.0 and GQA's 1,842 answers all 3,392,964 cells equal its file's, and 2,764 differ from the
+    paper's."""
+    reader = wordnet._reader
+    names = [*LABELS, "zebras", "Dog", "glorp", "clutch bags", "domestic dog"]
+
+    def lemmas(synsets):
+        return {lemma for synset in synsets for lemma in synset.lemma_names()}
+
+    relatives, count = wordnet.lemma_relatives(names), 0
+    for i, label in enumerate(names):
+        synsets = reader.synsets(label.replace(" ", "_")) or reader.synsets(label.replace(" ", "-"))
+        synonyms = lemmas(synsets)
+        above = lemmas(h for synset in synsets for h in synset.hypernyms())
+        below = lemmas(h for synset in synsets for h in synset.hyponyms())
+        for j, other in enumerate(names):
+            groups = (synonyms, above, below)
+            held = [k for k in range(3) if i != j and other in groups[k]]
+            relation = held[0] if held else None
+            assert [j in group[i] for group in relatives] == [relation == k for k in range(3)], (label, other)
+            count += relation is not None
+    assert count == 38
+    # words of a lemma are one word there
+    assert all(" " not in names[j] for group in relatives for related in group for j in related)
+    # and not symmetric: zebras knows zebra, which does not know zebras
+    zebra, zebras = names.index("zebra"), names.index("zebras")
+    assert zebra in relatives.synonyms[zebras] and zebras not in relatives.synonyms[zebra]
+
+
 @pytest.mark.parametrize(
     ("truth", "predicted", "relation"),
     [

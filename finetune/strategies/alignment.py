@@ -45,12 +45,21 @@ class TranslationAlignmentConfig(StrategyConfig):
     """Pairs that are drawn together (paper 4, section 3): 1, English and foreign captions; 2, translations of
     the English ones and foreign captions; 3, English captions and translations of the foreign ones, which
     tests then are too."""
+    follow: Literal["paper", "code"] = "paper"
+    """Equation 8, or the public code, whose contrasts are means of both directions (`directions`)."""
     loss: Literal["mse", "pivot", "image"] = "mse"
     """Draw text and pivot together by the mean squared error of their vectors, not of unit length (equation
     7), by contrast of text and pivot (equation 8), or of pivot and image."""
+    directions: Literal["one", "both"] = "one"
+    """Contrast of `loss`: each pivot finds its text or image among the others'; or the mean of this and of
+    the other way round."""
     weight: NonNegativeFloat = 1.0
     """Weight of the alignment term (lambda of equation 9); 0 with routine 3 trains on translations alone, the
     paper's "MT"."""
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"directions": "both" if values.get("follow") == "code" else "one"}
 
     @property
     def tests_translations(self) -> bool:
@@ -70,14 +79,24 @@ class TranslationAlignmentConfig(StrategyConfig):
         for language in context.languages:
             if language != "en":
                 pivots |= _pivots_of(self.routine, context.captions, language)
-        return TranslationAlignment(pivots, self.loss, self.weight, context.languages)
+        return TranslationAlignment(
+            pivots, self.loss, self.weight, context.languages, self.directions == "both"
+        )
 
 
 class TranslationAlignment(Strategy):
-    """Texts drawn to their pivots by a `loss`; languages: of what is trained on, English having no pivots."""
+    """Texts drawn to their pivots by a `loss`; languages: of what is trained on, English having no pivots.
+    two_way: a contrast is the mean of both directions."""
 
-    def __init__(self, pivots: Pivots, loss: str, weight: float, languages: Sequence[str] = ()):
-        self.pivots, self.loss, self.weight = pivots, loss, weight
+    def __init__(
+        self,
+        pivots: Pivots,
+        loss: str,
+        weight: float,
+        languages: Sequence[str] = (),
+        two_way: bool = False,
+    ):
+        self.pivots, self.loss, self.weight, self.two_way = pivots, loss, weight, two_way
         self.is_english = tuple(languages) == ("en",)
         self.has_english = "en" in languages and not self.is_english
 
@@ -109,7 +128,9 @@ class TranslationAlignment(Strategy):
         if self.loss == "mse":
             values = F.mse_loss(text, pivot, reduction="none").mean(1)
             return values if rows is None else values[rows]
-        return outputs.contrast(pivot, text if self.loss == "pivot" else outputs.image_embeddings, rows)
+        other = text if self.loss == "pivot" else outputs.image_embeddings
+        one_way = outputs.contrast(pivot, other, rows)
+        return (one_way + outputs.contrast(other, pivot, rows)) / 2 if self.two_way else one_way
 
 
 def _pivots_of(routine: int, read: Captions, language: str) -> Pivots:

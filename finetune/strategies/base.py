@@ -387,10 +387,12 @@ class StrategyConfig(Config):
         """Return what tables call the strategy, which is `name` in the registry, with the settings that are
         not the usual ones."""
         hidden = {*self.hidden_fields, *self.run_fields, *self.file_fields}
+        usual = self.derived_defaults(self.model_dump())
         fields = [
             field
             for field, info in type(self).model_fields.items()
-            if field not in hidden and (field in self.display_fields or getattr(self, field) != info.default)
+            if field not in hidden
+            and (field in self.display_fields or getattr(self, field) != usual.get(field, info.default))
         ]
         values = [
             f"{field} {_display_value(getattr(self, field))}".replace("source ", "") for field in fields

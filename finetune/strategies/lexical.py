@@ -103,18 +103,53 @@ class WordNet:
         hyponyms = [lower - above[i] for i, lower in enumerate(below)]
         return Relatives(*(tuple(map(frozenset, sets)) for sets in (synonyms, above, hyponyms)))
 
+    def lemma_relatives(self, labels: Sequence[str]) -> Relatives:
+        """Relatives as paper 0's public code finds them (CLG-VQA, volta/extract_wn_rel.py).
+
+        Those of a label are the labels that are spelt, to the letter, as lemmas of its synsets, of those
+        directly above, and of those directly below, in this order. Words of a lemma have `_` between them.
+        Nothing is symmetric: an inflected label has synsets, and is the lemma of none.
+        """
+        places = {label: i for i, label in enumerate(labels)}
+        found: tuple[list[frozenset[int]], ...] = ([], [], [])
+        for i, label in enumerate(labels):
+            synsets = self._synsets_of(label)
+            groups = (
+                synsets,
+                [above for synset in synsets for above in synset.hypernyms()],
+                [below for synset in synsets for below in synset.hyponyms()],
+            )
+            taken = {i}
+            for group, related in zip(groups, found, strict=True):
+                if None in group:
+                    raise self._damage(label)
+                names = {name for synset in group for name in synset.lemma_names()}
+                related.append(frozenset(places[name] for name in names if name in places) - taken)
+                taken |= related[-1]
+        return Relatives(*map(tuple, found))
+
+    def _synsets_of(self, label: str) -> list[Any]:
+        """NLTK's synsets of a label."""
+        # compounds are spelt either way: living_room, x-ray
+        forms = dict.fromkeys(joiner.join(label.split()) for joiner in "_-")
+        synsets: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
+        if None in synsets:
+            raise self._damage(label)
+        return synsets
+
+    def _damage(self, label: str) -> UserError:
+        return UserError(
+            f"{self.folder}: '{label}' leads nowhere in data.*: not the files that index.* belongs to"
+        )
+
     def _look_up(self, label: str) -> tuple[Synsets, Synsets]:
         """(a label's synsets, those directly above them)."""
         label = label.lower()
         if label not in self._known:
-            # compounds are spelt either way: living_room, x-ray
-            forms = dict.fromkeys(joiner.join(label.split()) for joiner in "_-")
-            synsets: list[Any] = next(filter(None, map(self._reader.synsets, forms)), [])
-            above = [hypernym for synset in synsets if synset for hypernym in synset.hypernyms()]
-            if None in synsets or None in above:
-                raise UserError(
-                    f"{self.folder}: '{label}' leads nowhere in data.*: not the files that index.* belongs to"
-                )
+            synsets = self._synsets_of(label)
+            above = [hypernym for synset in synsets for hypernym in synset.hypernyms()]
+            if None in above:
+                raise self._damage(label)
             self._known[label] = _keys(synsets), _keys(above)
         return self._known[label]
 

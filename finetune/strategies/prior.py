@@ -9,7 +9,7 @@ changed under its old name, size and date is noticed; 1 GB takes about a second)
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -38,6 +38,9 @@ class LinguisticPriorConfig(StrategyConfig):
     file_fields = ("vectors",)
     mutable_fields = ("alpha", "k")
 
+    follow: Literal["paper", "code"] = "paper"
+    """Section 3, or the public code, which matches lemmas by their names (`relatives`) and multiplies the
+    loss by the number of labels before it clips (`loss=ce_labels`)."""
     source: Literal["wordnet", "vectors"] = "vectors"
     """Source of distances: the run's `wordnet=`, or word vectors."""
     alpha: NonNegativeFloat = 10.0
@@ -48,8 +51,16 @@ class LinguisticPriorConfig(StrategyConfig):
     """Distance of a hyponym of the answer, of WordNet."""
     d2: float = Field(0.8, gt=0, lt=1)
     """Distance of a hypernym of the answer, of WordNet."""
+    relatives: Literal["synsets", "lemmas"] = "synsets"
+    """Labels that WordNet relates: those that share a synset, or have one directly above the other's; or
+    those that are spelt as lemmas of these, whose words have `_` between them, so that labels of several
+    words are no one's relatives."""
     vectors: str | None = None
     """GloVe or word2vec file; null: vectors.txt in the data folder."""
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"relatives": "lemmas" if values.get("follow") == "code" else "synsets"}
 
     def files(self, data: Path) -> tuple[Path, ...]:
         return (Path(self.vectors or data / "vectors.txt"),) if self.source == "vectors" else ()
@@ -68,7 +79,9 @@ class LinguisticPriorConfig(StrategyConfig):
                 f"strategies.prior.k={self.k}, but there are {len(labels)} answers; give at most so many"
             )
         if self.source == "wordnet":
-            distances, unknown = wordnet_distances(labels, context.wordnet, self.d1, self.d2, context.cache)
+            distances, unknown = wordnet_distances(
+                labels, context.wordnet, self.d1, self.d2, context.cache, self.relatives == "lemmas"
+            )
         else:
             (file,) = self.files(context.data)
             distances, unknown = cached(
@@ -136,7 +149,12 @@ class UnknownLabels(NamedTuple):
 
 
 def wordnet_distances(
-    labels: Sequence[str], folder: Path, hyponym: float, hypernym: float, cache: Path | None = None
+    labels: Sequence[str],
+    folder: Path,
+    hyponym: float,
+    hypernym: float,
+    cache: Path | None = None,
+    by_lemma: bool = False,
 ) -> "tuple[Tensor, UnknownLabels]":
     """0 where the labels are the same or synonyms; d1 (`hyponym`) where the predicted one is a hyponym of the
     true one; d2 (`hypernym`) where it is a hypernym; else 1. A label without synset is at 1 from all others.
@@ -146,6 +164,7 @@ def wordnet_distances(
         folder: WordNet's files.
         hyponym, hypernym: d1, d2, between 0 and 1; 0.8 in the paper.
         cache: a folder, made where there is none; None keeps nothing.
+        by_lemma: relatives as `WordNet.lemma_relatives` finds them.
     Returns:
         (float32 (C, C); not symmetric where d1 is not d2, labels without synset).
 
@@ -163,13 +182,14 @@ def wordnet_distances(
     def compute() -> "tuple[Tensor, list[int]]":
         wordnet = WordNet(folder)
         distance = torch.ones(len(labels), len(labels)).fill_diagonal_(0)
-        relatives = wordnet.relatives(labels)
+        relatives = wordnet.lemma_relatives(labels) if by_lemma else wordnet.relatives(labels)
         for value, related in zip((0.0, hypernym, hyponym), relatives, strict=True):
             for true, predicted in enumerate(related):
                 distance[sorted(predicted), true] = value
         return distance, [i for i, label in enumerate(labels) if not wordnet.synsets(label)]
 
-    return _cached(labels, "synset", [hyponym, hypernym], [folder / name for name in FILES], cache, compute)
+    numbers = [hyponym, hypernym, 1.0] if by_lemma else [hyponym, hypernym]
+    return _cached(labels, "synset", numbers, [folder / name for name in FILES], cache, compute)
 
 
 def vector_distances(

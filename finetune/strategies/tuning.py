@@ -10,7 +10,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
@@ -207,17 +207,24 @@ class PeftConfig(StrategyConfig):
 
     method: ClassVar[str]  # as `raylib.models.peft` calls it
 
+    follow: Literal["paper", "code"] = "paper"
+    """Paper 4, or its public code with OpenDelta, which set `projection`, and of Compacter `activation`,
+    `rule` and `gain`."""
     projection: bool = True
     """Also tune the map from a text's state to where it meets images, as the paper does; its public code
     froze it without meaning to."""
     norms: bool = True
     """Also tune the layer norms of the blocks, as the paper does beside LoRA, Adapter and Compacter."""
 
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {"projection": values.get("follow") != "code"}
+
     def removes(self) -> Mapping[Need, str]:
         return {"dense_weights": ""}
 
     def build(self, context: Context) -> "PeftModules":
-        settings = self.model_dump(exclude={"projection", "norms"})
+        settings = self.model_dump(exclude={"follow", "projection", "norms"})
         return PeftModules(self.method, settings, self.projection, self.norms)
 
 
@@ -258,6 +265,20 @@ class CompacterConfig(PeftConfig):
     """The bottleneck is the width over this."""
     rank: PositiveInt = 1
     """Rank of the factors."""
+    activation: Literal["gelu", "relu"] = "gelu"
+    """Activation between the two matrices."""
+    rule: Literal["shared", "own"] = "shared"
+    """First factors of the products: the same of all matrices, or own ones of each."""
+    gain: PositiveFloat = 1.0
+    """Gain of the Xavier-uniform first weights of the other factors."""
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        modules = {"activation": "gelu", "rule": "shared", "gain": 1.0}
+        if values.get("follow") == "code":
+            # opendelta/delta_models/compacter.py, CompacterConfig; layers/init.py
+            modules = {"activation": "relu", "rule": "own", "gain": math.sqrt(2)}
+        return {**super().derived_defaults(values), **modules}
 
 
 class SoftPromptConfig(PeftConfig):

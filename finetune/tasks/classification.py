@@ -180,7 +180,7 @@ class Classification(Task):
         self, pipeline: Pipeline, items: Sequence[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         config, model, tokenizer, visual = pipeline
-        soft = self.is_generative or config.loss != "ce"
+        soft = self.is_generative or config.loss.startswith("bce")
         return ExampleBatches(items, model.labels, visual, tokenizer, config.length, soft, order, extra)
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
@@ -265,8 +265,8 @@ class Generation(Classification):
 
 
 def task_loss(logits: Tensor, part: dict, loss: str) -> Tensor:
-    """Summed over the batch: "ce", "bce" or "bce_mean" (`ClassificationObjective`)."""
-    if loss != "ce":
+    """Summed over the batch: `loss` as of `ClassificationObjective`."""
+    if loss.startswith("bce"):
         total = F.binary_cross_entropy_with_logits(logits, part["scores"], reduction="sum")
         return total / logits.shape[1] if loss == "bce_mean" else total
     return F.cross_entropy(logits, part["answer"], reduction="sum")
@@ -278,7 +278,8 @@ class ClassificationObjective(Objective):
 
         L = sum of weighted terms + task_weight (task + sum of weighted terms that read logits)
 
-    loss: "ce", cross-entropy against the answer with the highest score; "bce", binary cross-entropy against
+    loss: "ce", cross-entropy against the answer with the highest score; "ce_labels", this and the terms that
+        read logits, times the number of labels; "bce", binary cross-entropy against
         all scores, summed over the labels (IGLUE's of xGQA, which multiplies the mean by their number);
         "bce_mean", their mean (IGLUE's of XVNLI and NLVR2, which does not).
     added: the terms, which of the model's states they read, and the task's weight.
@@ -292,6 +293,8 @@ class ClassificationObjective(Objective):
         super().__init__()
         terms, self.states, self.task_weight = added or LossTerms()
         self.model, self.loss = model, loss
+        if loss == "ce_labels":
+            self.task_weight *= len(model.labels)
         # what reads no logits comes first: gradients add up in the order in which this is computed
         self.first = {name: term for name, term in terms.items() if "logits" not in term.reads}
         self.second = {name: term for name, term in terms.items() if "logits" in term.reads}

@@ -92,7 +92,7 @@ class Retrieval(Task):
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         if not config.use_itm_head:
-            return ContrastObjective(model, config.temperature, added.terms)
+            return ContrastObjective(model, config.temperature, added.terms, config.contrast == "mean")
         pretraining = CONTRAST_AND_ITM.model_copy(update={"train_vision": "vision" not in config.freeze})
         objective = UnifiedObjective(model, pretraining)
         return MatchingObjective(objective, added.terms) if added.terms else objective
@@ -148,8 +148,9 @@ def merge_captions(items: Iterable[Captioned]) -> list[Captioned]:
 
 class ContrastObjective(Objective):
     """`forward(batch)` -> (this worker's share of L_i2t + L_t2i + sum of weighted terms (equation 9), {"i2t",
-    "t2i" and terms by name: means over the global batch, unweighted}). The public code halves the first two.
+    "t2i" and terms by name: means over the global batch, unweighted}).
 
+    is_mean: the first two are halved, as the public code has them.
     Pairs of one image are no negatives of each other, nor are equal texts.
     """
 
@@ -157,10 +158,15 @@ class ContrastObjective(Objective):
     model: RetrievalBackbone
 
     def __init__(
-        self, model: RetrievalBackbone, temperature: float, terms: Mapping[str, AddedTerm] | None = None
+        self,
+        model: RetrievalBackbone,
+        temperature: float,
+        terms: Mapping[str, AddedTerm] | None = None,
+        is_mean: bool = False,
     ):
         super().__init__()
         self.model, self.temperature, self.terms = model, temperature, terms or {}
+        self.way_weight = 0.5 if is_mean else 1.0
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         part = batch["image_text"]
@@ -170,7 +176,8 @@ class ContrastObjective(Objective):
         image, text = outputs.image_embeddings, outputs.text_embeddings
         ways = [outputs.contrast(image, text) / examples, outputs.contrast(text, image) / examples]
         shares = torch.stack([*ways, *term_shares(self.terms, outputs, part, examples)])
-        weights = upload(torch.tensor([1.0, 1.0, *(term.weight for term in self.terms.values())]), device)
+        weighted = [self.way_weight, self.way_weight, *(term.weight for term in self.terms.values())]
+        weights = upload(torch.tensor(weighted), device)
         names = ("i2t", "t2i", *self.terms)
         return (weights * shares).sum() * world_size(), dict(
             zip(names, all_reduce(shares).unbind(), strict=True)

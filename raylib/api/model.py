@@ -101,7 +101,7 @@ class Model:
         self.labels = network.labels if isinstance(network, FinetuneModel) else ()
         self.region_dim = network.description["regions"] if isinstance(network, FinetuneModel) else None
         self.max_regions = config.max_regions if config else None
-        self.sigmoid = config is not None and config.loss != "ce"
+        self.sigmoid = config is not None and config.loss.startswith("bce")
         if config:
             self.length = config.length
         elif isinstance(network, RetrievalBackbone):

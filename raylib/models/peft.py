@@ -31,6 +31,7 @@ from raylib.weights import describe_misfit, read_safetensors
 if TYPE_CHECKING:
     from raylib.models.base import Backbone
 
+WORDS = {"activation": ("gelu", "relu"), "rule": ("shared", "own")}  # settings that are no numbers
 MAX_SETTING = 1 << 24  # of a method: no vocabulary has more ids, and no layer is wider
 NORMS = ("attention_norm", "cross_norm", "output_norm")  # of a block: tuned with every method
 
@@ -53,25 +54,30 @@ class Adapter(nn.Module):
 
 class LowRankKronecker(nn.Module):
     """A linear map whose matrix is sum_i A_i (x) (s_i t_i), i = 1 ... n (equation 11). The A_i belong to all
-    such layers of a model together, and are its parameter `kronecker` (`insert_compacter`)."""
+    such layers of a model together, and are its parameter `kronecker` (`insert_compacter`), or to each
+    layer."""
 
-    def __init__(self, inputs: int, outputs: int, owner: nn.Module, rank: int):
-        """owner: the model with A, (n, n, n); n must divide `inputs` and `outputs`."""
+    def __init__(
+        self, inputs: int, outputs: int, owner: nn.Module | None, n: int, rank: int, gain: float = 1.0
+    ):
+        """owner: the model with A, (n, n, n); None: this layer has its own. n must divide `inputs` and
+        `outputs`. gain: of the first weights of s and t."""
         super().__init__()
+        if owner is None:
+            self.register_parameter("kronecker", new_rule(n))
         # in a list, so that it is no part of this layer; the model and not its parameter, which loading may
         # replace by another
-        self._owner = [owner]
-        n = len(self.rule)
+        self._owner = [owner or self]
         self.left = nn.Parameter(torch.empty(n, inputs // n, rank))
         self.right = nn.Parameter(torch.empty(n, rank, outputs // n))
         self.bias = nn.Parameter(torch.zeros(outputs))
         for factor in (self.left, self.right):
             for part in factor:
-                nn.init.xavier_uniform_(part)
+                nn.init.xavier_uniform_(part, gain)
 
     @property
     def rule(self) -> nn.Parameter:
-        """A, (n, n, n), the same of all such layers."""
+        """A, (n, n, n)."""
         return cast(nn.Parameter, self._owner[0].get_parameter("kronecker"))
 
     def matrix(self) -> Tensor:
@@ -90,14 +96,21 @@ class LowRankKronecker(nn.Module):
 class Compacter(nn.Module):
     """An `Adapter` whose two matrices are sums of Kronecker products (Karimi Mahabadi et al. 2021)."""
 
-    def __init__(self, width: int, bottleneck: int, owner: nn.Module, rank: int):
+    def __init__(self, down: LowRankKronecker, up: LowRankKronecker, activation: str):
         super().__init__()
-        self.down = LowRankKronecker(width, bottleneck, owner, rank)
-        self.up = LowRankKronecker(bottleneck, width, owner, rank)
+        self.down, self.up, self.activation = down, up, activation
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, d) -> (T, d)."""
-        return x + self.up(F.gelu(self.down(x), approximate="tanh"))
+        hidden = self.down(x)
+        return x + self.up(
+            F.relu(hidden) if self.activation == "relu" else F.gelu(hidden, approximate="tanh")
+        )
+
+
+def new_rule(n: int) -> nn.Parameter:
+    """First factors of n Kronecker products, (n, n, n), as they start."""
+    return nn.Parameter(torch.randn(n, n, n) * 0.01)
 
 
 class AdaptedLinear(nn.Linear):
@@ -171,7 +184,15 @@ def insert_adapter(model: nn.Module, bottleneck: int = 24) -> None:
     _behind_outputs(model, lambda width: Adapter(width, bottleneck))
 
 
-def insert_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: int = 1) -> None:
+def insert_compacter(
+    model: nn.Module,
+    n: int = 4,
+    reduction: int = 16,
+    rank: int = 1,
+    activation: str = "gelu",
+    rule: str = "shared",
+    gain: float = 1.0,
+) -> None:
     """A `Compacter` in the same places, its bottleneck 1 / `reduction` of the width."""
     width = next(block.attention.query.in_features for _, block in _blocks(model))
     if width % reduction or (width // reduction) % n:
@@ -179,9 +200,17 @@ def insert_compacter(model: nn.Module, n: int = 4, reduction: int = 16, rank: in
             f"strategies.compacter: width {width} / reduction {reduction} is no multiple of n {n}; choose "
             "others"
         )
-    # one for all layers, so it belongs to the model: a layer's own copy would be trained apart
-    model.register_parameter("kronecker", nn.Parameter(torch.randn(n, n, n) * 0.01))
-    _behind_outputs(model, lambda width: Compacter(width, width // reduction, model, rank))
+    if rule == "shared":
+        # one for all layers, so it belongs to the model: a layer's own copy would be trained apart
+        model.register_parameter("kronecker", new_rule(n))
+    owner = model if rule == "shared" else None
+
+    def make(width: int) -> Compacter:
+        narrow = width // reduction
+        down = LowRankKronecker(width, narrow, owner, n, rank, gain)
+        return Compacter(down, LowRankKronecker(narrow, width, owner, n, rank, gain), activation)
+
+    _behind_outputs(model, make)
 
 
 def insert_soft_prompt(model: nn.Module, start: Sequence[int] = (), tokens: int = 20) -> None:
@@ -221,7 +250,14 @@ def insert(model: nn.Module, method: str, settings: Mapping[str, Any]) -> None:
     weight = next(backbone.parameters())
     INSERT[method](backbone, **settings)
     backbone.to(weight)
-    backbone.tuning = {**backbone.tuning, method: dict(settings)}
+    backbone.tuning = {**backbone.tuning, method: _all_settings(method, settings)}
+
+
+def _all_settings(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings with the defaults of those that earlier versions did not store."""
+    call = inspect.signature(INSERT[method]).bind(None, **settings)
+    call.apply_defaults()
+    return {name: value for name, value in call.arguments.items() if name != "model"}
 
 
 def check_stored(description: Any, where: Path | str) -> dict[str, dict[str, Any]]:
@@ -232,13 +268,14 @@ def check_stored(description: Any, where: Path | str) -> dict[str, dict[str, Any
         UserError: no such methods, or settings.
     """
     with reading(where, "a model's tuning, {method: settings}"):
-        for method, settings in (description or {}).items():
-            call = inspect.signature(INSERT[method]).bind(None, **settings)
-            for value in call.kwargs.values():
-                numbers = value if type(value) is list else [value]
-                if not all(type(n) in (int, float) and 0 <= n <= MAX_SETTING for n in numbers):
+        found = {method: _all_settings(method, given) for method, given in (description or {}).items()}
+        for method, settings in found.items():
+            for name, value in settings.items():
+                numbers = [*value] if type(value) in (list, tuple) else [value]
+                is_valid = all(type(n) in (int, float) and 0 <= n <= MAX_SETTING for n in numbers)
+                if not (value in WORDS[name] if name in WORDS else is_valid):
                     raise ValueError(f"{method}: {settings}")
-    return description or {}
+    return found
 
 
 def insert_stored(model: nn.Module, description: Mapping[str, Mapping[str, Any]]) -> None:
@@ -321,7 +358,7 @@ def load_tuned(model: nn.Module, path: Path) -> None:
     what, advice = "weights of a tuned language (safetensors)", "give the tuned.safetensors of a run"
     small, metadata = read_safetensors(path, what, advice)
     with reading(path, what, advice):
-        stored = parse_json(metadata["tuning"])
+        stored = json.loads(json.dumps(check_stored(parse_json(metadata["tuning"]), path)))
     tuning = _backbone(model).tuning
     # by way of JSON, in which tuples are lists
     if stored != json.loads(json.dumps(tuning)):
