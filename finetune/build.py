@@ -378,7 +378,7 @@ def build_pipeline(
     if start:
         load_weights(model, start)
     set_recomputation(model, config.checkpointing, config.fit.micro_batches)
-    tokenizer = strategies.wrap_tokenizer(Tokenizer.load(tokenizer_of(config)), model)
+    tokenizer = strategies.wrap_tokenizer(open_tokenizer(config, tokenizer_of(config)), model)
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
 
 
@@ -417,6 +417,16 @@ def share_with_trials(tokenizer: Tokenizer, items: Iterable[Any], folder: Path) 
         return folder
     tokenizer.without_prompt.remember([text for item in items for text in item.texts])
     return cache.folder
+
+
+def open_tokenizer(config: FinetuneConfig, path: Path) -> Tokenizer:
+    """The tokenizer at `path`, which normalises texts where the settings say so."""
+    tokenizer = Tokenizer.load(path)
+    if config.text_normalization == "none":
+        return tokenizer
+    from raylib.words import NormalizedTokenizer
+
+    return NormalizedTokenizer(tokenizer, config.text_normalization, config.training_words)
 
 
 def tokenizer_of(config: FinetuneConfig) -> Path:

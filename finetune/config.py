@@ -143,6 +143,11 @@ class FinetuneConfig(LaunchConfig):
     """Passes over the training set."""
     length: int = Field(40, ge=3)
     """Longest text, in tokens with the specials; longer ones are cut."""
+    text_normalization: Literal["none", "question", "caption"] = "none"
+    """Texts in lower case without ASCII punctuation, as CCLM's code reads questions or captions; none: as
+    they are."""
+    training_words: PositiveInt | None = None
+    """Longest normalised text in training, in words between blanks; null: as long as `length` allows."""
     dropout: float | None = Field(None, ge=0, lt=1)
     """Dropout of embeddings and hidden states in training, the image encoder's apart; null: the model's."""
     attention_dropout: float | None = Field(None, ge=0, lt=1)

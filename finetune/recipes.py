@@ -208,6 +208,8 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         "image_size": 384,
         "head": "decoder" if task == "xgqa" else "classifier",
         "augment": AugmentConfig.albef(0.5, flip_unless=sides),
+        "text_normalization": "question" if task == "xgqa" else "caption",
+        "training_words": 30 if task == "xgqa" else 80,
     }
     # "We mirror the training procedures from IGLUE": its losses, and VOLTA's heads
     losses = {"xgqa": "bce", "xvnli": "bce_mean"} if model == "uc2" else {}

@@ -63,6 +63,11 @@ class Tokenizer:
         """The tokenizer that puts nothing before a text: itself, but of a `PromptedTokenizer`."""
         return self
 
+    @property
+    def for_training(self) -> "Tokenizer":
+        """The tokenizer of training texts: itself, but where these are cut (`raylib.words`)."""
+        return self
+
     def for_language(self, code: str) -> "Tokenizer":
         """The tokenizer of texts in a language: itself, but where a prompt has words of its own there."""
         return self
@@ -134,6 +139,10 @@ class PromptedTokenizer(Tokenizer):
     @property
     def without_prompt(self) -> Tokenizer:
         return self.plain
+
+    @property
+    def for_training(self) -> Tokenizer:
+        return PromptedTokenizer(self.plain.for_training, self.words, self.ids, self.by_language)
 
     def for_language(self, code: str) -> Tokenizer:
         words = self.by_language.get(code, self.words)

@@ -233,6 +233,25 @@ def test_prompts_and_small_modules_of_a_run_are_loaded(finetune, tmp_path, scene
     assert len(model.tokenizer.encode(["x"])[0]) > len(plain.encode(["x"])[0])
 
 
+def test_normalised_texts_of_a_run_and_its_export_are_those_it_was_tested_on(finetune, tmp_path, scenes):
+    """`text_normalization`: in training, in tests, in what is loaded and what is exported."""
+    from finetune.formats.answers import read_xvnli
+    from raylib.api.export import export_model
+
+    limits = ("epochs=1", "train_limit=16", "test_limit=12", "languages=ru", "name=tuned")
+    code, printed = finetune("scenes_xvnli", *limits, "text_normalization=caption", "training_words=20")
+    assert code == 0, printed
+    export_model(tmp_path / "tuned", tmp_path / "export")
+    example = next(iter(read_xvnli(scenes / "XVNLI/annotations/ru/test.jsonl")))
+    image = open_images(scenes / "images.tar").read(example.images[0])
+    line = json.loads((tmp_path / "tuned/predictions/ru.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    for folder in ("tuned", "export"):
+        model = polyglance.load(tmp_path / folder, "cpu")
+        spelt = [example.texts[-1], f"{example.texts[-1].upper()}!", f"({example.texts[-1]}): ?"]
+        found = [model.classify(text, image, top=3) for text in spelt]
+        assert found[0] == found[1] == found[2] and found[0][0].text == line["prediction"]
+
+
 def test_published_weights_do_what_they_were_trained_for(tmp_path, images, model):
     import transformers
 

@@ -30,6 +30,7 @@ from finetune.build import (
     build_strategies,
     find_task,
     languages_of,
+    open_tokenizer,
     open_visual_for,
     tokenizer_of,
 )
@@ -164,7 +165,7 @@ def load_finished_run(folder: Path, options: Options) -> FinishedRun:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model: Any = None
     if config.setting in ONE_EACH:
-        tokenizer = Tokenizer.load(tokenizer_of(config))
+        tokenizer = open_tokenizer(config, tokenizer_of(config))
     else:
         trained = trained_config(config, folder) if config.trains else config
         _, model, tokenizer, _ = build_pipeline(trained, build_strategies(trained))

@@ -23,6 +23,7 @@ from raylib.finite import require_finite_values
 from raylib.randomness import string_key
 from raylib.sample.scenes import read_labels, translate_name
 from raylib.text import Tokenizer, load_sentencepiece, load_tokenizer_json
+from raylib.words import NORMALIZATIONS
 
 
 class Inapplicable(Exception):
@@ -109,7 +110,10 @@ def read_parallel(
 
 
 def _read(config: FinetuneConfig, language: str) -> Iterator[Example]:
+    # as the model reads them: words are looked for, and their tokens, in one text
+    normalize = NORMALIZATIONS.get(config.text_normalization, str)
     for item in read_split(config, test_split(config, language), language, config.test_limit):
+        item = item.map_texts(lambda text, _: normalize(text))
         if isinstance(item, Captioned):
             yield Example(item.image, (item.captions[0],), (item.image,), {})
         else:

@@ -181,6 +181,7 @@ class Classification(Task):
     ) -> EpochBatches:
         config, model, tokenizer, visual = pipeline
         soft = self.is_generative or config.loss.startswith("bce")
+        tokenizer = tokenizer.for_training
         return ExampleBatches(items, model.labels, visual, tokenizer, config.length, soft, order, extra)
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:

@@ -88,7 +88,8 @@ class Retrieval(Task):
         self, pipeline: Pipeline, items: Sequence[Any], order: BatchOrder, extra: ExtraInputs | None = None
     ) -> EpochBatches:
         visual = cast(ImageSource | PrecomputedFeatures, pipeline.visual)
-        return CaptionBatches(items, visual, pipeline.tokenizer, pipeline.config.length, order, extra)
+        tokenizer = pipeline.tokenizer.for_training
+        return CaptionBatches(items, visual, tokenizer, pipeline.config.length, order, extra)
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
         if not config.use_itm_head:

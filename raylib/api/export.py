@@ -36,7 +36,18 @@ from raylib.settings import PRECISION
 WRAPPERS = "raylib.api.huggingface"
 CODE = "modeling_polyglance"
 # of a run's settings, what a model needs to read texts and images as the run did
-READING = ("task", "setting", "length", "max_regions", "loss", "use_itm_head", "languages", "max_pixels")
+READING = (
+    "task",
+    "setting",
+    "length",
+    "text_normalization",
+    "training_words",
+    "max_regions",
+    "loss",
+    "use_itm_head",
+    "languages",
+    "max_pixels",
+)
 PROMPTS = ("soft_prompt", "hard_prompt")
 
 

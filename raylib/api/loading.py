@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from finetune.build import open_tokenizer
 from finetune.config import FinetuneConfig
 from finetune.formats.answers import LABELS
 from finetune.strategies.base import Context
@@ -70,6 +71,7 @@ def load_model(
         raise UserError(f"device={device}: {str(error).strip().partition(chr(10))[0]}") from None
     tokenizer = Tokenizer.load(tokenizer_at(path))
     if config:
+        tokenizer = open_tokenizer(config, tokenizer_at(path))
         tokenizer = _with_prompts(config, tokenizer, network)
     capabilities = _capabilities(path, network, config, settings)
     fit = config.fit if config else stored_fit(settings, run or path)

@@ -30,6 +30,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from raylib.errors import UserError, reading
 from raylib.text import SPECIALS, PromptedTokenizer, Tokenizer, load_sentencepiece, load_tokenizer_json
+from raylib.words import NormalizedTokenizer
 
 SEPARATOR = "\uffff"  # no character: stands for a moment where nothing may be composed
 COMPARED = 20_000  # pieces of the vocabulary at most that are encoded by both
@@ -51,6 +52,9 @@ def write_tokenizer(tokenizer: Tokenizer, max_length: int, folder: Path) -> None
     """
     prompt = tokenizer if isinstance(tokenizer, PromptedTokenizer) else None
     plain = tokenizer.without_prompt
+    if isinstance(plain, NormalizedTokenizer):
+        # `tokenizers` lowers letters one by one: a Greek final sigma is another in Python
+        raise NotConvertible("texts are normalised before it (text_normalization)")
     if type(tokenizer) not in (Tokenizer, PromptedTokenizer) or type(plain) is not Tokenizer:
         raise NotConvertible(f"{type(tokenizer).__name__}, a tokenizer of a user's strategy")
     if prompt and prompt.by_language:

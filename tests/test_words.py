@@ -1,0 +1,87 @@
+"""Texts as public code normalises them, in many scripts; words where no spaces are."""
+
+import gzip
+import pickle
+import re
+
+import pytest
+
+from finetune.config import FinetuneConfig
+from finetune.recipes import RECIPES
+from raylib.sample import DATA
+from raylib.text import Tokenizer
+from raylib.words import NormalizedTokenizer, normalize_caption, normalize_question
+
+
+def public_question(question, max_words):
+    """ALBEF's function with CCLM's blanks, as a regular expression says it (zengyan-97/CCLM)."""
+    question = re.sub(r"[,.'!?\"()*#:;~]", " ", question.lower()).replace("-", " ").replace("/", " ")
+    words = question.rstrip(" ").split(" ")
+    return " ".join(words[:max_words]) if len(words) > max_words else question.rstrip(" ")
+
+
+def public_caption(caption, max_words):
+    caption = re.sub(r"[,.'!?\"()*#:;~]", " ", caption.lower()).replace("-", " ").replace("/", " ")
+    caption = re.sub(r"\s{2,}", " ", caption.replace("<person>", "person")).rstrip("\n").strip(" ")
+    words = caption.split(" ")
+    return " ".join(words[:max_words]) if len(words) > max_words else caption
+
+
+def texts():
+    """Declarations of human rights in all scripts of the sample, and what punctuation, blanks and case do."""
+    found = [
+        "A man's dog -- isn't it? (yes)",
+        "<person> and  <PERSON>,\tby/the tree.\n",
+        "ΟΔΥΣΣΕΥΣ. ΣΑΣ; Straße, İstanbul ǅ",
+        "他、看《书》。「犬」…什么？",
+        "¿Qué? ‘quoted’ “quoted” – dash",
+        "...",
+        "",
+        "a\u00a0\u2003b \x0b c\r\n",
+        " leading and trailing  ",
+    ]
+    for file in sorted((DATA / "udhr").glob("*.txt.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            found += [line.rstrip("\n") for line in lines]
+    return found
+
+
+def test_normalised_texts_are_the_public_functions():
+    every = texts()
+    assert len(every) > 1000
+    for text in every:
+        assert normalize_question(text) == public_question(text, 10**6)
+        assert normalize_caption(text) == public_caption(text, 10**6)
+
+
+@pytest.fixture
+def tokenizer(model):
+    return Tokenizer.load(model)
+
+
+def ids(tokenizer, text):
+    return tokenizer.encode([text])[0].tolist()
+
+
+@pytest.mark.parametrize(("name", "public"), [("question", public_question), ("caption", public_caption)])
+def test_normalized_tokenizer_reads_what_public_code_gives(name, public, tokenizer):
+    wrapped = NormalizedTokenizer(tokenizer, name, 7)
+    long = "Is the man's dog, who  is (not) brown: left of the tree-house?"
+    for text in [long, *texts()[:5]]:
+        assert ids(wrapped, text) == ids(tokenizer, public(text, 10**6))
+        assert ids(wrapped.for_training, text) == ids(tokenizer, public(text, 7))
+    assert ids(wrapped, long) != ids(wrapped.for_training, long) != ids(tokenizer, long)
+    again = pickle.loads(pickle.dumps(wrapped.for_training))
+    assert ids(again, long) == ids(wrapped.for_training, long)
+    assert len({tokenizer.sha256, wrapped.sha256, wrapped.for_training.sha256}) == 3
+    wrapped.remember([long])
+    assert ids(wrapped, long) == ids(tokenizer, public(long, 10**6))
+
+
+def test_cclm_recipes_normalise_and_others_do_not():
+    for name, recipe in RECIPES.items():
+        config = recipe()
+        expected = {"xgqa": ("question", 30)}.get(config.task, ("caption", 80))
+        found = config.text_normalization, config.training_words
+        assert found == (expected if name.startswith("p1_cclm") else ("none", None)), name
+    assert FinetuneConfig(task="xgqa").text_normalization == "none"
