@@ -187,7 +187,11 @@ def assert_close(one, two):
 
 @pytest.mark.parametrize(
     ("without", "sharding", "processes"),
-    [((), "none", 3), ((), "zero2", 3), (("data.image_text.batch=0",), "none", 2)],
+    [
+        ((), "zero2", 3),
+        pytest.param((), "none", 3, marks=pytest.mark.slow),
+        pytest.param(("data.image_text.batch=0",), "none", 2, marks=pytest.mark.slow),
+    ],
 )  # three do not divide the batches, nor the lanes; the last leaves the image encoder unused
 def test_pretrain_torchrun_equals_one_process(mini, tmp_path, without, sharding, processes):
     run(mini("name=one", *LOCAL, *without))

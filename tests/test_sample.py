@@ -164,6 +164,7 @@ def test_sample_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypat
     assert [path.name for path in winner.iterdir()] == ["theirs"] and list(tmp_path.iterdir()) == [winner]
 
 
+@pytest.mark.slow
 def test_sample_concurrent_builds_agree_and_are_reused(corpus, tmp_path, monkeypatch):
     with multiprocessing.get_context("fork").Pool(2) as pool:
         first, second = pool.map(build_sample_corpus, [tmp_path, tmp_path])

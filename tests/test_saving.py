@@ -190,8 +190,10 @@ def fill_disk(folder, in_background, looks_ahead):
     print(json.dumps([*found, checkpoint.verify(checkpoint.find_newest(run))["step"]]))
 
 
-@pytest.mark.parametrize("in_background", [True, False])
-@pytest.mark.parametrize("looks_ahead", [True, False])
+@pytest.mark.parametrize(
+    ("looks_ahead", "in_background"),
+    [(True, True), (False, True), *(pytest.param(a, False, marks=pytest.mark.slow) for a in (True, False))],
+)
 def test_writer_on_full_disk_keeps_last_checkpoint_and_says_what_is_needed(
     tmp_path, in_background, looks_ahead
 ):
@@ -236,6 +238,7 @@ def fit_often(rank, world, folder):
     return counts
 
 
+@pytest.mark.slow
 def test_trainings_in_one_process_leave_no_threads_and_open_files(tmp_path):
     """Each has two groups of processes of its own, with threads and connections."""
     for counts in run_workers(fit_often, 2, tmp_path):
