@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # texts are read, and corpora written, without PyTorch
 
 # what is looked for in a folder, in order
 TOKENIZER_FILES = ("sentencepiece.bpe.model", "tokenizer.model", "tokenizer.json")
+# Before a name, in an export: `transformers` does not know the file, which it would read otherwise than ours.
+HIDDEN = "polyglance_"
 JSON_TOKENIZER = "a tokenizer.json of `tokenizers`"
 MAX_BYTES = 1 << 28  # of a tokenizer's file, which its library reads whole
 MAX_VOCABULARY = 1 << 24  # ids: an array has one for each
@@ -81,13 +83,13 @@ class Tokenizer:
         """
         path = Path(path)
         if path.is_dir():
-            found = [path / name for name in TOKENIZER_FILES if (path / name).is_file()]
-            if not found:
+            found = tokenizer_file(path)
+            if found is None:
                 raise UserError(
                     f"{path}: no tokenizer here; one of {', '.join(TOKENIZER_FILES)} is looked for"
                     f"{hub_hint(path)}"
                 )
-            path = found[0]
+            path = found
         if not path.is_file():
             raise UserError(f"{path}: no such tokenizer file{hub_hint(path)}")
         return cls(path, *(_load_json(path) if path.suffix == ".json" else _load_sentencepiece(path)))
@@ -120,6 +122,13 @@ class Tokenizer:
 
     def __reduce__(self):
         return Tokenizer.load, (self.path,)
+
+
+def tokenizer_file(folder: Path) -> Path | None:
+    """The file of the tokenizer in `folder`; None: there is none."""
+    # where an export has both, the hidden one is the run's own
+    names = (*(f"{HIDDEN}{name}" for name in TOKENIZER_FILES), *TOKENIZER_FILES)
+    return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 class PromptedTokenizer(Tokenizer):

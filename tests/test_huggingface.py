@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -338,6 +339,77 @@ def test_autotokenizer_gives_our_ids_for_all_lines_and_characters(exports):
         for _ in range(20_000)
     ]
     assert_equal_ids(theirs, ours, [*odd, *("".join(rng.choices(marks, k=5)) for _ in range(5000))], 64)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_exports_for_polyglance_alone_have_a_tokenizer_with_our_ids(tmp_path, fast):
+    """`transformers` reads no model of regions, but makes a tokenizer of any tokenizer.model that it sees."""
+    assert export_model(save(tiny("uc2"), tmp_path / "model"), tmp_path / "out") is not None
+    theirs, ours = (
+        AutoTokenizer.from_pretrained(tmp_path / "out", use_fast=fast),
+        Tokenizer.load(tmp_path / "out"),
+    )
+    lines, rng = sample_lines(), random.Random(1)
+    odd = [*ODD, "ＦＵＬＬ　ｗｉｄｔｈ　１２", "a\r\n\n b\tc", "नमस्ते", "ำ กำ", "word " * 3000]
+    for texts in ([text for code in lines for text in rng.sample(lines[code], 30)], odd):
+        assert_equal_ids(theirs, ours, texts, 64)
+        for text, ids in zip(texts, ours.encode(texts), strict=True):
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ids.tolist()
+    assert (theirs.model_max_length, theirs.padding_side, theirs.truncation_side) == (40, "right", "right")
+    pair = theirs("ein Hund", "eine Katze")["input_ids"]
+    first, second = (row.tolist() for row in ours.encode(["ein Hund", "eine Katze"]))
+    assert pair == [ours.cls, *first, ours.sep, ours.sep, *second, ours.sep]
+
+
+def test_tokenizer_that_cannot_be_converted_is_hidden_from_autotokenizer(tmp_path):
+    """A BPE model, of which `transformers` would make a tokenizer with other ids."""
+    source, out = save(tiny("unified"), tmp_path / "model"), tmp_path / "out"
+    lines = [text for texts in sample_lines().values() for text in texts[:20]]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(tmp_path / "bpe"),
+        model_type="bpe",
+        vocab_size=900,
+        bos_id=0,
+        pad_id=1,
+        eos_id=2,
+        unk_id=3,
+        control_symbols="<mask>",
+        minloglevel=2,
+    )
+    (tmp_path / "bpe.model").replace(source / "tokenizer.model")
+    assert "its tokenizer has no equal there" in (export_model(source, out) or "")
+    with pytest.raises(ValueError, match="instantiate the backend tokenizer"):
+        AutoTokenizer.from_pretrained(out)
+    ours, before = polyglance.load(out, "cpu").tokenizer, Tokenizer.load(source)
+    assert ours.sha256 == before.sha256 and ours.encode(lines)[0].tolist() == before.encode(lines)[0].tolist()
+    again = tmp_path / "again"
+    export_model(out, again)
+    assert Tokenizer.load(again).sha256 == before.sha256
+
+
+def test_json_tokenizer_is_exported_with_our_specials(tmp_path):
+    """A WordPiece file with a template, a length and padding of its own, and `<mask>` that eats spaces."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "ein", "hund", "##e", ".", "[", "]", "mask"]
+    made = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token="[UNK]")
+    )
+    made.normalizer = tokenizers.normalizers.BertNormalizer()
+    made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    made.add_special_tokens([tokenizers.AddedToken(w, special=True, lstrip=w == "[MASK]") for w in words[:5]])
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A [SEP]", pair="$A $B [SEP]", special_tokens=[("[SEP]", 3)]
+    )
+    made.enable_truncation(4)
+    made.enable_padding(length=9)
+    source, out = save(tiny("unified"), tmp_path / "model"), tmp_path / "out"
+    (source / "tokenizer.model").unlink()
+    made.save(str(source / "tokenizer.json"))
+    export_model(source, out)
+    ours, theirs = polyglance.load(out, "cpu").tokenizer, AutoTokenizer.from_pretrained(out)
+    assert ours.sha256 == Tokenizer.load(source).sha256
+    texts = ["Ein Hund.", "ein  [MASK] hunde", "", "x", "ein " * 90, "[CLS]ein[SEP]"]
+    assert_equal_ids(theirs, ours, texts, 64)
 
 
 def test_xlmr_and_json_tokenizers_give_our_ids(tmp_path):

@@ -32,6 +32,7 @@ from raylib.models.base import (
 )
 from raylib.models.finetuned import FinetuneModel, find_evaluated, find_run, is_foreign
 from raylib.settings import PRECISION
+from raylib.text import HIDDEN
 
 WRAPPERS = "raylib.api.huggingface"
 CODE = "modeling_polyglance"
@@ -73,13 +74,15 @@ def export_model(
         checkpoint.verify(source, ("config.json", "model.safetensors"))
     facts = find_facts(model, source)
     with atomic_folder(to.absolute()) as folder:
-        gap = find_gap(model)
-        if gap is None:
-            try:
-                write_tokenizer(model.tokenizer, model.length, folder)
-            except NotConvertible as reason:
-                gap = f"its tokenizer has no equal there ({reason})"
-        shutil.copy2(model.tokenizer.path, folder / model.tokenizer.path.name)
+        gap, name = find_gap(model), model.tokenizer.path.name.removeprefix(HIDDEN)
+        try:
+            write_tokenizer(model.tokenizer, model.length, folder)
+        except NotConvertible as reason:
+            gap = gap or f"its tokenizer has no equal there ({reason})"
+        # `AutoTokenizer` reads the one that was written, or none: another of a name that it knows gives other
+        # ids
+        hidden = (folder / name).exists() or not (folder / "tokenizer.json").exists()
+        shutil.copy2(model.tokenizer.path, folder / (f"{HIDDEN}{name}" if hidden else name))
         for code in stored_code(source):
             shutil.copy2(code, folder / code.name)
         metadata = {"format": "pt", "polyglance": __version__, **_identity(model, facts)}

@@ -14,7 +14,7 @@ from raylib.models.oscar import Oscar
 from raylib.models.single_stream import M3P, UC2, MUniter, XUniter
 from raylib.models.unified import UnifiedModel
 from raylib.renames import model_kind
-from raylib.text import TOKENIZER_FILES
+from raylib.text import TOKENIZER_FILES, tokenizer_file
 
 BACKBONES: dict[str, type[Backbone]] = {
     "unified": UnifiedModel,
@@ -118,9 +118,8 @@ def find_tokenizer(model: Path) -> Path:
     if not model.exists():
         raise UserError(f"{model}: no such file or folder{hub_hint(model)}")
     for folder in (model, model.parent, model.parent.parent):
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                return folder / name
+        if found := tokenizer_file(folder):
+            return found
     raise UserError(
         f"{model}: no tokenizer in it; one of {', '.join(TOKENIZER_FILES)} is looked for{hub_hint(model)}"
     )
