@@ -20,6 +20,7 @@ from raylib.settings import AugmentConfig, FitConfig, OptimConfig, PartRates
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
+UC2_IN_VOLTA = {"activation": "relu", "eps": 1e-5}  # the papers' runs: UC2's weights in VOLTA's code
 FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of shots (`tune_spaces few_shot`)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 # beside P1's own (section 4.1) what UC2's code in IGLUE and CCLM's have: its `lr_mult` is of a new classifier
@@ -382,6 +383,8 @@ def _scenes_distillation(row: str, **more):
 
 def _recipe(summary: str, **settings: Any) -> Callable[[], FinetuneConfig]:
     """A recipe of these settings; {method}, {setting} and {task} in its summary are filled in."""
+    if settings.get("backbone") == "uc2" and settings.get("setting") not in ("few_shot", "translate_test"):
+        settings = {"backbone_config": UC2_IN_VOLTA, **settings}
     config = FinetuneConfig(**settings)
     filled = summary.format(method=config.display_name, setting=config.setting, task=config.task)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 WORDS, WIDTH, HEADS, FEEDFORWARD, LAYERS, POSITIONS, FEATURES = 40, 16, 2, 24, 2, 30, 6
+SLOTS = 100  # of regions, in M3P, whose positions number these too
 PADDING = {"uc2": 1, "m3p": 1, "xuniter": 1, "muniter": 0}
 POOLED = {"uc2": WIDTH, "m3p": WIDTH, "xuniter": 20, "muniter": 20}
 TYPES = {"uc2": 2, "muniter": 2, "xuniter": 1, "m3p": 0}
@@ -42,7 +43,7 @@ def make_parts(kind: str) -> dict[str, torch.Tensor]:
     if kind in ("xuniter", "muniter"):
         shapes["region_pooler"] = (POOLED[kind], WIDTH)
     shapes |= {f"{i}.{name}": shape for i in range(LAYERS) for name, shape in LAYER.items()}
-    parts = {"word": draw(WORDS, WIDTH), "position": draw(POSITIONS, WIDTH)}
+    parts = {"word": draw(WORDS, WIDTH), "position": draw(POSITIONS + (SLOTS if kind == "m3p" else 0), WIDTH)}
     if TYPES[kind]:
         parts["type"] = draw(TYPES[kind], WIDTH)
     if kind == "xuniter":
@@ -259,6 +260,7 @@ def slow(
         if kind == "m3p":
             features = features / (features**2).sum(1, keepdim=True).sqrt()
             where = where / (where**2).sum(1, keepdim=True).sqrt()
+            features, where = (F.pad(part, (0, 0, 0, SLOTS - len(rows))) for part in (features, where))
         if kind in ("xuniter", "muniter"):
             features = torch.cat([features.mean(0, keepdim=True), features])
             where = torch.cat([torch.tensor([[0.0, 0, 1, 1, 1]], dtype=where.dtype), where])

@@ -1,12 +1,16 @@
 """Single-stream backbones: a slow restatement over published names, published counts, every format of
 weights."""
 
+import json
 import shutil
+import zlib
 from argparse import Namespace
 
+import numpy as np
 import pytest
 import torch
 
+from finetune.recipes import UC2_IN_VOLTA
 from raylib.errors import UserError
 from raylib.models import BACKBONES
 from raylib.models.finetuned import FinetuneModel, freeze, load_backbone
@@ -80,6 +84,138 @@ def test_single_stream_published_weights_equal_slow_reference(tmp_path, double, 
         2,
         0,
     )
+
+
+def filled(name: str, *shape: int) -> torch.Tensor:
+    """Weights that follow from a name: those with which M3P's and VOLTA's code were run."""
+    count = int(np.prod(shape))
+    waves = torch.arange(count, dtype=torch.float64) * 0.37 + zlib.crc32(name.encode()) % 1000
+    values = (torch.sin(waves) * 0.3).view(shape)
+    return values + 1 if "norm" in name.lower() and name.endswith("weight") else values
+
+
+def m3p_of_public_code() -> dict[str, torch.Tensor]:
+    """Width 8, 2 layers of 2 heads, 40 words."""
+    embedded = "image_embeddings"
+    linear = {f"{embedded}.image_embeddings": (8, 2048), f"{embedded}.image_location_embeddings": (8, 5)}
+    linear |= {"pooled_layer.dense": (8, 8)}
+    norms = ["layer_norm_emb", f"{embedded}.LayerNorm"]
+    for i in (0, 1):
+        linear |= {f"attentions.{i}.{part}_lin": (8, 8) for part in ("q", "k", "v", "out")}
+        linear |= {f"ffns.{i}.lin1": (32, 8), f"ffns.{i}.lin2": (8, 32)}
+        norms += [f"layer_norm1.{i}", f"layer_norm2.{i}"]
+    shapes = {"embeddings.weight": (40, 8), "position_embeddings.weight": (514, 8)}
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {f"{name}.{part}": (8,) for name in norms for part in ("weight", "bias")}
+    return {f"module.{name}": filled(name, *shape) for name, shape in shapes.items()}
+
+
+M3P_POOLED = {  # `jointfwd` and `pooled_layer` of microsoft/M3P's transformer.py, its 100 regions with zeros
+    "all": [
+        [
+            -0.564891203,
+            0.236922966,
+            -0.019258514,
+            0.034976489,
+            0.522323998,
+            -0.236017541,
+            0.764507242,
+            -0.53618292,
+        ],
+        [
+            -0.561345587,
+            0.228644993,
+            -0.007236015,
+            0.020086298,
+            0.534782226,
+            -0.253977148,
+            0.772811313,
+            -0.550851315,
+        ],
+    ],
+    # the same of e-bug/volta's m3p_transformer.py, with the mask that its M3PModel passes
+    "volta": [
+        [
+            -0.561743126,
+            0.231905821,
+            -0.013428319,
+            0.028819901,
+            0.526883859,
+            -0.241875658,
+            0.76696022,
+            -0.540056379,
+        ],
+        [
+            -0.560307458,
+            0.227648025,
+            -0.006681677,
+            0.020047525,
+            0.534440798,
+            -0.253060889,
+            0.77222741,
+            -0.549547798,
+        ],
+    ],
+}
+
+
+@pytest.mark.parametrize("mask", M3P_POOLED)
+def test_single_stream_m3p_with_few_regions_equals_public_code(tmp_path, double, mask):
+    """Three regions, then 98: text begins at position 100 in both; VOLTA's mask leaves no word of the first
+    and one of the second."""
+    (tmp_path / "config.json").write_text(json.dumps({"n_heads": 2}))
+    path = write(tmp_path, {"model": m3p_of_public_code()})
+    model = load_backbone(path, "m3p", changes={"row_mask": mask}).eval()
+    texts, regions = [torch.tensor([0, 7, 9, 12, 2]), torch.tensor([0, 30, 2])], []
+    for count in (3, 98):
+        features = torch.cos(torch.arange(count * 2048) * 0.11 + count).view(count, 2048)
+        x1 = 0.01 * torch.arange(1, count + 1)[:, None]
+        sizes = torch.tensor([[0.6, 0.3, 0.55, 0.165]]).expand(count, -1)
+        boxes = torch.cat([x1, torch.full_like(x1, 0.05), x1 + 0.3, sizes], 1)
+        regions.append(torch.cat([features, boxes], 1))
+    expected = torch.tensor(M3P_POOLED[mask])
+    torch.testing.assert_close(grounded(model, texts, regions, 1), expected, rtol=0, atol=1e-7)
+    model.save(tmp_path / "ours")
+    again = load_backbone(tmp_path / "ours").eval()
+    torch.testing.assert_close(grounded(again, texts, regions, 1), expected, rtol=0, atol=1e-5)
+    with pytest.raises(UserError, match=r"an image of 101 regions, m3p has 100 slots"):
+        grounded(model, texts[:1], [torch.zeros(101, 2055)], 1)
+
+
+def test_single_stream_uc2_is_as_in_its_own_code_or_as_in_voltas(tmp_path, double, caplog):
+    """By the names of UC2 it is UC2's, which is said; `backbone_config` chooses VOLTA's. A model of ours
+    keeps what it was trained with."""
+    parts = published.make_parts("uc2")
+    path, (texts, regions) = write(tmp_path, published.as_uc2(parts)), make_rows()
+    own = load_backbone(path, "uc2").eval()
+    assert "tanh after the pooler and eps 1e-12" in caplog.records[-1].getMessage()
+    repeated = [text for text in texts for _ in range(2)]
+    for model, given in (
+        (own, {"embedding_eps": 1e-5}),
+        (load_backbone(path, "uc2", changes=UC2_IN_VOLTA).eval(), VOLTAS),
+    ):
+        expected = published.slow("uc2", parts, repeated, regions, **given)
+        torch.testing.assert_close(grounded(model, texts, regions, 2), expected, rtol=1e-6, atol=1e-9)
+    own.save(tmp_path / "ours")
+    with pytest.raises(UserError, match=r"activation=tanh, eps=1e-12\); set backbone_config=\{\}"):
+        load_backbone(tmp_path / "ours", changes=UC2_IN_VOLTA)
+    with pytest.raises(UserError, match="backbone_config"):
+        load_backbone(path, "uc2", changes={"activaton": "relu"})
+
+
+def test_single_stream_config_beside_weights_is_followed_or_refused(tmp_path):
+    weights = {
+        name: value.float() for name, value in published.as_volta(published.make_parts("uc2"), "uc2").items()
+    }
+    path = write(tmp_path, weights)
+    config = {"num_attention_heads": 4, "layer_norm_eps": 0.25}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = load_backbone(path, "uc2")
+    assert (model.config.heads, model.config.eps, model.config.embedding_eps) == (4, 0.25, 0.25)
+    (tmp_path / "config.json").write_text(json.dumps({**config, "v_hidden_act": "relu"}))
+    with pytest.raises(UserError, match="v_hidden_act is 'relu'"):
+        load_backbone(path, "uc2")
 
 
 def test_single_stream_m3p_misplaced_weight_is_mapped(tmp_path, double):

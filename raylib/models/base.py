@@ -311,6 +311,20 @@ class Backbone(nn.Module, ABC):
         """
         return cls(validate(cls.config_class, rename_settings(kind, sizes), str(folder / "config.json")))
 
+    def change_config(self, changes: Mapping[str, Any]) -> Self:
+        """The same weights under a config with `changes`, of fields that say what is computed and not how
+        large it is.
+
+        Raises:
+            UserError: no such field or value; weights that do not fit it.
+        """
+        if not changes:
+            return self
+        config = validate(self.config_class, {**self.config.model_dump(), **changes}, "backbone_config")
+        changed = type(self)(config)
+        load_state(changed, self.state_dict(), "backbone_config: its model")
+        return changed
+
     def _layers(self, name: str) -> nn.ModuleList:
         return cast(nn.ModuleList, self.get_submodule(name))
 

@@ -245,16 +245,24 @@ class FinetuneModel(nn.Module):
         )
 
 
-def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = None) -> Backbone:
+def load_backbone(
+    path: Path | str,
+    kind: str = "unified",
+    vision: str | None = None,
+    changes: Mapping[str, Any] | None = None,
+) -> Backbone:
     """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or
     a folder of weights that the backbone `kind` can start from (`raylib.models`), whose image encoder is
     `vision`, or random.
 
+    Args:
+        changes: of the config of weights that are not ours (`Backbone.change_config`).
     Raises:
-        UserError: none of these, or weights that do not fit.
+        UserError: none of these, or weights that do not fit; a model of ours with another config.
     """
     if is_foreign(Path(path)):
         backbone = find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
+        backbone = backbone.change_config(changes or {})
         if user_files(kind):
             backbone.check_declaration()
         return backbone
@@ -268,8 +276,16 @@ def load_backbone(path: Path | str, kind: str = "unified", vision: str | None = 
     if vision:
         raise UserError(f"{path} has an image encoder; leave vision={vision} out")
     if description.get("model_type") == "polyglance-finetuned":
-        return FinetuneModel.from_pretrained(folder, kind).backbone
-    return stored_backbone({**description, "backbone": stored}, folder, kind).from_pretrained(folder)
+        backbone = FinetuneModel.from_pretrained(folder, kind).backbone
+    else:
+        backbone = stored_backbone({**description, "backbone": stored}, folder, kind).from_pretrained(folder)
+    own = backbone.config.model_dump()
+    if differ := {name: own.get(name) for name, value in (changes or {}).items() if own.get(name) != value}:
+        raise UserError(
+            f"{path} was trained with other values than backbone_config asks for "
+            f"({', '.join(f'{name}={value}' for name, value in differ.items())}); set backbone_config={{}}"
+        )
+    return backbone
 
 
 def _kind(description: dict, path: Path, folder: Path) -> str:

@@ -15,6 +15,7 @@ regions into the layer norm before which they are added (`raylib.models.single_s
 Shape legend: n texts, W tokens of texts, R regions, T tokens of rows; f features of a region, d width.
 """
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,10 +31,12 @@ from raylib.errors import UserError
 from raylib.models.base import RegionBackbone
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.single_stream_weights import read_single_stream
-from raylib.packed import Ragged, first_tokens, join_rows, select_mask, upload
+from raylib.packed import Ragged, concatenate, first_tokens, join_rows, row_starts, select_mask, upload
 from raylib.precision import LayerNorm
 from raylib.settings import check_heads
 from raylib.weights import limit_model
+
+log = logging.getLogger(__name__)
 
 # Numbers behind a region's features, as readers give them: x1, y1, x2, y2, width, height, area, as shares of
 # the image. A layout takes all, or some of them.
@@ -168,6 +171,11 @@ class SingleStreamConfig(Config):
     unit_length: features and locations are scaled to length 1 first.
     first: what a row begins with.
     number_regions: positions number the whole row, and its layer norm covers regions too; else texts alone.
+    region_slots: an image has so many regions, those that are missing with features and boxes of zeros, so
+        that texts begin behind them (M3P: 100); None: as many as there are.
+    row_mask: what of such a row is read: "all", as in M3P's code; "volta": its first tokens, as many as there
+        are true regions and words, as in VOLTA's code, which so hides the last words, or the whole text
+        where both together are fewer than the slots (IGLUE's published numbers of M3P come from that).
     part_norms: features and locations have a layer norm each before they are added.
     whole_image: a region of the whole image, with the mean of the features, comes before the others.
     pooler: from the row's first token, or from the CLS and the first region by a pooler each, multiplied.
@@ -189,6 +197,8 @@ class SingleStreamConfig(Config):
     unit_length: bool = False
     first: Literal["text", "regions"] = "text"
     number_regions: bool = False
+    region_slots: Size | None = None
+    row_mask: Literal["all", "volta"] = "all"
     part_norms: bool = True
     whole_image: bool = False
     pooler: Literal["first", "product"] = "first"
@@ -209,6 +219,7 @@ LAYOUTS: dict[str, SingleStreamConfig] = {
         unit_length=True,
         first="regions",
         number_regions=True,
+        region_slots=100,
         part_norms=False,
     ),
     "muniter": SingleStreamConfig(layout="muniter", vocabulary=119547, **_VOLTA),
@@ -218,8 +229,11 @@ LAYOUTS: dict[str, SingleStreamConfig] = {
 
 def _sizes(layout: str) -> dict[str, SingleStreamConfig]:
     """A layout as published, and at a size for tests."""
-    tiny = dict(vocabulary=12000, width=32, heads=2, feedforward=64, layers=2, positions=64, features=6)
+    tiny: dict[str, Any] = dict(
+        vocabulary=12000, width=32, heads=2, feedforward=64, layers=2, positions=64, features=6
+    )
     pooled = LAYOUTS[layout].pooled and 48  # another width than the stack's, where the published one is
+    tiny["region_slots"] = None  # for rows of that many there are too few positions
     return {
         "base": LAYOUTS[layout],
         "tiny": LAYOUTS[layout].model_copy(update={**tiny, "pooled": pooled}),
@@ -253,6 +267,15 @@ class SingleStream(SingleStreamBackbone):
         cls.check_no_vision(vision)
         weights = read_single_stream(cls.kind, Path(path))
         sizes = {**LAYOUTS[cls.kind].model_dump(), **weights.sizes}
+        if (slots := sizes["region_slots"]) and sizes["positions"] <= slots:
+            log.warning(
+                "%s: %d positions, no text would fit behind %d slots for regions: a row has as many slots as "
+                "regions",
+                weights.where,
+                sizes["positions"],
+                slots,
+            )
+            sizes["region_slots"] = None
         with limit_model(weights.where, path):
             model = cls(validate(SingleStreamConfig, sizes, weights.where))
         weights.fill(model)
@@ -281,7 +304,30 @@ class SingleStream(SingleStreamBackbone):
         # VOLTA's models read the image as a whole at this region, as a text at its CLS
         if self.config.whole_image:
             regions = join_rows(_whole_images(regions), regions)
+        if self.config.region_slots:
+            regions = self._fill_slots(regions, self.config.region_slots)
         return regions.with_values(self.regions(regions.values))
+
+    def _fill_slots(self, regions: Ragged, slots: int) -> Ragged:
+        """Regions (R, f + 7) of each image and zeros in its other slots; for VOLTA's mask one of these alone
+        (`_lay_out`).
+
+        Raises:
+            UserError: an image has more regions than there are slots.
+        """
+        longest = max(regions.lengths.tolist(), default=0)
+        if longest > slots:
+            raise UserError(
+                f"an image of {longest} regions, {self.kind} has {slots} slots; give it its detector's first "
+                f"{slots}, or backbone_config.region_slots={longest}"
+            )
+        missing = torch.full_like(regions.lengths, 1) if self._hides_words else slots - regions.lengths
+        empty = regions.values.new_zeros(int(missing.sum()), regions.values.shape[1])
+        return join_rows(regions, Ragged(empty, missing))
+
+    @property
+    def _hides_words(self) -> bool:
+        return self.config.row_mask == "volta" and self.config.region_slots is not None
 
     def encode_text(self, ids: Ragged, output_mask: Tensor | None = None) -> Tensor:
         """Ids (W,) -> embedded tokens (W, d), or those in `output_mask`: a premise as it enters the row, in
@@ -307,22 +353,44 @@ class SingleStream(SingleStreamBackbone):
             rows = self._add_row_positions(tokens)
             return self._activate(self.pooler(self.encoder(rows, first_tokens(rows.lengths))))
         # what the poolers read: the first token of a row, or the first of each of its two halves
+        if self.config.pooler == "first":
+            rows = self._lay_out(tokens, memory)
+            return self.pool(self.encoder(rows, first_tokens(rows.lengths)))
         masks = [part.with_values(first_tokens(part.lengths)) for part in (tokens, memory)]
         first, second = masks if self.is_text_first else masks[::-1]
-        if self.config.pooler == "first":
-            second = second.with_values(torch.zeros_like(second.values))
         return self.pool(self.encoder(self._lay_out(tokens, memory), join_rows(first, second).values))
 
     def joint_rows(self, text: Ragged, memory: Ragged) -> Ragged:
+        if self._hides_words:
+            raise UserError(
+                "row_mask=volta hides words, so that states of all are not to be had: row_mask=all"
+            )
         return self._lay_out(text.with_values(self.encode_text(text)), memory)
 
     def _lay_out(self, tokens: Ragged, memory: Ragged) -> Ragged:
         """Embedded tokens and what each text is about -> rows as they enter the stack."""
         if not self.config.number_regions:
             self.check_positions(tokens.lengths, "tokens")
+        if self._hides_words:
+            return self._add_row_positions(self._keep_first(tokens, memory))
         return self._add_row_positions(
             join_rows(tokens, memory) if self.is_text_first else join_rows(memory, tokens)
         )
+
+    def _keep_first(self, tokens: Ragged, memory: Ragged) -> Ragged:
+        """Rows of regions, empty slots and words that VOLTA's mask leaves: the first n + t, of n regions,
+        behind which one empty slot stands (`_fill_slots`), and t words."""
+        assert self.config.region_slots is not None
+        regions, words = memory.lengths - 1, tokens.lengths
+        empty = torch.minimum(words, self.config.region_slots - regions)
+        both = concatenate([memory, tokens])
+        starts = row_starts(both.lengths)
+        count, places = len(words), []
+        for i, (n, e, t) in enumerate(zip(regions.tolist(), empty.tolist(), words.tolist(), strict=True)):
+            image, text = int(starts[i]), int(starts[count + i])
+            places += [*range(image, image + n), *[image + n] * e, *range(text, text + t - e)]
+        index = upload(torch.tensor(places, dtype=torch.int64), both.values.device)
+        return Ragged(both.values.index_select(0, index), regions + words)
 
     def _add_row_positions(self, rows: Ragged) -> Ragged:
         """Rows with their positions, where these number the whole row."""

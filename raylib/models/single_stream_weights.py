@@ -12,6 +12,7 @@ Token types become part of what they are added to: a text's of its positions, a 
 location.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +23,14 @@ from torch import Tensor
 from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json_object
 from raylib.models.attention import Block
-from raylib.models.hf_folders import WEIGHT_FILES, encoder_sizes, first_position, read_folder
+from raylib.models.hf_folders import (
+    EXACT_GELU,
+    WEIGHT_FILES,
+    encoder_sizes,
+    first_position,
+    read_folder,
+    require_computed,
+)
 from raylib.models.hf_weights import WeightMapper
 from raylib.models.single_stream_names import (
     UC2_NAMES,
@@ -38,9 +46,20 @@ from raylib.weights import ENDINGS, read_tensors
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
 
+log = logging.getLogger(__name__)
+
 HEAD_WIDTH = 64  # width of an attention head in every published model
 # VOLTA has one layer norm epsilon for all, and a ReLU after UC2's pooler, which had been trained with tanh
-AS_IN_VOLTA = {"uc2": {"eps": 1e-5, "activation": "relu"}}
+AS_IN_VOLTA: dict[str, dict[str, Any]] = {"uc2": {"eps": 1e-5, "activation": "relu"}}
+# fields that change what is computed, of config.json files beside the weights, in VOLTA's spelling too
+COMPUTED: dict[str, tuple] = {
+    "hidden_act": EXACT_GELU,
+    "v_hidden_act": EXACT_GELU,
+    "position_embedding_type": ("absolute",),
+    "quantization_config": (),
+    "gelu_activation": (True,),
+    "sinusoidal_embeddings": (False,),
+}
 
 
 class SingleStreamWeights(NamedTuple):
@@ -69,6 +88,7 @@ def read_single_stream(layout: str, path: Path) -> SingleStreamWeights:
     weights, names, changes = _find_format(weights, layout, description, path)
     # a checkpoint of regions says everything by its tensors, a text encoder's by its config.json
     if names.feature:
+        require_computed(description, path if path.is_dir() else path.parent, COMPUTED)
         sizes, where = _sizes_of_tensors(weights, names, description, path), str(path)
     else:
         sizes, where = encoder_sizes(description, path), f"{path}/config.json"
@@ -111,14 +131,25 @@ def _find_format(
     """
     # each format is known by a tensor that no other has
     changes: dict[str, Any] = {}
+    # of a config.json beside the weights: in VOLTA's code it is that of all layer norms, in UC2's of those
+    # before the stack; M3P's code has constants
+    eps = description.get("layer_norm_eps")
     if "roberta.img_embeddings.img_linear.weight" in weights:
         found, names = "uc2", UC2_NAMES
+        changes = {"embedding_eps": eps} if eps is not None else {}
+        log.warning(
+            "%s: computed as in UC2's own code, tanh after the pooler and eps 1e-12 in the stack; IGLUE's "
+            "and the papers' runs have VOLTA's, relu and 1e-5: "
+            'backbone_config=\'{"activation": "relu", "eps": 1e-5}\'',
+            path,
+        )
     elif prefix := next(
         (p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None
     ):
         found, names = "m3p", m3p_names(prefix)
     elif "bert.embeddings.image_embeddings.weight" in weights:
         found, names, changes = _volta_layout(weights), volta_names(layout), AS_IN_VOLTA.get(layout, {})
+        changes = changes | ({"eps": eps, "embedding_eps": eps} if eps is not None else {})
     else:
         weights = {re.sub(r"^(roberta|bert|model)\.", "", k): v for k, v in weights.items()}
         if "embeddings.word_embeddings.weight" not in weights:
