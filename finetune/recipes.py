@@ -8,7 +8,7 @@ et al. 2022.
 Which checkpoint is evaluated is what each chose by (`select`, `select_metric`, `select_ties`), and the last
 words of a recipe's line: P1 the last; IGLUE, and P0 after it, the best on the dev set, the first of ties; P2
 likewise, in retrieval by R@1 (its code's `save_metric`), but the last of FM-IQA, which has no dev set; P3 the
-best accuracy (there every 500 steps, here every epoch), but the last of step 1, which has none; P4 the best
+best accuracy, every 500 steps, but the last of step 1, which has none; P4 the best
 R@1, the last of ties.
 """
 
@@ -243,20 +243,29 @@ def _p3(row: str, what: str, strategies: dict, **more):
     """cViL: VQA v2's questions in each language, the student an mBERT with regions and tags; give model= and
     regions=, and of rows with distillation strategies.distillation.teacher=, an Oscar+ fine-tuned on VQA
     v2."""
+    defaults = {
+        "task": "cvil_vqa",
+        "languages": ("hi", "ja"),
+        "epochs": 15,
+        "optim": P3.model_copy(update={"lr": 5e-5}),
+        "fit": FitConfig(eval_every=500),
+    }
     return _recipe(
         f"P3 {what}",
         name=f"p3_{row}",
-        task="cvil_vqa",
         backbone="oscar",
-        languages=("hi", "ja"),
         setting="single_language",
         batch=128,
         length=128,
-        head_dropout=0.3,
+        max_regions=50,
+        dropout=0.3,
+        attention_dropout=0.1,
+        classifier={"layers": 1, "pooled_dropout": 0.3, "init": "normal"},
+        head_dropout=0.0,
         loss="bce",
         workers=4,
         strategies=strategies,
-        **{"epochs": 10, "optim": P3, **more},
+        **{**defaults, **more},
     )
 
 
@@ -419,6 +428,9 @@ P0_ROWS: dict[str, dict] = {
     "prior_em_sft_cdm": {"prior": {}, "sparse": {}, "code_mixing": {}},
 }
 P3_TEACHER = {"teacher": "oscar_vqa", "backbone": "oscar"}
+# the classifier of every row for 5 epochs, before all layers
+P3_CLASSIFIER: dict[str, Any] = {"head_first": {"epochs": 5, "lr": 1e-4}}
+P3_JA_VQA: dict[str, Any] = {"task": "ja_vqa", "languages": ("ja",), "answers": 3000}
 P3_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("kd", "step 1: distillation", {}),
     (
@@ -527,21 +539,53 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
         for factor in (0.98, 0.95, 0.88, 0.75)
     },
     **{
-        f"p3_{row}": _p3(row, what, {"distillation": {**P3_TEACHER, **change}}, select="last")
+        f"p3_{row}": _p3(
+            row,
+            what,
+            {"distillation": {**P3_TEACHER, **change}},
+            epochs=10,
+            optim=P3,
+            fit=FitConfig(),
+            select="last",
+        )
         for row, what, change in P3_ROWS
     },
-    "p3_aug": _p3("aug", "step 1, the other variant: training on translated questions", {}),
+    "p3_aug": _p3(
+        "aug",
+        "cViL_AUG, step 1: training on translated questions, the classifier first",
+        P3_CLASSIFIER,
+        languages=("ja",),
+        epochs=25,
+    ),
     "p3_classify": _p3(
         "classify",
-        "step 2: the classifier alone for 5 epochs, then all layers; give model=RUN of step 1",
-        {"head_first": {}},
-        epochs=20,
+        "step 2 on VQA v2: the classifier, then all layers; give model=RUN of p3_kd",
+        P3_CLASSIFIER,
     ),
     "p3_kd_classify": _p3(
         "kd_classify",
         "steps 1 and 2 in one run",
-        {"distillation": {**P3_TEACHER, "epochs": 10}, "head_first": {}},
-        epochs=20,
+        {"distillation": {**P3_TEACHER, "epochs": 10, "lr": 1e-4}, **P3_CLASSIFIER},
+    ),
+    "p3_baseline": _p3(
+        "baseline",
+        "table 2, BASELINE: mBERT without distillation, on Hindi VQA v2",
+        P3_CLASSIFIER,
+        languages=("hi",),
+        epochs=25,
+    ),
+    "p3_ja_vqa": _p3(
+        "ja_vqa",
+        "tables 1 and 3, step 2 on Japanese Visual Genome; give model=RUN of a p3_kd... or of p3_aug",
+        P3_CLASSIFIER,
+        **P3_JA_VQA,
+    ),
+    "p3_ja_vqa_baseline": _p3(
+        "ja_vqa_baseline",
+        "tables 1 and 3, BASELINE: mBERT without distillation, on Japanese Visual Genome",
+        P3_CLASSIFIER,
+        epochs=25,
+        **P3_JA_VQA,
     ),
     **{
         f"p4_{task}_{row}": _p4(task, row, strategies)
@@ -593,6 +637,6 @@ FAMILIES = {
     "p0": "P0 (Nooralahzadeh and Sennrich 2023): linguistic prior, sparse fine-tuning, code-mixing; xGQA",
     "p1": "P1 (Reinhardt et al. 2024): scheduled unfreezing, layer-wise learning rates",
     "p2": "P2 (Li et al. 2023): the pretrained model on each task",
-    "p3": "P3 (cViL): distillation from an English teacher; VQA v2",
+    "p3": "P3 (cViL): distillation from an English teacher; VQA v2, Japanese Visual Genome",
     "p4": "P4: translation-based alignment, small weights; retrieval",
 }

@@ -186,6 +186,7 @@ def table(result: dict[str, Any]) -> str:
         "language",
         "mean recall" if "retrieval" in result else "accuracy",
         "95 % interval",
+        *(["BLEU"] if (bleu := result.get("bleu")) else []),
         *(c.replace("_r", " R@") for c in columns),
     ]
     details = result.get("retrieval") or result["by_type"]
@@ -193,13 +194,16 @@ def table(result: dict[str, Any]) -> str:
     for code, score in scores_of(result).items():
         ends = ", ".join(percent(end) for end in intervals.get(code) or ())
         more = [percent(details.get(code, {}).get(c)) for c in columns]
-        rows.append([code, percent(score), ends and f"[{ends}]", *more])
+        of_words = [percent(bleu.get(code))] if bleu else []
+        rows.append([code, percent(score), ends and f"[{ends}]", *of_words, *more])
     if result["mean_targets"] is not None:
         targets = [code for code in scores_of(result) if code != "en"]
         means = [
             mean_or_zero(details[code][c] for code in targets if c in details.get(code, {})) for c in columns
         ]
-        rows.append(["mean of the targets", percent(result["mean_targets"]), "", *map(percent, means)])
+        of_words = [percent(mean_or_zero(bleu[code] for code in targets if code in bleu))] if bleu else []
+        means_row = [percent(result["mean_targets"]), "", *of_words, *map(percent, means)]
+        rows.append(["mean of the targets", *means_row])
     epochs = ["", epochs_table(result["epochs"])] if result.get("epochs") else []
     return "\n".join([markdown_table(rows), "", _notes(result), *epochs])
 

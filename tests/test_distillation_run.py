@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 import tarfile
+import zipfile
 
 import numpy as np
 import pytest
@@ -319,6 +320,110 @@ def test_distillation_of_small_oscar_with_all_terms(finetune, tagged, tmp_path, 
     assert all(
         value.equal(weights(tmp_path / "parts")[key]) for key, value in weights(tmp_path / "live").items()
     )
+
+
+@pytest.fixture
+def cvil_data(tagged):
+    """The tagged questions in Hindi and Japanese too, two answers that are one in Hindi, and Japanese VQA in
+    the file that is published, about 25 images."""
+    for split in ("train", "dev", "test"):
+        file = tagged / f"cvil/{split}.jsonl"
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        file.write_text(
+            "".join(json.dumps(r | {"hi": r["ru"], "ja": r["ru"]}) + "\n" for r in records), encoding="utf-8"
+        )
+    for language, kind in itertools.product(("hi", "ja"), ("text", "align")):
+        shutil.copy2(tagged / f"alignments/ru.{kind}", tagged / f"alignments/{language}.{kind}")
+    answers = json.loads((tagged / "cvil/answers.json").read_text())
+    translations = [f"उत्तर {max(1, i)}" for i in range(len(answers))]
+    (tagged / "cvil/answers_hi.json").write_text(json.dumps(translations))
+    (tagged / "ja_vqa").mkdir()
+    questions = ("何が見える？", "どこにいる？", "いくつある？")
+    records = [
+        {
+            "id": i,
+            "qas": [{"qa_id": i, "question": questions[i % 3], "answer": ("猫", "犬がいる", "二つ")[i % 3]}],
+        }
+        for i in range(25)
+    ]
+    with zipfile.ZipFile(tagged / "ja_vqa/question_answers.json.zip", "w") as archive:
+        archive.writestr("question_answers.json", json.dumps(records))
+    rng = np.random.default_rng(1)
+    regions = {str(i): rng.random((3, TINY.features + REGION_BOX_DIM)) for i in range(25)}
+    for rows in regions.values():
+        rows[:, TINY.features : TINY.features + 4].sort()
+    text = (tagged / "regions.tsv").read_text()
+    write_oscar_tsv(tagged / "regions.tsv", regions)
+    (tagged / "regions.tsv").write_text(text + (tagged / "regions.tsv").read_text())
+    return tagged
+
+
+def test_p3_recipes_from_teacher_to_tables(finetune, cvil_data, tmp_path):
+    """Paper 3 as its recipes have it, on miniature data: a teacher, students of two languages, from each of
+    which its own classifier starts, and Japanese VQA with BLEU and a column for each question word."""
+    own = [
+        *(f"data={cvil_data}", f"regions={cvil_data}/regions.tsv", "image_size=null", "runtime=local"),
+        *("workers=1", "batch=10", "epochs=1", "fit.eval_every=0", "length=40", "max_regions=2"),
+        *("strategies.head_first.epochs=1", f"model={tmp_path / 'oscar'}"),
+    ]
+    code, printed = finetune("p3_baseline", "name=teacher", *own, 'languages=["en"]')
+    assert code == 0, printed
+    distillation = [
+        *(setting for setting in own if "head_first" not in setting),
+        *('languages=["hi","ja"]', f"strategies.distillation.teacher={tmp_path / 'teacher/en'}"),
+        "strategies.distillation.layers=null",
+    ]
+    code, printed = finetune("p3_kd", "name=students", *distillation)
+    assert code == 0, printed
+    students = [*own, 'languages=["hi","ja"]', f"model={tmp_path / 'students'}"]
+    code, printed = finetune("p3_classify", "name=classified", *students)
+    assert code == 0, printed
+
+    for language in ("hi", "ja"):
+        student, part = tmp_path / "students" / language, tmp_path / "classified" / language
+        distilled = load_file(student / "checkpoints/step_000003/model.safetensors")
+        first = load_file(find_best(part / "classifier") / "model.safetensors")
+        last = load_file(part / "checkpoints/step_000003/model.safetensors")
+        # the classifier alone, not the pooler either; then everything, from where it ended
+        backbone = [name for name in distilled if name.startswith("backbone.")]
+        assert all(first[name].equal(distilled[name]) for name in backbone)
+        assert not any(
+            last[name].equal(distilled[name]) for name in backbone if ".weight" in name and "pooler" in name
+        )
+        rates = [line["lr"] for line in read_metrics(part / "classifier") if "lr" in line]
+        assert rates == pytest.approx([1e-4 * (3 - step) / 3 for step in range(3)])
+        rates = [line["lr"] for line in read_metrics(part) if "lr" in line]
+        assert rates == pytest.approx([5e-5 * (3 - step) / 3 for step in range(3)])
+        stored = json.loads((part / "config.json").read_text())
+        assert stored["model"] == str(student) and stored["dropout"] == 0.3
+    num_answers = len(json.loads((cvil_data / "cvil/answers.json").read_text()))
+    heads = {
+        language: load_file(tmp_path / "classified" / language / "checkpoints/step_000003/model.safetensors")
+        for language in ("hi", "ja")
+    }
+    assert [len(heads[language]["head.output.bias"]) for language in ("hi", "ja")] == [
+        num_answers - 1,
+        num_answers,
+    ]
+    assert {name for name in heads["hi"] if name.startswith("head.")} == {
+        "head.output.weight",
+        "head.output.bias",
+    }
+    result = json.loads((tmp_path / "classified/result.json").read_text())
+    assert result["steps"] == 2 * (3 + 3) and set(result["by_type"]["hi"]) <= {"yes/no", "number", "other"}
+
+    code, printed = finetune(
+        "p3_ja_vqa", "name=japanese", *own, "answers=2", 'languages=["ja"]', f"model={tmp_path / 'students'}"
+    )
+    assert code == 0, printed
+    result = json.loads((tmp_path / "japanese/result.json").read_text())
+    assert set(result["by_type"]["ja"]) == {"nani (what)", "doko (where)", "ikutsu (how many)"}
+    assert "ja" in result["bleu"] and 0 < result["coverage"]["ja"] < 1
+    table = (tmp_path / "japanese/result.md").read_text()
+    assert "doko (where)" in table and "BLEU" in table
+    assert main(["evaluate", str(tmp_path / "classified")]) == 0
+    code, printed = finetune("p3_classify", "name=third", *students, 'languages=["en"]')
+    assert code == 2 and "none for 'en'; set languages=hi,ja" in printed
 
 
 def test_distillation_two_stages_as_separate_runs(finetune, distil, parallel, tmp_path):

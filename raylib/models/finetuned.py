@@ -305,7 +305,8 @@ def trained_languages(path: Path) -> list[str]:
     [] of any other model."""
     settings = read_description(path) if (path / "config.json").is_file() else {}
     # the model of one language has checkpoints, and its stages folders, of its own
-    if settings.get("setting") not in ("few_shot", "single_language") or (path / checkpoint.FOLDER).is_dir():
+    is_apart = settings.get("setting") in ("few_shot", "single_language")
+    if not is_apart or any((path / checkpoint.FOLDER).glob("step_*")):
         return []
     return sorted(p.parent.name for p in path.glob("*/config.json") if (p.parent / "part.json").is_file())
 

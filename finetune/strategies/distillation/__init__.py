@@ -49,11 +49,14 @@ class DistillationConfig(StrategyConfig):
     """Layers of the teacher, one for each of these; null: the same."""
     weights: tuple[NonNegativeFloat, ...] | None = None
     """Weight of each layer (lambda_m); one alone is every layer's; null: 1."""
+    follow: Literal["paper", "code"] = "paper"
+    """Defaults of `normalise` and `slots` as the paper has them, or its public code."""
     normalise: Literal["paper", "public"] = "paper"
-    """Means as equations 2 to 6 have them, or as the public code, one over everything."""
+    """Means as equations 2 to 6 have them, or as the public code: one over all pairs of tokens, of which it
+    has more, the SEP after the question and every word that both texts have."""
     slots: NonNegativeInt = 0
-    """Regions that images are padded to, the empty ones averaged in (the public code: 50); 0: they are
-    masked."""
+    """Regions that images are padded to, the empty ones averaged in (the public code, and so with
+    normalise=public: 50); 0: they are masked."""
     task: NonNegativeFloat = 0.0
     """Weight of the answers' loss beside distillation."""
     classifier: Literal["new", "teacher"] = "new"
@@ -73,6 +76,11 @@ class DistillationConfig(StrategyConfig):
     """Folder of word alignments, LANGUAGE.text and LANGUAGE.align; null: `alignments` in the data folder."""
     share: float = Field(0.15, gt=0, le=1)
     """Share of a text's words that English ones replace, for tokens=mixed."""
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        means = values.get("normalise", "public" if values.get("follow") == "code" else "paper")
+        return {"normalise": means, "slots": 50 if means == "public" else 0}
 
     @model_validator(mode="after")
     def _fits(self) -> "DistillationConfig":

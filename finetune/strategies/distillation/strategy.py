@@ -291,9 +291,7 @@ def check_models(config: DistillationConfig, student: FinetuneModel, teacher: Fi
                 f"'{name}' out"
             )
     if config.slots and "regions" not in backbone.row_parts:
-        raise UserError(
-            f"{WHERE}.slots={config.slots}: {backbone.kind} has no slots of regions; leave it out"
-        )
+        raise UserError(f"{WHERE}.slots={config.slots}: {backbone.kind} has no slots of regions; set it to 0")
 
 
 def _check_images(
