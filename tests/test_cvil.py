@@ -5,6 +5,7 @@ import math
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import tokenizers
 import torch
@@ -14,11 +15,21 @@ from finetune.config import FinetuneConfig
 from finetune.formats import Example
 from finetune.formats.answers import JA_VQA_IMAGES, answer_type, question_words
 from finetune.predict import score
+from finetune.recipes import RECIPES
+from finetune.stores import Regions
+from finetune.stores.images import join_regions
 from finetune.strategies.distillation.pairs import RowTokenizer, TeacherInputs, pair_distance, pair_weight
+from finetune.strategies.tuning import HeadFirst
 from finetune.tasks.datasets import TASKS
+from raylib.config import override
 from raylib.errors import UserError
+from raylib.models.attention import Attention
+from raylib.models.finetuned import FinetuneModel, set_dropout
+from raylib.models.oscar import TINY, Oscar
 from raylib.packed import Ragged
+from raylib.settings import ClassifierConfig
 from raylib.text import Tokenizer
+from tests.factories import make_model
 
 # ---- the distillation loss
 
@@ -221,3 +232,55 @@ def test_ja_vqa_scores_are_broken_down_by_question_word():
     assert found["accuracy"] == 0.5 and found["n"] == 4
     assert found["by_type"] == {"nani (what)": 1.0, "doko (where)": 0.5, "ikutsu (how many)": 0.0}
     assert found["n_by_type"] == {"nani (what)": 1, "doko (where)": 2, "ikutsu (how many)": 1}
+
+
+# ---- settings of the model
+
+
+def test_p3_dropout_and_regions_reach_the_model(tmp_path):
+    """0.3 wherever states are dropped, 0.1 in attention, in the classifier's own training too; 50 regions."""
+    torch.manual_seed(0)
+    model = FinetuneModel(
+        Oscar(TINY), ("a", "b"), 1, 0.0, TINY.features, classifier=ClassifierConfig(layers=1)
+    )
+    set_dropout(model.backbone, 0.3, 0.1)
+    rates = {m.p for m in model.backbone.modules() if isinstance(m, torch.nn.Dropout)}
+    assert rates == {0.3} and {m.dropout for m in model.modules() if isinstance(m, Attention)} == {0.1}
+    HeadFirst(5, 0.5, alone=True).adapt(model)
+    model.train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"head.output.weight", "head.output.bias"}
+    assert all(m.training for m in model.backbone.modules())
+
+    unified = make_model()
+    before = [m.p for m in unified.image_encoder.modules() if isinstance(m, torch.nn.Dropout)]
+    set_dropout(unified, 0.3, None)
+    assert [m.p for m in unified.image_encoder.modules() if isinstance(m, torch.nn.Dropout)] == before
+    assert unified.embedding.dropout.p == 0.3
+
+    regions = [
+        Regions(np.full((n, 2), n, np.float32), np.tile([0.0, 0, 1, 1], (n, 1)), 2.0, 2.0, ("dog",) * n)
+        for n in (70, 3)
+    ]
+    read = join_regions(regions, True, RECIPES["p3_kd"]().max_regions)
+    assert read["regions"].lengths.tolist() == [50, 3] and len(read["regions"].values) == 53
+    assert join_regions(regions)["regions"].lengths.tolist() == [70, 3]
+
+
+@pytest.mark.parametrize(
+    ("assignments", "expected"),
+    [
+        ([], ("paper", 0)),
+        (["strategies.distillation.normalise=public"], ("public", 50)),
+        (["strategies.distillation.follow=code"], ("public", 50)),
+        (["strategies.distillation.follow=code", "strategies.distillation.slots=36"], ("public", 36)),
+    ],
+)
+def test_distillation_follow_sets_visible_defaults(assignments, expected):
+    config = override(RECIPES["p3_kd"](), assignments).strategies.distillation
+    assert (config.normalise, config.slots) == expected
+
+
+def test_distillation_rate_needs_a_training_of_its_own():
+    with pytest.raises(UserError, match="lr is of a training of its own; set epochs"):
+        override(RECIPES["p3_kd"](), ["strategies.distillation.lr=0.1"])

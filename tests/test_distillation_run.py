@@ -534,6 +534,7 @@ def searched(parallel, teacher, model, tmp_path, *settings):
         "fit.loader_workers=0",
         "fit.bf16=false",
         "head_dropout=0.1",
+        *("classifier.layers=2", "classifier.pooled_dropout=0", "classifier.init=scaled", "fit.eval_every=0"),
         f"strategies.distillation.teacher={teacher}",
         "strategies.distillation.backbone=unified",
         CLS,
@@ -550,11 +551,11 @@ def searched(parallel, teacher, model, tmp_path, *settings):
 
 def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp_path):
     """A score that is told while it distils counts for nothing; the last ones are of the second step, whose
-    head learns."""
+    head learns, first alone."""
     small = ["epochs=2", "strategies.distillation.epochs=1", "strategies.head_first.epochs=1"]
     job, config = searched(parallel, teacher, model, tmp_path, *small)
     job.check_config(config)
-    assert (job.epochs_per_run(config), job.stage_epochs(config), job.warmup_epochs(config)) == (3, 1, 3)
+    assert (job.epochs_per_run(config), job.stage_epochs(config), job.warmup_epochs(config)) == (4, 2, 3)
     reported = []
     scores = job.run(
         config,
@@ -566,18 +567,19 @@ def test_distillation_search_ranks_by_trained_head(parallel, teacher, model, tmp
         (1, []),
         (2, ["target_dev", "dev/ru"]),
         (3, ["target_dev", "dev/ru"]),
+        (4, ["target_dev", "dev/ru"]),
     ]
     assert (
         scores["target_dev"]
         == scores["dev/ru"]
-        == max(found["target_dev"] for _, _, found in reported if found)
+        == max(found["target_dev"] for before, _, found in reported if before == 2)
     )
     run = tmp_path / "trial" / "ru"
     heads = [
         load_file(path / "model.safetensors")["head.output.weight"]
         for path in (
             run / "distilled/checkpoints/step_000003",
-            run / "checkpoints/step_000003",
+            run / "classifier/checkpoints/step_000003",
             find_best(run),
         )
     ]

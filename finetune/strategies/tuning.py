@@ -179,6 +179,7 @@ class HeadFirst(Strategy):
     def adapt(self, model: Any) -> None:
         """Raises UserError: an image encoder would train with the classifier: it is outside of the layers."""
         if self.alone:
+            model.backbone.frozen_dropout = True  # as in cViL's code
             for name, parameter in model.named_parameters():
                 if not name.startswith("head."):
                     parameter.requires_grad_(False)

@@ -83,6 +83,7 @@ class Backbone(nn.Module, ABC):
         self.config = config
         # what `raylib.models.peft` has put in: {method: settings}
         self.tuning: dict[str, dict[str, Any]] = {}
+        self.frozen_dropout = False  # layers keep their dropout in training, frozen or not
 
     @classmethod
     @abstractmethod
@@ -181,10 +182,11 @@ class Backbone(nn.Module, ABC):
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, but of what is frozen: a module whose parameters all are is in evaluation mode,
-        and so has no dropout. Of a backbone with small modules put in (`raylib.models.peft`) that is said of
-        the image encoder alone: the rest is what they tune, and their papers' code trains it with dropout."""
+        and so has no dropout. Of a backbone with small modules put in (`raylib.models.peft`), or with
+        `frozen_dropout`, that is said of the image encoder alone: the rest is what small modules or a
+        classifier are trained on, and their papers' code trains them with dropout."""
         super().train(mode)
-        root = self.image_encoder if self.tuning else self
+        root = self.image_encoder if self.tuning or self.frozen_dropout else self
         if mode and root is not None and not all(p.requires_grad for p in root.parameters()):
             frozen: list[nn.Module] = []
             _collect_frozen(root, frozen)

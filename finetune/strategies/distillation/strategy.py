@@ -81,7 +81,14 @@ class Distillation(Strategy):
                     f"{WHERE}.classifier=teacher: the teacher's answers ({len(teacher.labels)}) are not this "
                     f"task's ({len(model.labels)}), or its width is another; set classifier=new"
                 )
-            model.head.load_state_dict(teacher.head.state_dict())
+            heads = teacher.head.state_dict(), model.head.state_dict()
+            shapes = [{name: weight.shape for name, weight in head.items()} for head in heads]
+            if shapes[0] != shapes[1]:
+                raise UserError(
+                    f"{WHERE}.classifier=teacher: the teacher's classifier has other layers; give this run "
+                    "the teacher's classifier.* settings, or set classifier=new"
+                )
+            model.head.load_state_dict(heads[0])
             for student_pooler, teacher_pooler in zip(poolers, teacher.backbone.poolers(), strict=True):
                 student_pooler.load_state_dict(teacher_pooler.state_dict())
         if not self.config.task:
