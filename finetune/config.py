@@ -12,6 +12,7 @@ from raylib.memory import next_settings
 from raylib.settings import (
     MAX_PIXELS,
     AugmentConfig,
+    BackboneConfig,
     Checkpointing,
     ClassifierConfig,
     DecoderConfig,
@@ -85,9 +86,8 @@ class FinetuneConfig(LaunchConfig):
     English fine-tuning."""
     vision: str | None = None
     """ViT folder that goes with a text-only `model`."""
-    backbone_config: dict[str, Any] = Field({})
-    """Fields of the backbone's config that other people's weights leave open, in place of its own values: for
-    uc2 `{"activation": "relu", "eps": 1e-5}` (as in VOLTA), for m3p `{"row_mask": "volta"}`."""
+    backbone_config: BackboneConfig = BackboneConfig()
+    """What other people's weights leave open."""
     data: str = ""
     """Folder that holds the official annotation files as IGLUE's repository does."""
     images: str | None = None

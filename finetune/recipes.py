@@ -16,11 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.settings import AugmentConfig, FitConfig, OptimConfig, PartRates
+from raylib.settings import AugmentConfig, BackboneConfig, FitConfig, OptimConfig, PartRates
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
-UC2_IN_VOLTA = {"activation": "relu", "eps": 1e-5}  # the papers' runs: UC2's weights in VOLTA's code
+# the papers' runs: UC2's weights in VOLTA's code
+UC2_IN_VOLTA = BackboneConfig(activation="relu", eps=1e-5)
 FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of shots (`tune_spaces few_shot`)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 # beside P1's own (section 4.1) what UC2's code in IGLUE and CCLM's have: its `lr_mult` is of a new classifier

@@ -555,6 +555,24 @@ class ClassifierConfig(Config):
     """Dropout of the state, before the head; that of its hidden layer is `head_dropout`."""
 
 
+class BackboneConfig(Config):
+    """What other people's weights leave open, in place of the backbone's own; null: its own."""
+
+    activation: Literal["tanh", "relu"] | None = None
+    """After the pooler: UC2's own is tanh, VOLTA's of UC2 relu."""
+    eps: PositiveFloat | None = None
+    """Epsilon of layer norms in the stack: UC2's own is 1e-12, VOLTA's of UC2 1e-5."""
+    row_mask: Literal["all", "volta"] | None = None
+    """What M3P reads of a row with empty slots: all, or what VOLTA's mask leaves."""
+    region_slots: Size | None = None
+    """Slots for regions, behind which M3P's texts begin: 100."""
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """Return the fields that are given."""
+        return self.model_dump(exclude_none=True)
+
+
 class DecoderConfig(Config):
     """The ranking of answers."""
 

@@ -193,13 +193,13 @@ def test_single_stream_uc2_is_as_in_its_own_code_or_as_in_voltas(tmp_path, doubl
     repeated = [text for text in texts for _ in range(2)]
     for model, given in (
         (own, {"embedding_eps": 1e-5}),
-        (load_backbone(path, "uc2", changes=UC2_IN_VOLTA).eval(), VOLTAS),
+        (load_backbone(path, "uc2", changes=UC2_IN_VOLTA.changes).eval(), VOLTAS),
     ):
         expected = published.slow("uc2", parts, repeated, regions, **given)
         torch.testing.assert_close(grounded(model, texts, regions, 2), expected, rtol=1e-6, atol=1e-9)
     own.save(tmp_path / "ours")
-    with pytest.raises(UserError, match=r"activation=tanh, eps=1e-12\); set backbone_config=\{\}"):
-        load_backbone(tmp_path / "ours", changes=UC2_IN_VOLTA)
+    with pytest.raises(UserError, match=r"activation=tanh, eps=1e-12\); set backbone_config.activation=null"):
+        load_backbone(tmp_path / "ours", changes=UC2_IN_VOLTA.changes)
     with pytest.raises(UserError, match="backbone_config"):
         load_backbone(path, "uc2", changes={"activaton": "relu"})
 

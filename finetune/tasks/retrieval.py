@@ -66,7 +66,7 @@ class Retrieval(Task):
         return read
 
     def build_model(self, config: "FinetuneConfig") -> RetrievalBackbone:
-        model = load_backbone(config.model, config.backbone, config.vision, config.backbone_config)
+        model = load_backbone(config.model, config.backbone, config.vision, config.backbone_config.changes)
         if not isinstance(model, RetrievalBackbone):
             raise UserError(
                 f"task={config.task}: retrieval encodes texts and images apart; {model.kind} reads them "

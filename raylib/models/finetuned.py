@@ -283,7 +283,8 @@ def load_backbone(
     if differ := {name: own.get(name) for name, value in (changes or {}).items() if own.get(name) != value}:
         raise UserError(
             f"{path} was trained with other values than backbone_config asks for "
-            f"({', '.join(f'{name}={value}' for name, value in differ.items())}); set backbone_config={{}}"
+            f"({', '.join(f'{name}={value}' for name, value in differ.items())}); set "
+            f"{' '.join(f'backbone_config.{name}=null' for name in differ)}"
         )
     return backbone
 

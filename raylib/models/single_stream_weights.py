@@ -140,7 +140,7 @@ def _find_format(
         log.warning(
             "%s: computed as in UC2's own code, tanh after the pooler and eps 1e-12 in the stack; IGLUE's "
             "and the papers' runs have VOLTA's, relu and 1e-5: "
-            'backbone_config=\'{"activation": "relu", "eps": 1e-5}\'',
+            "backbone_config.activation=relu backbone_config.eps=1e-5",
             path,
         )
     elif prefix := next(
