@@ -360,7 +360,7 @@ class CaptionBatches(EpochBatches):
         order: BatchOrder,
         extra: ExtraInputs | None = None,
     ):
-        super().__init__(_Pairs(examples), order)
+        super().__init__(CaptionPairs(examples), order)
         self.visual, self.tokenizer, self.length, self.extra = visual, tokenizer, length, extra
 
     def __getitem__(self, step: int) -> dict[str, Any]:
@@ -394,7 +394,7 @@ class CaptionBatches(EpochBatches):
         }
 
 
-class _Pairs(Sequence[Captioned]):
+class CaptionPairs(Sequence[Captioned]):
     """An image and one of its captions each, of all captions of `items`; numbers alone are kept of them."""
 
     def __init__(self, items: Sequence[Captioned]):

@@ -49,6 +49,8 @@ def find_task(config: FinetuneConfig) -> Task:
         UserError: no such task; it cannot have that head.
     """
     task = load_task(config.task)
+    if config.head == "pairs" and "pairs" not in task.heads:
+        raise UserError(f"head=pairs scores images with captions; {config.task} retrieves none")
     if config.head not in task.heads:
         raise UserError(f"head={config.head} generates answers of an open set; {config.task} has none")
     return task.heads[config.head]
@@ -390,7 +392,8 @@ def evaluate_sets(
     Raises:
         UserError: too many items of one have an image that cannot be read.
     """
-    figures = find_task(pipeline.config).evaluate(pipeline, sets, folder)
+    task = find_task(pipeline.config)
+    figures = (task.evaluate_dev if what == "dev" else task.evaluate)(pipeline, sets, folder)
     require_few_faults(figures, what, pipeline.config.bad_limit)
     return {code: {k: v for k, v in values.items() if k != "bad_image"} for code, values in figures.items()}
 

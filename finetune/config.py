@@ -40,7 +40,7 @@ PUBLIC_HEADS: dict[str, dict[str, Any]] = {
     "cclm": HEAD | {"norm": "before", "init": "uniform"},
 }
 PUBLIC_TASK_HEADS: dict[str, dict[str, dict[str, Any]]] = {
-    "volta": LINEAR_FOR_ENTAILMENT,
+    "volta": {**LINEAR_FOR_ENTAILMENT, "xflickrco": {"layers": 1}, "wit": {"layers": 1}},  # VL-logit
     "mvlp": {**LINEAR_FOR_ENTAILMENT, "marvl": {"activation": "relu", "norm": "none"}},
     "cclm": {"marvl": {"hidden_ratio": 4.0}},
 }
@@ -120,8 +120,9 @@ class FinetuneConfig(LaunchConfig):
     """Fine-tuning strategies."""
     backbone: str = "unified"
     """Architecture that a `model` which is not ours becomes: unified, cclm, uc2, m3p, oscar, mclip, ..."""
-    head: Literal["classifier", "decoder"] = "classifier"
-    """Classifier, or a decoder that generates the answers of an open set and ranks them (CCLM)."""
+    head: Literal["classifier", "decoder", "pairs"] = "classifier"
+    """Classifier; a decoder that generates the answers of an open set and ranks them (CCLM); or, of
+    retrieval, a score for each pair of image and caption, read together (pairs; IGLUE)."""
     decoder: DecoderConfig = DecoderConfig()
     """Ranking of answers by a decoder."""
     answers: PositiveInt | None = None
@@ -159,10 +160,11 @@ class FinetuneConfig(LaunchConfig):
     """Dropout of the classifier."""
     classifier: ClassifierConfig = ClassifierConfig()
     """Classifier where `head` is one."""
-    loss: Literal["ce", "ce_labels", "bce", "bce_mean"] = "ce"
+    loss: Literal["ce", "ce_labels", "bce", "bce_mean", "triplet"] = "ce"
     """Cross-entropy over classes, or this, and terms of strategies beside it, times their number (ce_labels;
     paper 0's public code, before it clips); or binary cross-entropy of each class, summed (IGLUE, xGQA), or
-    their mean (IGLUE, XVNLI and NLVR2)."""
+    their mean (IGLUE, XVNLI and NLVR2). Of head=pairs ce, over four pairs, or triplet, a margin between
+    them (IGLUE's UC2)."""
     use_itm_head: bool = True
     """Train and rank pairs of a retrieval by the image-text matching head too; without, by contrast alone."""
     candidates: NonNegativeInt = 16

@@ -110,7 +110,7 @@ def setting_value(values: Mapping[str, Any], path: str) -> Any:
 
 def same_value(ours: Any, published: Any) -> bool:
     """Return whether a plain value is the published one, or one of several: {"one_of": [...]}."""
-    if isinstance(published, Mapping):
+    if isinstance(published, Mapping) and "one_of" in published:
         return any(same_value(ours, each) for each in published["one_of"])
     return json.dumps(ours) == json.dumps(published) or (  # true is not 1, but 1 is 1.0
         isinstance(ours, float) and type(published) in (int, float) and ours == published

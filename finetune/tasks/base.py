@@ -267,6 +267,12 @@ class Task(ABC):
         """{language: figures} of these sets, which can be gone through twice; predictions, and whatever is
         gone afterwards, lie in `folder`. All workers together, all return the same."""
 
+    def evaluate_dev(
+        self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path
+    ) -> dict[str, dict[str, Any]]:
+        """{language: figures} of dev sets, as of `evaluate`, or less that `dev_score` reads."""
+        return self.evaluate(pipeline, sets, folder)
+
     @abstractmethod
     def dev_score(self, config: "FinetuneConfig", figures: dict[str, Any]) -> Score:
         """The score that chooses a checkpoint, of a language's figures."""

@@ -76,6 +76,8 @@ class Classification(Task):
         return not self.labels
 
     def check(self, config: "FinetuneConfig") -> None:
+        if config.loss == "triplet":
+            raise UserError("loss=triplet is of pairs of a retrieval; set loss=ce, bce or bce_mean")
         if self._has_wordnet(config):
             WordNet(config.wordnet_folder)
 

@@ -71,9 +71,19 @@ def retrieve(
             i2t, t2i = i2t * usable, t2i * usable[ranker.owner.cpu()]
     finally:
         remove_encoder_states(folder)
+    return summarise_hits(ranker.owner, i2t, t2i, faults, pairs, key)
+
+
+def summarise_hits(
+    owner: Tensor, i2t: Tensor, t2i: Tensor, faults: Sequence[str], pairs: int, key: tuple[Key, ...]
+) -> dict[str, Any]:
+    """Figures of a language, as of `retrieve`, of the hits (n, 3) of images and (c, 3) of captions.
+
+    owner: (c,) the image of each caption. faults: what is wrong with images that cannot be read.
+    """
     figures = recall_figures(i2t, t2i)
     interval, first = (
-        recall_interval(*hits, ranker.owner, "bootstrap", *key)
+        recall_interval(*hits, owner, "bootstrap", *key)
         for hits in ((i2t.mean(1), t2i.mean(1)), (i2t[:, 0], t2i[:, 0]))
     )
     return {
@@ -82,9 +92,9 @@ def retrieve(
         "mean_recall": mean_or_zero(figures.values()),
         "interval": interval,
         "recall_at_1_interval": first,
-        "n": len(items),
-        "captions": len(ranker.owner),
-        "chance_r1": 1 / len(items),
+        "n": len(i2t),
+        "captions": len(owner),
+        "chance_r1": 1 / len(i2t),
         "pairs": pairs,
     }
 

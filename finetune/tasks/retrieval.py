@@ -1,8 +1,8 @@
 """Tasks that find the texts of an image, and the image of a text, among all others."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
@@ -44,6 +44,13 @@ class Retrieval(Task):
 
     provides: ClassVar[frozenset[Need]] = frozenset({"captions", "embeddings"})
 
+    @cached_property
+    def heads(self) -> Mapping[str, Task]:
+        from finetune.tasks.pairs import PairRetrieval  # it is a Retrieval itself
+
+        pairs = PairRetrieval(**{field.name: getattr(self, field.name) for field in fields(PairRetrieval)})
+        return {"classifier": self, "pairs": pairs}
+
     def check(self, config: "FinetuneConfig") -> None:
         if config.regions:
             raise UserError(
@@ -70,7 +77,7 @@ class Retrieval(Task):
         if not isinstance(model, RetrievalBackbone):
             raise UserError(
                 f"task={config.task}: retrieval encodes texts and images apart; {model.kind} reads them "
-                "together (what retrieves derives from RetrievalBackbone)"
+                "together: set head=pairs (what encodes them apart derives from RetrievalBackbone)"
             )
         if config.use_itm_head and not model.has_match_head:
             raise UserError(
