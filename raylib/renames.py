@@ -50,6 +50,11 @@ VALUES: dict[str, dict[str, Any]] = {
     "fit.sharding": {"True": "zero2", "False": "none"},
 }
 
+# settings that changed what is done where they are not given -> what configs that were stored before mean
+ADDED: dict[str, dict[str, Any]] = {
+    "finetune": {"strategies.distillation.words": "spaces"},
+}
+
 # modules that users' files in stored runs import names from -> where these are now
 MODULES = {
     "finetune.formats.jsonl": "finetune.formats",
@@ -67,6 +72,13 @@ def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     renamed = _copy(values)
     for old, new in RENAMED.get(kind, {}).items():
         _move(renamed, old.split("."), new.split("."), VALUES.get(new, {}))
+    for path, value in ADDED.get(kind, {}).items():
+        *parts, name = path.split(".")
+        nodes = [renamed]
+        for part in parts:
+            nodes = [below for node in nodes for below in _nodes(node.get(part))]
+        for node in nodes:
+            node.setdefault(name, value)
     return renamed
 
 

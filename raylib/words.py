@@ -1,10 +1,30 @@
-"""Texts as published code changes them before a tokenizer reads them: `NORMALIZATIONS`."""
+"""Words of texts, of languages that write no spaces between them too; texts as published code changes them
+before a tokenizer reads them (`NORMALIZATIONS`).
+
+| languages | cut into words by |
+| --- | --- |
+| Japanese | MeCab with UniDic (`fugashi`, `unidic-lite`) |
+| Chinese, Cantonese; Thai, Lao, Khmer, Burmese | ICU's dictionaries (`icu4py`) |
+| others | spaces, signs; an ideograph is a word by itself |
+"""
 
 import hashlib
+import logging
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Iterator
+from functools import cache
 
+from raylib.errors import require
 from raylib.text import Tokenizer
+
+ICU = ("zh", "yue", "wuu", "th", "lo", "km", "my")
+JAPANESE = ("ja", "jp")  # XTD's files are called jp
+# no segmenter is known for Tibetan, Dzongkha, Shan, Mon, Tai Lue, Northern Thai, Yi
+UNCUT = ("bo", "dz", "shn", "mnw", "khb", "nod", "ii")
+IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
+
+log = logging.getLogger(__name__)
 
 MARKS = str.maketrans(dict.fromkeys(",.'!?\"()*#:;~-/", " "))
 BLANKS = re.compile(r"\s{2,}")
@@ -55,3 +75,56 @@ class NormalizedTokenizer(Tokenizer):
 
     def __reduce__(self):
         return NormalizedTokenizer, (self.plain, self.name, self.max_words, self.training)
+
+
+@cache
+def _segmenter(language: str) -> Callable[[str], list[str]] | None:
+    """What cuts a text without white space into words, which make it up; None where spaces do."""
+    code = re.split("[-_]", language.lower())[0]
+    if code in JAPANESE:
+        tagger = require("fugashi", "finetune").Tagger()
+        return lambda text: [word.surface for word in tagger(text)]
+    if code in ICU:
+        breaker = require("icu4py.breakers", "finetune").WordBreaker
+        return lambda text: list(map(str, breaker(text, code)))
+    if code in UNCUT:
+        log.warning("%s: no segmenter is known: what stands between spaces counts as one word", language)
+    return None
+
+
+def has_segmenter(language: str) -> bool:
+    """Return whether texts in a language are cut into words by a segmenter."""
+    return _segmenter(language) is not None
+
+
+def split_words(text: str, language: str = "") -> list[str]:
+    """The words of a text: letters with their marks, numbers; each sign by itself. In a language that writes
+    no spaces they are those of a segmenter, in another each ideograph is one."""
+    segment = _segmenter(language) if language else None
+    words: list[str] = []
+    for part in text.split():
+        for piece in segment(part) if segment else [part]:
+            words += _split_signs(piece, segment is None)
+    return words
+
+
+def _split_signs(text: str, ideographs: bool) -> Iterator[str]:
+    """The words of a text without spaces: each sign is one, and with `ideographs` each of these."""
+    word = ""
+    for character in text:
+        is_sign = unicodedata.category(character)[0] in "PS"
+        if is_sign or (ideographs and unicodedata.name(character, "").startswith(IDEOGRAPHS)):
+            yield from filter(None, (word, character))
+            word = ""
+        else:
+            word += character
+    if word:
+        yield word
+
+
+def count_words(text: str, language: str = "") -> int:
+    """The number of words of a text: between spaces, or of a segmenter where a language writes none, signs
+    apart."""
+    if not language or not has_segmenter(language):
+        return len(text.split())
+    return sum(any(map(str.isalnum, word)) for word in split_words(text, language))

@@ -106,3 +106,19 @@ def test_users_file_of_a_stored_run_imports_modules_by_their_old_names(tmp_path,
 def test_old_name_on_the_command_line_is_answered_by_the_new_one():
     with pytest.raises(UserError, match="unknown setting 'fit.zero'; it is fit.sharding now"):
         override(tiny(), ["fit.zero=true"])
+
+
+def test_stored_settings_that_came_later_mean_what_was_done_before(tmp_path):
+    """A stored distillation counts words between spaces; one that says so, and a new one, count otherwise."""
+    from finetune.config import FinetuneConfig
+
+    for given, found in (({}, "spaces"), ({"words": "segmented"}, "segmented")):
+        stored = {"task": "cvil_vqa", "strategies": {"distillation": {"teacher": "x", **given}}}
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        config = load_config(FinetuneConfig, tmp_path / "config.json")
+        assert config.strategies.distillation.words == found
+    new = FinetuneConfig(task="cvil_vqa", strategies={"distillation": {"teacher": "x"}})
+    assert new.strategies.distillation.words == "segmented"
+    assert rename_settings("finetune", {"strategies": {"distillation": None}}) == {
+        "strategies": {"distillation": None}
+    }

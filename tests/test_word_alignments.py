@@ -18,12 +18,12 @@ from finetune.strategies.distillation.word_alignments import (
     one_to_one_links,
     parse_links,
     read_alignments,
-    split_words,
 )
 from raylib.errors import UserError
 from raylib.monitoring import read_metrics
 from raylib.sample import DATA
 from raylib.text import Tokenizer
+from raylib.words import split_words
 from tests.test_distillation import wordpiece  # noqa: F401
 from tests.test_distillation_run import distil, parallel, teacher  # noqa: F401
 
@@ -155,6 +155,50 @@ def test_contextual_code_mixing_replaces_words_in_place():
     # where no spaces are written, the English word gets some, so that it is cut by itself
     mixed, aligned = mix_aligned("これは犬ですか", "is this a dog", (((3, 4), (10, 13)),), 0.15, 0)
     assert mixed == "これは dog ですか" and aligned == (((4, 7), (10, 13)),)
+
+
+def test_contextual_code_mixing_counts_the_words_of_a_text_without_spaces():
+    """A share of the segmenter's words, not of the one that stands between spaces."""
+    text, english = "テーブルの上に犬と猫と鳥がいますか", "are there a dog a cat and a bird on the table"
+    names = [("テーブル", "table"), ("上", "on"), ("犬", "dog"), ("猫", "cat"), ("鳥", "bird")]
+    links = tuple(
+        ((text.index(a), text.index(a) + len(a)), (english.index(b), english.index(b) + len(b)))
+        for a, b in names
+    )
+    assert len(mix_aligned(text, english, links, 0.15, 0)[1]) == 1
+    for share, count in ((0.15, 2), (0.3, 4), (1.0, 5)):
+        mixed, aligned = mix_aligned(text, english, links, share, 0, num_words=13)
+        assert len(aligned) == count
+        assert all(mixed[slice(*span)] == english[slice(*source)] for span, source in aligned)
+
+
+def test_distillation_replaces_a_share_of_japanese_words(tmp_path):
+    """From the settings to the texts: several of a Japanese sentence, of a German one as ever."""
+    from finetune.formats import Example
+    from finetune.strategies.base import Context
+    from finetune.strategies.distillation import DistillationConfig
+    from finetune.strategies.distillation.strategy import Distillation
+
+    ja, de = "公園で犬と猫と鳥が遊んでいます", "ein Hund und eine Katze spielen im Park"
+    english = "a dog a cat and a bird are playing in a park"
+    folders = (tmp_path, tmp_path, ("ja", "de"), (), tmp_path, tmp_path)
+    examples = {code: [Example("1", (text,), ("i",), {})] for code, text in (("ja", ja), ("de", de))}
+    context = Context(*folders, training=examples)
+    pairs = {ja: [("犬", "dog"), ("猫", "cat"), ("鳥", "bird")], de: [("Hund", "dog"), ("Katze", "cat")]}
+
+    def links(text):
+        spans = [((text.index(a), text.index(a) + len(a)), english.index(b)) for a, b in pairs[text]]
+        names = [b for _, b in pairs[text]]
+        return tuple((span, (i, i + len(b))) for (span, i), b in zip(spans, names, strict=True))
+
+    counts = {}
+    for words in ("segmented", "spaces"):
+        config = DistillationConfig(teacher="x", share=0.25, words=words)
+        alignments = {("1", text): links(text) for text in (ja, de)}
+        strategy = Distillation(config, {"1": english}, alignments, config._count_words(context))
+        found = [len(strategy.example(each[0], 0, 0).aligned) for each in examples.values()]
+        counts[words] = found
+    assert counts == {"segmented": [3, 2], "spaces": [1, 2]}
 
 
 def slow_links(states, others, threshold):

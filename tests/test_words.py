@@ -10,7 +10,16 @@ from finetune.config import FinetuneConfig
 from finetune.recipes import RECIPES
 from raylib.sample import DATA
 from raylib.text import Tokenizer
-from raylib.words import NormalizedTokenizer, normalize_caption, normalize_question
+from raylib.words import (
+    ICU,
+    UNCUT,
+    NormalizedTokenizer,
+    count_words,
+    has_segmenter,
+    normalize_caption,
+    normalize_question,
+    split_words,
+)
 
 
 def public_question(question, max_words):
@@ -85,3 +94,49 @@ def test_cclm_recipes_normalise_and_others_do_not():
         found = config.text_normalization, config.training_words
         assert found == (expected if name.startswith("p1_cclm") else ("none", None)), name
     assert FinetuneConfig(task="xgqa").text_normalization == "none"
+
+
+CUT = {
+    "ja": (
+        "テーブルの上に犬がいるか？",
+        ["テーブル", "の", "上", "に", "犬", "が", "いる", "か", "？"],
+    ),
+    "jp": ("公園で自転車に乗る", ["公園", "で", "自転", "車", "に", "乗る"]),
+    "zh": ("一只狗在湖边跑。", ["一只", "狗", "在", "湖边", "跑", "。"]),
+    "zh-Hant": ("在公園裡騎自行車的男人", ["在", "公園", "裡", "騎", "自行車", "的", "男人"]),
+    "th": ("ผู้ชายกำลังวิ่งกับสุนัข", ["ผู้ชาย", "กำลัง", "วิ่ง", "กับ", "สุนัข"]),
+    "lo": ("ຂ້ອຍກິນເຂົ້າແລະນໍ້າ", ["ຂ້ອຍ", "ກິນເຂົ້າ", "ແລະ", "ນໍ້າ"]),
+    "km": ("ខ្ញុំចង់ទៅផ្ទះ", ["ខ្ញុំ", "ចង់ទៅ", "ផ្ទះ"]),
+    "my": ("ကျွန်တော်ကျောင်းသို့သွားသည်", ["ကျွန်တော်", "ကျောင်း", "သို့", "သွား", "သည်"]),
+}
+
+
+@pytest.mark.parametrize("language", CUT)
+def test_split_words_cuts_languages_without_spaces(language):
+    text, words = CUT[language]
+    assert split_words(text, language) == words
+    assert count_words(text, language) == sum(any(map(str.isalnum, word)) for word in words)
+
+
+def test_split_words_keep_every_letter_of_every_script():
+    """Also of texts in another script, in pieces of white space: what is read again finds its words."""
+    for text in [
+        *texts()[::9],
+        *(text for text, _ in CUT.values()),
+        "これは dog　ですか😀 (犬)",
+        "狗\u200bที่ 2.5",
+    ]:
+        for language in ("ja", "zh", "th", "de", ""):
+            assert "".join(split_words(text, language)) == "".join(text.split())
+
+
+def test_split_words_of_other_languages_are_between_spaces_and_signs(caplog):
+    assert split_words("What's the dog?", "en") == ["What", "'", "s", "the", "dog", "?"]
+    assert split_words("어떤 개가 있습니까?", "ko") == ["어떤", "개가", "있습니까", "?"]
+    assert split_words("这是dog吗?") == ["这", "是", "dog", "吗", "?"]
+    assert split_words("a《犬》b", "ja") == ["a", "《", "犬", "》", "b"]
+    assert count_words("was macht der Hund?", "de") == count_words("was macht der Hund?") == 4
+    assert not has_segmenter("de") and has_segmenter("zh_TW")
+    with caplog.at_level("WARNING"):
+        assert split_words("བཀྲ་ཤིས་བདེ་ལེགས", "bo") and not set(ICU) & set(UNCUT)
+    assert "bo: no segmenter is known" in caplog.text

@@ -76,6 +76,9 @@ class DistillationConfig(StrategyConfig):
     """Folder of word alignments, LANGUAGE.text and LANGUAGE.align; null: `alignments` in the data folder."""
     share: float = Field(0.15, gt=0, le=1)
     """Share of a text's words that English ones replace, for tokens=mixed."""
+    words: Literal["segmented", "spaces"] = "segmented"
+    """Words that `share` is of: where a language writes no spaces, those of a segmenter; spaces: always what
+    stands between these, of which a Japanese sentence is one."""
 
     @classmethod
     def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -146,7 +149,15 @@ class DistillationConfig(StrategyConfig):
                     f"{missing[0]}"
                 )
         alignments = self._read_alignments(context, pivots) if "mixed" in self.tokens else {}
-        return Distillation(self, pivots, alignments)
+        return Distillation(self, pivots, alignments, self._count_words(context) if alignments else {})
+
+    def _count_words(self, context: Context) -> dict[tuple[str, str], int]:
+        """{(id, text): words} of texts in languages that write no spaces."""
+        from raylib.words import count_words, has_segmenter
+
+        languages = [code for code in context.training if self.words == "segmented" and has_segmenter(code)]
+        texts = ((code, e.id, e.texts[-1]) for code in languages for e in context.training[code])
+        return {(key, text): count_words(text, code) for code, key, text in texts}
 
     def _read_alignments(self, context: Context, pivots: Mapping[str, str]) -> "Alignments":
         from finetune.strategies.distillation.word_alignments import read_alignments

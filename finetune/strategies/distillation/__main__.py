@@ -24,8 +24,9 @@ def write_alignments(aligner: "WordAligner", task: str, data: Path, language: st
     Raises:
         UserError: no such files; an example without English.
     """
-    from finetune.strategies.distillation.word_alignments import SEPARATOR, split_words
+    from finetune.strategies.distillation.word_alignments import SEPARATOR
     from finetune.tasks.datasets import TASKS
+    from raylib.words import split_words
 
     record = lookup(task, TASKS, "task")
     read = {
@@ -38,7 +39,7 @@ def write_alignments(aligner: "WordAligner", task: str, data: Path, language: st
             f"{task}: {len(missing)} training examples in '{language}' have no English one, such as "
             f"{missing[0]}"
         )
-    pairs = [(split_words(e.texts[-1]), split_words(english[e.id])) for e in read[language]]
+    pairs = [(split_words(e.texts[-1], language), split_words(english[e.id])) for e in read[language]]
     batches = [pairs[start : start + BATCH] for start in range(0, len(pairs), BATCH)]
     waited = progress(batches, f"align {language}", len(pairs), "questions", len)
     links = [row for batch in waited for row in aligner.align(batch)]

@@ -39,11 +39,19 @@ class Distillation(Strategy):
 
         L = sum_m lambda_m (cls + image + tags + mixed) (paper 3, equation 6) + task (the task's loss)
 
-    pivots: {id: the English text that the teacher reads}. alignments: words that may be mixed.
+    pivots: {id: the English text that the teacher reads}. alignments: words that may be mixed. num_words:
+        {(id, text): words of a text without spaces}.
     """
 
-    def __init__(self, config: DistillationConfig, pivots: Mapping[str, str], alignments: Alignments):
+    def __init__(
+        self,
+        config: DistillationConfig,
+        pivots: Mapping[str, str],
+        alignments: Alignments,
+        num_words: Mapping[tuple[str, str], int] | None = None,
+    ):
         self.config, self.pivots, self.alignments = config, pivots, alignments
+        self.num_words = num_words or {}
         self.task_weight = config.task
         self.inputs: TeacherInputs | None = None
         self.weights: tuple[float, ...] = ()  # lambda of each compared layer
@@ -62,8 +70,10 @@ class Distillation(Strategy):
         links = self.alignments.get((example.id, example.texts[-1]))
         if not links:
             return example
-        share = self.config.share
-        text, aligned = mix_aligned(example.texts[-1], example.pivot, links, share, *key, "mixed")
+        share, num_words = self.config.share, self.num_words.get((example.id, example.texts[-1]), 0)
+        text, aligned = mix_aligned(
+            example.texts[-1], example.pivot, links, share, *key, "mixed", num_words=num_words
+        )
         return example._replace(texts=(*example.texts[:-1], text), aligned=aligned)
 
     def adapt(self, model: Any) -> None:

@@ -10,13 +10,14 @@ i and j are aligned if both are above the threshold.
 Words are aligned if any of their sub-words are. The states are those of a middle layer (the paper: the 8th of
 mBERT's 12).
 
+Words of languages without spaces are those of a segmenter (`raylib.words`).
+
 FOLDER/LANGUAGE.text     a line an example, in the order of the training file: words ||| English words
 FOLDER/LANGUAGE.align    a line each, in Pharaoh's format: 0-0 1-2 3-1, word i of the first, word j of the
                          second, from 0
 """
 
 import functools
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -33,8 +34,6 @@ from raylib.randomness import Key, uniform
 from raylib.text import Tokenizer
 from raylib.textfile import open_text
 from raylib.weights import limit_model, require_no_misfits
-
-IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
 
 
 class WordAligner:
@@ -96,24 +95,6 @@ def align_subwords(states: Tensor, others: Tensor, threshold: float) -> Tensor:
     if not scores.numel():
         return scores.bool()
     return (scores.softmax(1) > threshold) & (scores.softmax(0) > threshold)
-
-
-def split_words(text: str) -> list[str]:
-    """The words of a text, in any language: letters with their marks, numbers; each sign and each ideograph
-    by itself."""
-    words: list[str] = []
-    in_word = False
-    for character in text:
-        kind = unicodedata.category(character)[0]
-        is_word = kind in "PS" or unicodedata.name(character, "").startswith(IDEOGRAPHS)
-        if character.isspace():
-            in_word = False
-        elif is_word or not in_word:
-            words.append(character)
-            in_word = not is_word
-        else:
-            words[-1] += character
-    return words
 
 
 SEPARATOR = " ||| "
@@ -231,19 +212,19 @@ def _same_pieces(tokenizers: tuple[Tokenizer, Tokenizer]) -> Callable[[str], boo
 
 
 def mix_aligned(
-    text: str, english: str, links: Sequence[Link], share: float, *keys: Key
+    text: str, english: str, links: Sequence[Link], share: float, *keys: Key, num_words: int = 0
 ) -> tuple[str, tuple[Link, ...]]:
     """`text` with some words replaced by the English ones that they are linked to, as the keys draw it.
 
     Args:
         links: the words that may be replaced, each once, from left to right.
-        share: of the words between white space in the text; but at least one, and no more than there are
-            links (as in cViL's code, which counts sub-words).
+        share: of the `num_words` of the text, 0: of those between spaces; but at least one, and no more than
+            there are links (as in cViL's code, which counts sub-words).
     Returns:
         (the text, spans of the English words in it and in `english`). They stand between spaces, also where
         the language writes none.
     """
-    count = min(max(1, round(share * len(text.split()))), len(links))
+    count = min(max(1, round(share * (num_words or len(text.split())))), len(links))
     order = np.argsort(uniform(*keys, np.arange(len(links))), kind="stable")
     mixed, position = "", 0
     replaced: list[Link] = []
