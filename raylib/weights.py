@@ -9,17 +9,22 @@ one place.
 
 import itertools
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raylib.errors import UserError, hub_hint, reading
+from raylib.fileio import open_plain
 from raylib.finite import require_finite_file
+from raylib.strict_json import parse_json
 from raylib.torch_files import TensorRecord, read_torch
 
 ADVICE = "take an undamaged copy, of the weights alone"
@@ -32,6 +37,13 @@ ENDINGS = (".bin", ".pt", ".pth", ".th", ".tar", ".safetensors")  # of files of 
 # A model may be so many times as large as the weights that it starts from, and so much larger: an image
 # encoder, heads, embeddings of regions start from random numbers.
 MODEL_FACTOR, FREE_BYTES, MAX_TENSORS = 4, 1 << 27, 50_000
+SAFETENSORS = {
+    **{f"F{size}": getattr(torch, f"float{size}") for size in (64, 32, 16)},
+    **{f"I{size}": getattr(torch, f"int{size}") for size in (64, 32, 16, 8)},
+    **{f"U{size}": getattr(torch, f"uint{size}") for size in (64, 32, 16, 8)},
+    **{"BF16": torch.bfloat16, "BOOL": torch.bool, "C64": torch.complex64},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 RANDOM_BYTES = 1 << 29  # of an image encoder as published, which starts from random numbers
 
 
@@ -62,14 +74,36 @@ def read_safetensors(
     _require_file(path, what)
     with reading(path, what, advice):
         try:
-            with safe_open(path, "pt", device) as file:
-                tensors, metadata = file.get_tensors(), file.metadata() or {}
+            with safe_open(path, "pt") as file:  # it has checked the header, and every place in it
+                names, metadata = file.keys(), file.metadata() or {}
         except SafetensorError as e:
             cut = "it is cut off, as after an unfinished download, or damaged" if CUT_OFF in str(e) else e
             raise ValueError(cut) from e
-        _require_names(tensors)
+        _require_names(names)
+        tensors = _read_all(Path(path), names)
     require_finite_file(path, tensors)
-    return tensors, metadata
+    return {name: tensor.to(device) for name, tensor in tensors.items()}, metadata
+
+
+def _read_all(path: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read tensors of a safetensors file into memory of their own. The library maps the file into memory: one
+    that is cut off or written anew meanwhile, as by a download, would end the process by a signal."""
+    tensors = {}
+    with open_plain(path) as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > os.fstat(file.fileno()).st_size:
+            raise ValueError("it has changed while it was read")
+        header = parse_json(file.read(size))
+        for name in names:
+            start, end = header[name]["data_offsets"]
+            data = np.empty(end - start, np.uint8)  # no `torch.empty`, which `limit_model` would count
+            file.seek(8 + size + start)
+            if file.readinto(data.data) < len(data):
+                raise ValueError("it has become shorter while it was read")
+            kind, stored = SAFETENSORS[header[name]["dtype"]], torch.from_numpy(data)
+            stored = stored.view(kind) if len(data) else stored.to(kind)
+            tensors[name] = stored.reshape(header[name]["shape"])
+    return tensors
 
 
 def _require_names(tensors: Iterable[str]) -> None:

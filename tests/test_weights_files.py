@@ -1,6 +1,7 @@
 """Files of weights that are damaged, foreign or hostile: one line, and no memory for what is not there."""
 
 import json
+import os
 import random
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -9,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from raylib import weights
 from raylib.errors import UserError
 from raylib.models.hf_folders import WEIGHT_FILES, read_folder
 from raylib.weights import limit_model, load_state, read_tensors
@@ -29,6 +31,36 @@ def test_torch_file_equals_what_torch_reads(tmp_path, is_zip):
     found = read_tensors(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[n], v) and found[n].dtype == v.dtype for n, v in tensors.items())
+
+
+def test_safetensors_equals_what_safetensors_reads(tmp_path):
+    """Every kind of numbers that the library knows, a scalar and no numbers at all among them."""
+    tensors = {kind: torch.randint(0, 2, (2, 3)).to(dtype) for kind, dtype in weights.SAFETENSORS.items()}
+    tensors |= {"scalar": torch.tensor(3.0), "none": torch.zeros(0, 3), "wide": torch.randn(5, 7)}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors, path, {"a": "b"})
+    (found, metadata), expected = weights.read_safetensors(path), load_file(path)
+    assert metadata == {"a": "b"} and found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype and found[name].shape == tensor.shape, name
+        bits = [each[name].flatten().view(torch.uint8) for each in (found, expected)]
+        assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize("left", [200_000, 100, 4, 0])
+def test_safetensors_that_becomes_shorter_while_it_is_read_is_a_line(left, tmp_path, monkeypatch):
+    """Written anew by a download, say: mapped into memory it would end the process by SIGBUS."""
+    path = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(100_000)}, path)
+    first = weights.open_plain
+
+    def open_later(file):
+        os.truncate(file, left)
+        return first(file)
+
+    monkeypatch.setattr(weights, "open_plain", open_later)
+    with pytest.raises(UserError, match=f"^{path}: not to be read as weights"):
+        read_tensors(path)
 
 
 def test_torch_file_that_claims_terabytes_is_refused(tmp_path):
