@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.settings import AugmentConfig, BackboneConfig, FitConfig, OptimConfig, PartRates
+from raylib.settings import AugmentConfig, BackboneConfig, DecoderConfig, FitConfig, OptimConfig, PartRates
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
@@ -216,6 +216,8 @@ def _p1(model: str, row: str, task: str, strategies: dict, where: str = "table 1
         "augment": AugmentConfig.albef(0.5, flip_unless=sides),
         "text_normalization": "question" if task == "xgqa" else "caption",
         "training_words": 30 if task == "xgqa" else 80,
+        # its decoder's own embeddings begin at random; the first token counts twice in its ranks
+        "decoder": DecoderConfig(embeddings="random", count_first_twice=True),
     }
     # "We mirror the training procedures from IGLUE": its losses, and VOLTA's heads
     losses = {"xgqa": "bce", "xvnli": "bce_mean", "xflickrco": "triplet"} if model == "uc2" else {}

@@ -489,6 +489,8 @@ class ModelConfig(Config):
     """Epsilon of layer norms of the unified layers; null: `eps`."""
     vision_eps: PositiveFloat = 1e-12
     """Epsilon of layer norms of the vision transformer; a Swin's is 1e-5."""
+    match_head: Literal["linear", "mlp"] = "linear"
+    """Head that tells whether an image and a text belong together: a linear map, or CCLM's of two layers."""
     temperature: PositiveFloat = 0.07
     """Temperature of the contrast at the start; it is trained (paper 2, equation 1)."""
     pixel_mean: PixelStats = 127.5
@@ -578,6 +580,9 @@ class DecoderConfig(Config):
 
     candidates: PositiveInt = 128
     """Answers with the likeliest first token that are scored whole (CCLM: 128)."""
+    embeddings: Literal["shared", "own", "random"] = "shared"
+    """Embeddings and way to the vocabulary: the text encoder's; copies of them, trained apart (CCLM); or
+    random ones (CCLM on X2-VLM)."""
     count_first_twice: bool = False
     """Add the first token's log-probability once more, as CCLM's public code does and its paper does not
     say."""

@@ -10,6 +10,7 @@ NAME/target, NAME/loss, and NAME/grad/x, the gradient of the loss at x. params/N
 parameters at the public width, std/NAME/KEY the deviation of its first weights there.
 """
 
+import importlib.util
 import json
 import sys
 from functools import partial
@@ -30,6 +31,7 @@ def main(volta: str, mvlp: str, x2vlm: str, opendelta: str, out: str) -> None:
     for name, head, inputs, loss in [*_volta(Path(volta)), *_mvlp(mvlp), *_x2vlm(Path(x2vlm))]:
         _record(found, name, head, inputs, loss)
     _compacter(found, opendelta)
+    _decoder(found, Path(x2vlm))
     np.savez_compressed(out, **found)
 
 
@@ -184,6 +186,81 @@ def _compacter(found: dict[str, Any], folder: str) -> None:
         arrays = {**dict(backbone.named_parameters()), "x": x, "y": y, "grad/x": x.grad}
         found |= {f"delta/{kind}/{name}": value.detach().numpy() for name, value in arrays.items()}
         found[f"params/delta/{kind}"] = sum(p.numel() for p in inserted.values())
+
+
+def _decoder(found: dict[str, Any], folder: Path) -> None:
+    """`text_decoder` of `XVLMPlusForVQA`, two layers: loss of answers, and the scores of `rank_answer` before
+    its softmax."""
+    spec = importlib.util.spec_from_file_location("xbert", folder / "models/xbert.py")
+    assert spec and spec.loader
+    xbert = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(xbert)
+    torch.manual_seed(2)
+    config = xbert.BertConfig(
+        vocab_size=19,
+        hidden_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=20,
+        max_position_embeddings=8,
+        type_vocab_size=1,
+        pad_token_id=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    config.fusion_layer, config.encoder_width, config.embedding_dim = 0, WIDTH, WIDTH
+    decoder = xbert.BertLMHeadModel(config).eval()
+    for parameter in decoder.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    # <s> 0, padding 1, </s> 2, as XLM-R's
+    answers = torch.tensor([[0, 5, 2, 1], [0, 6, 7, 2], [0, 8, 2, 1], [0, 6, 9, 2]])
+    atts = (answers != 1).long()
+    states, lengths = torch.randn(2, 3, WIDTH, requires_grad=True), torch.tensor([3, 2])
+    mask = (torch.arange(3) < lengths[:, None]).long()
+
+    def losses(ids: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+        labels = ids.masked_fill(ids == 1, -100)
+        out = decoder(
+            ids,
+            attention_mask=(ids != 1).long(),
+            encoder_hidden_states=states,
+            encoder_attention_mask=mask,
+            labels=labels,
+            return_dict=True,
+            reduction="none",
+        )
+        return out.loss
+
+    # of question 0 answer 1 at weight 1, of question 1 answers 0 and 3 at 0.7 and 0.3
+    weights = torch.tensor([1.0, 0.7, 0.3])
+    rows = torch.tensor([0, 1, 1])
+    each = losses(answers[[1, 0, 3]], states[rows], mask[rows])
+    loss = (weights * each).sum() / 2
+    loss.backward()
+    start = decoder(
+        answers[:1, :1].expand(2, 1),
+        encoder_hidden_states=states,
+        encoder_attention_mask=mask,
+        return_dict=True,
+        reduction="none",
+    ).logits[:, 0]
+    first = start.softmax(1)[:, answers[:, 1]]
+    tiled = [x.repeat_interleave(4, 0) for x in (states, mask)]
+    rest = losses(answers.repeat(2, 1), *tiled).view(2, 4)
+    arrays = {
+        **decoder.state_dict(),
+        "states": states,
+        "lengths": lengths,
+        "answers": answers,
+        "atts": atts,
+        "loss": loss,
+        "grad/states": states.grad,
+        "scores": first.log() - rest,
+    }
+    found |= {f"decoder/{name}": value.detach().numpy() for name, value in arrays.items()}
+    found["decoder/is_tied"] = np.array(
+        decoder.cls.predictions.decoder.weight is decoder.bert.embeddings.word_embeddings.weight
+    )
 
 
 class _Layers(nn.Module):

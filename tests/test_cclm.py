@@ -147,6 +147,8 @@ def test_cclm_base_has_published_parameter_counts(name, d, f, text):
     parts = count(model)
     assert model.kind == name and model.num_layers == text + 6 and model.num_fusion_layers == 6
     assert parts["text"] == text * block(d, f, False) and parts["fusion"] == 6 * block(d, f, True)
+    # Linear, LayerNorm, GELU, Linear; twice the width
+    assert parts["match_head"] == 2 * d * d + 2 * d + 4 * d + 2 * 2 * d + 2
     assert parts["embedding"] == (250002 + backbone.sizes["base"].positions) * d + 2 * d
     if name == "cclm":
         # ViT-B/16 at 224: patches, CLS and 14 x 14 positions, 12 layers, a norm
@@ -155,7 +157,7 @@ def test_cclm_base_has_published_parameter_counts(name, d, f, text):
             == 16 * 16 * 3 * d + d + d + 197 * d + 12 * block(d, f, False) + 2 * d
             == 85_798_656
         )
-        assert parts["text"] + parts["fusion"] == 141_765_120 and sum(parts.values()) == 421_197_461
+        assert parts["text"] + parts["fusion"] == 141_765_120 and sum(parts.values()) == 422_383_253
     else:
         # Swin-B (Liu et al., table 7: 88 M, of which the classifier of 1000 classes is 1.0 M)
         assert parts["vision"] + 1024 * 1000 + 1000 == 87_768_224

@@ -121,6 +121,18 @@ def same_block(block, tensors, at, cross):
     assert block.output_norm.bias.equal(tensors[f"{at}.output.LayerNorm.bias"])
 
 
+def same_match_head(model, tensors):
+    """Both have `build_mlp`: Linear, LayerNorm, GELU, Linear."""
+    states = torch.randn(3, D)
+
+    def at(name):
+        return tensors[f"itm_head.{name}.weight"], tensors[f"itm_head.{name}.bias"]
+
+    hidden = torch.nn.functional.linear(states, *at(0))
+    hidden = torch.nn.functional.gelu(torch.nn.functional.layer_norm(hidden, (2 * D,), *at(1)))
+    torch.testing.assert_close(model.match_logits(states), torch.nn.functional.linear(hidden, *at(3)))
+
+
 @pytest.mark.parametrize("prefix", ["bert.", ""])
 def test_cclm_checkpoint_of_first_version_loads(tmp_path, prefix, caplog):
     peer = wide_swin()
@@ -145,9 +157,8 @@ def test_cclm_checkpoint_of_first_version_loads(tmp_path, prefix, caplog):
     mean, deviation = (torch.tensor(PIXELS[name]).view(3, 1, 1) for name in ("pixel_mean", "pixel_std"))
     expected = peer((images().permute(0, 3, 1, 2) - mean) / deviation).last_hidden_state
     torch.testing.assert_close(model.encode_images(images()).values.view(3, 17, D)[:, 1:], expected)
-    assert "its matching head has two layers" in caplog.text and (
-        "no masked-language head" in caplog.text
-    ) == (not prefix)
+    same_match_head(model, tensors)
+    assert ("no masked-language head" in caplog.text) == (not prefix)
     with pytest.raises(UserError, match="its image encoder is a Swin; set backbone=cclm_swin"):
         load_backbone(tmp_path / "cclm.th", "cclm")
 
@@ -200,6 +211,7 @@ def test_cclm_checkpoint_of_x2vlm_loads(tmp_path, caplog):
     assert model.embedding.position.weight.equal(places[2:])  # a RoBERTa: texts start behind the padding
     assert model.masked_head.norm.weight.equal(tensors["mlm_head.predictions.transform.LayerNorm.weight"])
     assert "vocabulary of its own" in caplog.text
+    same_match_head(model, tensors)
     vit = model.vision.blocks[1].attention
     assert torch.cat([vit.query.weight, vit.key_value.weight]).equal(
         tensors["vision_encoder.blocks.1.attn.qkv.weight"]

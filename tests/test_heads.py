@@ -20,8 +20,11 @@ from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.models import peft
 from raylib.models.classifier import Classifier
+from raylib.models.decoder import AnswerDecoder
 from raylib.models.finetuned import FinetuneModel
-from raylib.settings import ClassifierConfig
+from raylib.models.unified import UnifiedModel
+from raylib.packed import Ragged
+from raylib.settings import ClassifierConfig, DecoderConfig
 from tests.factories import make_model
 
 WIDTH, LABELS = 12, 7  # of tests/public_heads.py
@@ -329,3 +332,102 @@ def test_model_tuned_before_compacter_had_its_settings_loads(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(UserError, match="tuning"):
         FinetuneModel.from_pretrained(tmp_path)
+
+
+# ---- CCLM's matching head and decoder
+
+
+def test_match_head_of_cclm_equals_public_code():
+    arrays = tensors("cclm/itm")
+    torch.manual_seed(0)
+    model = UnifiedModel(make_model(width=WIDTH, heads=2, match_head="mlp").config).eval()
+    assert isinstance(model.match_head, Classifier)
+    fill(model.match_head, arrays)
+    x = arrays["x"].requires_grad_(True)
+    logits = model.match_logits(x)
+    assert torch.allclose(logits, arrays["y"], rtol=0, atol=1e-5)
+    nn.functional.cross_entropy(logits, arrays["target"]).backward()
+    assert torch.allclose(x.grad, arrays["grad/x"], rtol=1e-5, atol=1e-6)
+    big = Classifier(768, 768, 2, model.match_head.config)
+    assert sum(p.numel() for p in big.parameters()) == stored()["params/cclm/itm"]
+
+
+def decoder_from(arrays: dict[str, Tensor], embeddings: str) -> tuple[AnswerDecoder, UnifiedModel]:
+    """Ours with the public decoder's weights; the backbone has others where the decoder has its own."""
+    answers = [[token for token in row if token != 1] for row in arrays["answers"].tolist()]
+    sizes = dict(vocabulary=19, width=WIDTH, heads=2, feedforward=20, positions=8, fusion_layers=2, eps=1e-12)
+    backbone = make_model(dtype=torch.float32, **sizes, fusion_eps=1e-12)
+    config = DecoderConfig(embeddings=embeddings, count_first_twice=True)
+    decoder = AnswerDecoder(backbone, answers, config).eval()
+    embedding, head = decoder._words(backbone)
+
+    def copy(layer: nn.Module, *names: str) -> None:
+        for end, parameter in layer.named_parameters():
+            parameter.data = torch.cat([arrays[f"{name}.{end}"] for name in names]).clone()
+
+    at = "bert.embeddings"
+    embedding.word.weight.data = arrays[f"{at}.word_embeddings.weight"].clone()
+    positions = arrays[f"{at}.position_embeddings.weight"] + arrays[f"{at}.token_type_embeddings.weight"]
+    embedding.position.weight.data = positions
+    copy(embedding.norm, f"{at}.LayerNorm")
+    copy(head.dense, "cls.predictions.transform.dense")
+    copy(head.norm, "cls.predictions.transform.LayerNorm")
+    head.bias.data = arrays["cls.predictions.bias"].clone()
+    for n, block in enumerate(decoder.layers.blocks):
+        at = f"bert.encoder.layer.{n}"
+        for attention, norm, name in (
+            (block.attention, block.attention_norm, "attention"),
+            (block.cross_attention, block.cross_norm, "crossattention"),
+        ):
+            copy(attention.query, f"{at}.{name}.self.query")
+            copy(attention.key_value, f"{at}.{name}.self.key", f"{at}.{name}.self.value")
+            copy(attention.output, f"{at}.{name}.output.dense")
+            copy(norm, f"{at}.{name}.output.LayerNorm")
+        copy(block.intermediate, f"{at}.intermediate.dense")
+        copy(block.output, f"{at}.output.dense")
+        copy(block.output_norm, f"{at}.output.LayerNorm")
+    return decoder, backbone
+
+
+@pytest.mark.parametrize("embeddings", ["shared", "own", "random"])
+def test_decoder_equals_that_of_x2vlm(embeddings):
+    arrays = tensors("decoder")
+    assert bool(stored()["decoder/is_tied"])  # its way to the vocabulary is its own word embedding
+    decoder, backbone = decoder_from(arrays, embeddings)
+    lengths, states = arrays["lengths"], arrays["states"].requires_grad_(True)
+    flat = torch.cat([row[:n] for row, n in zip(states, lengths.tolist(), strict=True)])
+    question = Ragged(flat, lengths)
+    # of question 0 answer 1 at weight 1, of question 1 answers 0 and 3 at 0.7 and 0.3
+    scores = torch.tensor([[0, 1.0, 0, 0], [0.7, 0, 0, 0.3]])
+    loss = decoder.loss(backbone, question, scores) / 2
+    loss.backward()
+    assert torch.allclose(loss, arrays["loss"], rtol=1e-5)
+    assert torch.allclose(states.grad, arrays["grad/states"], rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        assert torch.allclose(decoder.rank(backbone, question), arrays["scores"], rtol=1e-5)
+    # what is its own is trained apart
+    assert (backbone.embedding.word.weight.grad is None) == (embeddings != "shared")
+
+
+def test_decoder_embeddings_begin_as_their_setting_says():
+    backbone = make_model(dtype=torch.float32)
+    own = AnswerDecoder(backbone, [[0, 5, 2]], DecoderConfig(embeddings="own"))
+    assert own.embedding.word.weight.equal(backbone.embedding.word.weight)
+    assert own.embedding.word.weight is not backbone.embedding.word.weight
+    new = AnswerDecoder(backbone, [[0, 5, 2]], DecoderConfig(embeddings="random"))
+    assert not new.embedding.word.weight.equal(backbone.embedding.word.weight)
+    assert new.embedding.norm.weight.eq(1).all() and not new.masked_head.bias.any()
+    assert AnswerDecoder(backbone, [[0, 5, 2]], DecoderConfig()).embedding is None
+    assert RECIPES["p1_cclm_suf_xgqa"]().decoder == DecoderConfig(embeddings="random", count_first_twice=True)
+
+
+@pytest.mark.parametrize("embeddings", ["own", "random"])
+def test_finetuned_decoder_keeps_its_embeddings_through_a_folder(tmp_path, embeddings):
+    decoder = DecoderConfig(embeddings=embeddings)
+    model = FinetuneModel(
+        make_model(dtype=torch.float32), ("a",), 1, 0.0, answers=[[0, 5, 2]], decoder=decoder
+    )
+    model.save(tmp_path)
+    again = FinetuneModel.from_pretrained(tmp_path)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name

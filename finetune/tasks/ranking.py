@@ -28,7 +28,7 @@ from raylib.finite import require_finite
 from raylib.metrics import RANKS, hit_chances, mean_or_zero, nearest_keys, recall_figures, recall_interval
 from raylib.models.layers import Memory
 from raylib.packed import Ragged, first_tokens
-from raylib.precision import autocast, exact_linear, exact_products
+from raylib.precision import autocast, exact_products
 from raylib.randomness import Key, permutation
 from raylib.text import Tokenizer
 
@@ -104,7 +104,7 @@ def match_pairs(model: Any, texts: Ragged, images: Memory, bf16: bool) -> Tensor
     with autocast(texts.values.device, bf16):
         cls = model.fuse(texts, first_tokens(texts.lengths), images)
     # outside of autocast: bf16 logits near 8 are 1/16 apart, and would tie
-    logits = exact_linear(model.match_head, cls.float()).float()
+    logits = model.match_logits(cls.float()).float()
     return logits[:, 1] - logits[:, 0]
 
 

@@ -158,7 +158,8 @@ class PolyglanceModel(PolyglancePreTrainedModel):
             images = images.select_rows(torch.zeros(len(text.lengths), dtype=torch.int64))
         # logits in float32: in bf16 those near 8 are 1/16 apart, and would tie
         head, states = model.match_head, model.fused_cls(text, images).float()
-        logits = F.linear(states, head.weight.float(), head.bias.float())
+        weights = {name: value.float() for name, value in head.named_parameters()}
+        logits = torch.func.functional_call(head, weights, (states,))
         return logits[:, 1] - logits[:, 0]
 
 

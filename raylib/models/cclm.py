@@ -9,8 +9,7 @@ itself did.
                  `mlm_head.predictions`; its image encoder is BEiT-2, which our ViT cannot hold: another must
                  take its place
 
-Both have `{vision,text}_proj` and `temp`. Our matching head is a linear map, so that their `itm_head` stays
-out, and is named.
+Both have `{vision,text}_proj`, `temp`, and `itm_head`, a matching head of two layers (`match_head`).
 """
 
 import logging
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from raylib.config import validate
 from raylib.errors import UserError
+from raylib.models.classifier import Classifier
 from raylib.models.hf_folders import read_config, read_sizes
 from raylib.models.hf_weights import (
     WeightMapper,
@@ -46,7 +46,7 @@ VISION_FOLDER = "an image encoder's folder"
 TIMM_EPS = 1e-6  # of layer norms of timm's ViT
 HEAD_WIDTH = 64  # an attention head of XLM-R and BERT is so wide
 UNUSED_CCLM_TEXT = [
-    r"(itm|bbox)_head\.",
+    r"bbox_head\.",
     r"embeddings\.position_ids$",
     r"pooler\.",
     r"cls\.predictions\.decoder\.",
@@ -182,6 +182,7 @@ def published_sizes(file: Published, vision: dict) -> ModelConfig:
         "eps": 1e-5,
         # X2-VLM's cross layers are a BERT of their own, with BERT's epsilon
         "fusion_eps": 1e-12 if file.has_cross_encoder else None,
+        "match_head": "mlp" if "itm_head.3.weight" in file.text else "linear",
     }
     return validate(ModelConfig, {**sizes, **PIXELS, **vision}, str(file.path))
 
@@ -244,6 +245,10 @@ def fill(model: UnifiedModel, file: Published, with_vision: bool) -> None:
         mapper.copy_layer(model.text_projection, "text_proj")
         mapper.copy_layer(model.image_projection, "vision_proj")
         mapper.copy(model.temperature, "temp")
+        if isinstance(model.match_head, Classifier):
+            head = model.match_head
+            for layer, name in ((head.hidden, 0), (head.norm, 1), (head.output, 3)):
+                mapper.copy_layer(layer, f"itm_head.{name}")
     mapper.assert_all_used(UNUSED_CCLM_TEXT)
     if with_vision:
         names = SWIN_NAMES if file.is_swin else VIT_NAMES
@@ -256,8 +261,6 @@ def fill(model: UnifiedModel, file: Published, with_vision: bool) -> None:
         log.warning(
             "%s: its masked-language head has a vocabulary of its own; ours is the word embedding", file.path
         )
-    if any(name.startswith("itm_head.") for name in file.text):
-        log.warning("%s: its matching head has two layers; ours has one, and stays as initialised", file.path)
 
 
 def _rename(name: str, patterns: dict[str, str]) -> str:
@@ -272,7 +275,9 @@ class Cclm(UnifiedModel):
     kind = "cclm"
     summary = "XLM-R's 12 layers, then 6 with cross-attention; ViT (CCLM on X2-VLM, paper 1)"
     sizes: ClassVar[Mapping[str, ModelConfig]] = {
-        "base": ModelConfig(text_layers=12, fusion_layers=6, image_size=224, eps=1e-5, **PIXELS),
+        "base": ModelConfig(
+            text_layers=12, fusion_layers=6, image_size=224, eps=1e-5, match_head="mlp", **PIXELS
+        ),
         "tiny": TINY.model_copy(update={"text_layers": 12, "fusion_layers": 6}),
     }
     random_vision: ClassVar[dict[str, Any]] = {"vision_layers": 12, "image_size": 224}  # ViT-B/16
@@ -304,6 +309,7 @@ class Cclm(UnifiedModel):
             sizes |= {
                 "text_layers": len(layers) - 6,
                 "fusion_layers": 6,
+                "match_head": "mlp",
                 **(vision_sizes or cls.random_vision),
             }
             with limit_model(path / "config.json", path, vision, free=RANDOM_BYTES):
@@ -352,6 +358,7 @@ class CclmSwin(Cclm):
             feedforward=4096,
             text_layers=6,
             fusion_layers=6,
+            match_head="mlp",
             positions=514,
             swin=SwinSizes(),
             patch=4,

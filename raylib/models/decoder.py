@@ -3,8 +3,8 @@ question. It ranks the answers of a list by their probability, and so chooses am
 does.
 
 Its layers start as copies of the unified encoder's, their self-attention causal, their cross-attention to the
-question. Its embedding, and its way to the vocabulary, are the backbone's: `embedding`, `masked_head`, the
-word embedding.
+question. Its embedding, and its way to the vocabulary, are the backbone's (`embedding`, `masked_head`, the
+word embedding), or copies of these, or random ones, trained apart (`decoder.embeddings`).
 
 Shape legend: b questions, C answers (labels), k candidates of a question, T tokens in all, d width, V
 vocabulary.
@@ -13,14 +13,15 @@ vocabulary.
 import copy
 import logging
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.errors import UserError
-from raylib.models.layers import Memory
-from raylib.models.unified import UnifiedModel
+from raylib.models.layers import Memory, TextEmbedding, init_weights
+from raylib.models.unified import MaskedLanguageHead, UnifiedModel
 from raylib.models.vocabulary import head_rows, vocabulary_loss
 from raylib.packed import Ragged, first_tokens, upload
 from raylib.settings import DecoderConfig
@@ -68,6 +69,14 @@ class AnswerDecoder(nn.Module):
         # trained apart from the unified encoder, which goes on reading the question
         self.layers = copy.deepcopy(backbone.fusion)
         self.layers.causal = True
+        self.embedding: TextEmbedding | None = None
+        self.masked_head: MaskedLanguageHead | None = None
+        if config.embeddings != "shared":
+            self.embedding = copy.deepcopy(backbone.embedding)
+            self.masked_head = copy.deepcopy(backbone.masked_head)
+        if config.embeddings == "random":
+            for part in (self.embedding, self.masked_head):
+                cast(nn.Module, part).apply(_reset)
         self.answers = answers
         # on the CPU, as all lengths (`raylib.packed`)
         self.lengths = torch.tensor([len(ids) - 1 for ids in answers], device="cpu")
@@ -104,10 +113,8 @@ class AnswerDecoder(nn.Module):
             upload(lengths, scores.device), output_size=int(lengths.sum())
         )
         target_ids = Ragged(self.target_ids, self.lengths).select_rows(answers).values
-        hidden = backbone.masked_head(states)
-        return vocabulary_loss(
-            hidden, backbone.embedding.word.weight, backbone.masked_head.bias, target_ids, weights
-        )[0]
+        embedding, head = self._words(backbone)
+        return vocabulary_loss(head(states), embedding.word.weight, head.bias, target_ids, weights)[0]
 
     def rank(self, backbone: UnifiedModel, question: Ragged) -> Tensor:
         """log p of each of the k candidates of each question, at its label; -inf at all others.
@@ -128,7 +135,9 @@ class AnswerDecoder(nn.Module):
         is_later = torch.arange(int(lengths.max()) - 1) < (lengths - 1)[:, None]
         later, is_later = upload((later, is_later), states.device)
         target_ids = Ragged(self.target_ids, self.lengths).select_rows(answers_index).values
-        logs = _log_probabilities(backbone, states.index_select(0, later), target_ids.index_select(0, later))
+        logs = self._log_probabilities(
+            backbone, states.index_select(0, later), target_ids.index_select(0, later)
+        )
         # into a table with a row for each candidate: sums in an order of their own, on a GPU too
         rest = logs.new_zeros(is_later.shape).masked_scatter(is_later, logs).sum(1).view(b, k)
         whole = first.gather(1, candidates) * (2 if self.config.count_first_twice else 1) + rest
@@ -138,19 +147,39 @@ class AnswerDecoder(nn.Module):
         """States (T, d) of the given tokens of `answers` (n,), each after the question in its place of `rows`
         (n,)."""
         text = Ragged(self.input_ids, self.lengths).select_rows(answers)
-        return self.layers(text.with_values(backbone.embedding(text)), memory=Memory(question, rows))
+        embedding, _ = self._words(backbone)
+        return self.layers(text.with_values(embedding(text)), memory=Memory(question, rows))
 
     def _first_token(self, backbone: UnifiedModel, question: Ragged) -> Tensor:
         """log p of the first token of each answer: (b, C)."""
         b = len(question.lengths)
         start = Ragged(self.input_ids[:1].expand(b), torch.ones(b, dtype=torch.int64))
-        states = self.layers(
-            start.with_values(backbone.embedding(start)), memory=Memory(question, torch.arange(b))
-        )
+        embedding, _ = self._words(backbone)
+        states = self.layers(start.with_values(embedding(start)), memory=Memory(question, torch.arange(b)))
         tokens = Ragged(self.target_ids, self.lengths).first()
         return torch.cat(
-            [_vocabulary(backbone, part).index_select(1, tokens) for part in _in_chunks(backbone, states)]
+            [
+                self._vocabulary(backbone, part).index_select(1, tokens)
+                for part in _in_chunks(backbone, states)
+            ]
         )
+
+    def _words(self, backbone: UnifiedModel) -> "tuple[TextEmbedding, MaskedLanguageHead]":
+        """Return the embedding of answers, and what comes before the product with it."""
+        return self.embedding or backbone.embedding, self.masked_head or backbone.masked_head
+
+    def _log_probabilities(self, backbone: UnifiedModel, states: Tensor, target_ids: Tensor) -> Tensor:
+        """log p of the token `wanted` (T,) after each state (T, d), for some at a time: (T,)."""
+        parts = zip(_in_chunks(backbone, states), _in_chunks(backbone, target_ids), strict=True)
+        return torch.cat(
+            [self._vocabulary(backbone, part).gather(1, tokens[:, None]).squeeze(1) for part, tokens in parts]
+        )
+
+    def _vocabulary(self, backbone: UnifiedModel, states: Tensor) -> Tensor:
+        """States (T, d) -> log-probabilities (T, V), in float32 or better."""
+        embedding, head = self._words(backbone)
+        logits = F.linear(head(states), embedding.word.weight, head.bias)
+        return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _in_chunks(backbone: UnifiedModel, rows: Tensor) -> tuple[Tensor, ...]:
@@ -158,15 +187,10 @@ def _in_chunks(backbone: UnifiedModel, rows: Tensor) -> tuple[Tensor, ...]:
     return rows.split(head_rows(rows.device, len(backbone.embedding.word.weight), 8))
 
 
-def _log_probabilities(backbone: UnifiedModel, states: Tensor, target_ids: Tensor) -> Tensor:
-    """log p of the token `wanted` (T,) after each state (T, d), for some at a time: (T,)."""
-    parts = zip(_in_chunks(backbone, states), _in_chunks(backbone, target_ids), strict=True)
-    return torch.cat(
-        [_vocabulary(backbone, part).gather(1, tokens[:, None]).squeeze(1) for part, tokens in parts]
-    )
-
-
-def _vocabulary(backbone: UnifiedModel, states: Tensor) -> Tensor:
-    """States (T, d) -> log-probabilities (T, V), in float32 or better."""
-    logits = F.linear(backbone.masked_head(states), backbone.embedding.word.weight, backbone.masked_head.bias)
-    return F.log_softmax(logits, -1, dtype=torch.promote_types(logits.dtype, torch.float32))
+def _reset(module: nn.Module) -> None:
+    """Begin anew: weights as of `init_weights`, layer norms 1 and 0, other biases 0."""
+    if isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
+    elif isinstance(module, MaskedLanguageHead):
+        nn.init.zeros_(module.bias)
+    init_weights(module)

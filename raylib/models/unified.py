@@ -15,14 +15,15 @@ from torch import Tensor, nn
 from raylib.config import validate
 from raylib.errors import UserError
 from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
+from raylib.models.classifier import Classifier
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
 from raylib.models.recompute import RecomputedModule
 from raylib.models.swin import SwinEncoder
 from raylib.models.vision import VisionEncoder
 from raylib.packed import Ragged, TokenSegments, find_segments, first_tokens, join_rows
-from raylib.precision import LayerNorm
-from raylib.settings import ModelConfig
+from raylib.precision import LayerNorm, exact_linear
+from raylib.settings import ClassifierConfig, ModelConfig
 from raylib.weights import limit_model
 
 TINY = ModelConfig(
@@ -106,11 +107,21 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         self.image_projection = nn.Linear(c.width, c.embedding)
         self.text_projection = nn.Linear(c.width, c.embedding)
         self.masked_head = MaskedLanguageHead(c.width, c.vocabulary, c.eps)
-        self.match_head = nn.Linear(c.width, 2)
+        self.match_head: nn.Linear | Classifier = nn.Linear(c.width, 2)
+        if c.match_head == "mlp":
+            self.match_head = Classifier(c.width, c.width, 2, ClassifierConfig(norm="before"))
         # of one element: DeepSpeed broadcasts no 0-d parameter
         self.temperature = nn.Parameter(torch.full((1,), c.temperature))
         self.contrast_bias: nn.Parameter | None = None  # of the sigmoid contrast, where that is trained
         self.apply(init_weights)
+
+    def match_logits(self, states: Tensor) -> Tensor:
+        """CLS states (n, d) of texts with their images -> logits (n, 2) of (no match, match), in float32 or
+        better on a GPU."""
+        # a trained head's logits are large, where bf16 is 1/16 apart
+        if isinstance(self.match_head, Classifier):
+            return self.match_head(states)
+        return exact_linear(self.match_head, states)
 
     def add_contrast_bias(self) -> None:
         """Add the bias of the sigmoid contrast, unless it is there. It begins at -10, as most pairs are wrong

@@ -57,7 +57,6 @@ from raylib.objectives import (
 from raylib.objectives.encoding import EncoderCall, EncoderRows, StreamEncoding
 from raylib.objectives.sigmoid import sigmoid_contrast
 from raylib.packed import Ragged, Sentences, Upload, Uploads, first_tokens, row_starts, upload
-from raylib.precision import exact_linear
 from raylib.settings import ObjectiveConfig, TermWeights, Version
 
 FROZEN_TOKENS = 512  # that a GPU encodes together of a frozen encoder
@@ -129,7 +128,7 @@ class ImageTextStep(StreamStep):
         """States of the images, CLS first."""
         if "states" in self.batch:  # of a frozen image encoder that ran before
             states = self.batch["states"]
-            return states.with_values(states.values.to(self.model.match_head.weight.dtype))
+            return states.with_values(states.values.to(self.model.text_projection.weight.dtype))
         with torch.set_grad_enabled(self.config.train_vision and torch.is_grad_enabled()):
             return self.model.encode_images(self.batch["images"])
 
@@ -294,8 +293,7 @@ def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
     fused, negatives = step.fused, step.negatives
     groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
     states = torch.cat([group.output("cls") for group in groups])
-    # a trained head's logits are large, where bf16 is 1/16 apart
-    logits = exact_linear(step.model.match_head, states).float()
+    logits = step.model.match_logits(states).float()
     log_chances = F.log_softmax(logits, -1).view(len(groups), -1, 2)
     return log_chances[0], log_chances[1:], torch.stack([negatives.has_image, negatives.has_caption])
 
