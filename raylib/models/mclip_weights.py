@@ -184,7 +184,9 @@ def _read_map(path: Path) -> dict[str, Tensor]:
             "put the pickle of its linear map there (legacy_get-weights.sh of Multilingual-CLIP)"
         )
     what = f"{files[0]}: a pickled linear map"
-    value = load_plain(read_bytes(files[0], MAX_MAP), what)
+    with reading(files[0], "a pickled linear map"):
+        data = read_bytes(files[0], MAX_MAP)
+    value = load_plain(data, what)
     with reading(what, "a list of a matrix and a vector"):
         matrix, bias = (np.asarray(part, np.float32) for part in value)
         if matrix.ndim != 2 or bias.shape != matrix.shape[1:] or not matrix.size:
