@@ -202,6 +202,9 @@ def test_cclm_checkpoint_of_x2vlm_loads(tmp_path, caplog):
     tensors = x2vlm_file(tmp_path / "cclm_x2vlm.th", timms_vit())
     model = load_backbone(tmp_path / "cclm_x2vlm.th", "cclm")
     assert (model.config.text_layers, model.config.fusion_layers, model.config.vision_layers) == (12, 6, 2)
+    # XLM-R's, BERT's, timm's
+    norms = (model.text.blocks[0].output_norm, model.fusion.blocks[0].cross_norm, model.vision.norm)
+    assert [norm.eps for norm in norms] == [1e-5, 1e-12, 1e-6] and model.masked_head.norm.eps == 1e-5
     for n, ours in enumerate(model.text.blocks):
         same_block(ours, tensors, f"text_encoder.roberta.encoder.layer.{n}", False)
     for n, ours in enumerate(model.fusion.blocks):

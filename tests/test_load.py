@@ -297,6 +297,23 @@ def test_imported_model_has_the_eps_of_both_folders(tmp_path, eps):
         torch.testing.assert_close(seen, vit(pixels).last_hidden_state, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("kind", ["xlmr", "bert"])
+def test_load_text_old_folder_without_model_type_starts_where_its_kind_does(tmp_path, kind):
+    """BERT's of 2018, two token types, from row 0 of the positions; RoBERTa's, one type, from row 2."""
+    peer = peer_text(kind, 4, 20)
+    peer.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = {
+        k: v for k, v in json.loads(path.read_text()).items() if k not in ("model_type", "pad_token_id")
+    }
+    path.write_text(json.dumps({**config, "type_vocab_size": 1 if kind == "xlmr" else 2}))
+    model = UnifiedModel(SMALL).eval()
+    load_text(model, tmp_path)
+    ids = torch.randint(5, 60, (9,))
+    states = peer(ids[None], output_hidden_states=True).hidden_states[2][0]
+    torch.testing.assert_close(model.encode_text(our_rows([ids])), states, atol=1e-5, rtol=0)
+
+
 def test_load_text_untied_decoder_is_an_error(tmp_path):
     peer = peer_text("bert", 4, 20)
     weights = {k: v.clone() for k, v in peer.state_dict().items()}

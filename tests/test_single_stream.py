@@ -204,6 +204,74 @@ def test_single_stream_uc2_is_as_in_its_own_code_or_as_in_voltas(tmp_path, doubl
         load_backbone(path, "uc2", changes={"activaton": "relu"})
 
 
+UC2_POOLED = {  # `VLXLMRModel` and its pooler of zmykevin/UC2, `BertModel` of e-bug/volta with uc2_base.json
+    "uc2": [
+        [
+            0.242535441,
+            0.467320917,
+            -0.094272475,
+            0.635118562,
+            -0.488379345,
+            0.668852777,
+            -0.742366861,
+            0.636057962,
+        ],
+        [
+            0.257380005,
+            0.456391157,
+            -0.082866455,
+            0.629886633,
+            -0.484058497,
+            0.667518623,
+            -0.74277836,
+            0.638560833,
+        ],
+    ],
+    "volta": [
+        [0.247465543, 0.506637086, 0.0, 0.749947363, 0.0, 0.808661246, 0.0, 0.751521106],
+        [0.263299612, 0.492743469, 0.0, 0.7412265, 0.0, 0.806250862, 0.0, 0.755735659],
+    ],
+}
+
+
+@pytest.mark.parametrize("code", UC2_POOLED)
+def test_single_stream_uc2_equals_public_code(tmp_path, double, code):
+    """Width 8, 2 layers of 2 heads, regions of 6 numbers, as both programs were run."""
+    shapes = {"embeddings.word_embeddings.weight": (40, 8), "embeddings.position_embeddings.weight": (20, 8)}
+    shapes |= {"embeddings.new_token_type_embeddings.weight": (2, 8)}
+    linear = {
+        "img_embeddings.img_linear": (8, 6),
+        "img_embeddings.pos_linear": (8, 7),
+        "pooler.dense": (8, 8),
+    }
+    norms = [
+        "embeddings.LayerNorm",
+        *(f"img_embeddings.{n}" for n in ("LayerNorm", "img_layer_norm", "pos_layer_norm")),
+    ]
+    for at in ("encoder.layer.0", "encoder.layer.1"):
+        linear |= {f"{at}.attention.self.{part}": (8, 8) for part in ("query", "key", "value")}
+        linear |= {f"{at}.attention.output.dense": (8, 8)}
+        linear |= {f"{at}.intermediate.dense": (12, 8), f"{at}.output.dense": (8, 12)}
+        norms += [f"{at}.attention.output.LayerNorm", f"{at}.output.LayerNorm"]
+    for name, shape in linear.items():
+        shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    shapes |= {f"{name}.{part}": (8,) for name in norms for part in ("weight", "bias")}
+    weights = {name: filled(name, *shape) for name, shape in ((f"roberta.{n}", s) for n, s in shapes.items())}
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    path = write(tmp_path, weights)
+    model = load_backbone(path, "uc2", changes=UC2_IN_VOLTA.changes if code == "volta" else None).eval()
+    regions = []
+    for count in (3, 1):
+        number = torch.arange(1, count + 1)[:, None]
+        features = torch.cos(torch.arange(count * 6) * 0.11 + count).view(count, 6)
+        sizes = torch.tensor([[0.6, 0.3, 0.55, 0.165]]).expand(count, -1)
+        boxes = torch.cat([0.1 * number, torch.full((count, 1), 0.05), 0.1 * number + 0.3, sizes], 1)
+        regions.append(torch.cat([features, boxes], 1))
+    texts = [torch.tensor([0, 7, 9, 12, 2]), torch.tensor([0, 30, 2])]
+    found = grounded(model, texts, regions, 1)
+    torch.testing.assert_close(found, torch.tensor(UC2_POOLED[code]), rtol=0, atol=1e-7)
+
+
 def test_single_stream_config_beside_weights_is_followed_or_refused(tmp_path):
     weights = {
         name: value.float() for name, value in published.as_volta(published.make_parts("uc2"), "uc2").items()

@@ -145,7 +145,9 @@ def encoder_sizes(config: dict, folder: Path | str, accepts: str = TEXT_FOLDER) 
 
 def first_position(config: dict) -> int:
     """Row of the position embeddings that a sentence starts at: RoBERTa numbers positions from pad + 1."""
-    if config.get("model_type") == "bert":
+    # old folders do not say whose they are; BERT has two token types, RoBERTa and XLM-R one
+    is_old_bert = config.get("model_type") is None and config.get("type_vocab_size") == 2
+    if config.get("model_type") == "bert" or is_old_bert:
         return 0
     # configs of today's `transformers` write null where a number was not given
     padding = config.get("pad_token_id")
