@@ -27,6 +27,7 @@ from benchmarks.gpu_steps import BATCH, Setting
 from benchmarks.gpu_tables import FORMAT
 from benchmarks.results import RESULTS, commit
 from benchmarks.step import make_batch
+from benchmarks.twin import OBJECTIVE
 from pretrain.recipes import RECIPES
 from raylib.config import override
 from raylib.data.loading import to_device
@@ -34,7 +35,7 @@ from raylib.display import markdown_table
 from raylib.fileio import append_jsonl, write_json
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.objectives.pretraining import UnifiedObjective
 from raylib.precision import set_residual
 
 DRY_FILE = RESULTS / "dry.jsonl"
@@ -44,7 +45,7 @@ def count(size: str, batch: Sequence[int], changes: Sequence[str] = ()) -> Count
     """Count what one step, forward and backward under bf16 autocast, asks of a GPU; its batch is there.
     `changes`: settings, "path=value"."""
     torch.manual_seed(0)
-    config = override(RECIPES[size]().model_copy(update={"objective": ObjectiveConfig()}), changes)
+    config = override(RECIPES[size]().model_copy(update={"objective": OBJECTIVE}), changes)
     with torch.device("meta"):
         model = UnifiedModel(config.model)
     set_residual(model, config.fit.residual)

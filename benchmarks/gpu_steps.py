@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.dry import project_line
 from benchmarks.step import make_batch
+from benchmarks.twin import OBJECTIVE
 from pretrain.recipes import RECIPES
 from pretrain.train import PretrainConfig
 from raylib.config import override
@@ -29,7 +30,7 @@ from raylib.engine import TorchEngine
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.objectives.pretraining import UnifiedObjective
 
 BATCH = (64, 256, 256)  # image-text pairs, translations, sentences: one of eight GPUs' share of the paper's
 REHEARSAL = ["model.width=64", "model.heads=2", "model.feedforward=128", "model.vocabulary=2000"]
@@ -52,7 +53,7 @@ class Setting:
 
     def config(self, size: str, changes: Sequence[str] = ()) -> PretrainConfig:
         """The recipe `size` with the whole objective, in bf16; `changes`: settings, "path=value"."""
-        config = RECIPES[size]().model_copy(update={"objective": ObjectiveConfig()})
+        config = RECIPES[size]().model_copy(update={"objective": OBJECTIVE})
         small = REHEARSAL if self.is_rehearsal else []
         return override(config, [*small, "fit.bf16=true", *changes])
 

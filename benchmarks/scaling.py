@@ -278,7 +278,8 @@ def measure(steps: int) -> dict[str, float]:
 def _work(rank: int, folder: str, steps: int) -> None:
     from benchmarks.step import make_batch
     from raylib.engine import OptimConfig, TorchEngine
-    from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+    from benchmarks.twin import OBJECTIVE
+    from raylib.objectives.pretraining import UnifiedObjective
 
     torch.set_num_threads(1)
     os.environ |= {"LOCAL_RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo"}
@@ -287,7 +288,7 @@ def _work(rank: int, folder: str, steps: int) -> None:
     engines: dict[str, Any] = {}
     for name, engine in (("none", TorchEngine), ("zero2", DeepSpeedEngine)):
         torch.manual_seed(0)
-        objective = UnifiedObjective(UnifiedModel(sizes), ObjectiveConfig())
+        objective = UnifiedObjective(UnifiedModel(sizes), OBJECTIVE)
         engines[name] = engine(objective, OptimConfig(), torch.device("cpu"), False, None)
     spent: dict[str, list[float]] = {name: [] for name in engines}
     for step in range(steps + 1):

@@ -24,12 +24,12 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.results import RESULTS
-from benchmarks.twin import LENGTHS, PaddedTwin
+from benchmarks.twin import LENGTHS, OBJECTIVE, PaddedTwin
 from pretrain.recipes import base, tiny
 from raylib.data.loading import to_device
 from raylib.fileio import append_jsonl
 from raylib.models.unified import ModelConfig, UnifiedModel
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from raylib.objectives.pretraining import UnifiedObjective
 from raylib.packed import Sentences
 
 MODELS = {"tiny": tiny().model, "base": base().model}
@@ -39,7 +39,7 @@ GPU_BATCH = (64, 256, 256)
 MEANS = {"image_text": 13, "parallel": 30, "text": 25}  # tokens a sentence, of at most `LENGTHS`
 REPEATS = {"tiny": 7, "base": 3}
 VARIANTS = {
-    "ours": lambda model: UnifiedObjective(model, ObjectiveConfig()),
+    "ours": lambda model: UnifiedObjective(model, OBJECTIVE),
     "twin, masked positions": lambda model: PaddedTwin(model, "masked"),
     "twin, all positions": lambda model: PaddedTwin(model, "all"),
 }

@@ -167,6 +167,7 @@ class _Stream:
             self.tokenizer,
             (self.seed, step, self.name, side),
             self.config.mask_probability,
+            self.config.mask_separator,
         )
 
 

@@ -1,6 +1,7 @@
 """Everything that a pretraining run depends on. It is read without importing PyTorch (`raylib.settings`)."""
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -31,7 +32,8 @@ class StreamConfig(Config):
     languages: tuple[str, ...] = ()
     """Languages to use; empty: all that there are."""
     alpha: float = Field(0.3, ge=0)
-    """Exponent of language sampling, q ~ p^alpha: 1 as often as in the data, 0 all alike (paper 2: 0.3)."""
+    """Exponent of language sampling, q ~ p^alpha: 1 as often as in the data, 0 all alike (paper 2: CC-100
+    0.3, WikiMatrix 1)."""
     lanes: PositiveInt = 8
     """Parallel walks over the shards, of which a step takes equal shares. Where the workers divide them, each
     reads the shards of its own lanes alone."""
@@ -58,6 +60,8 @@ class DataConfig(Config):
     """Language of the captions that are trained on."""
     mask_probability: float = Field(0.15, ge=0, le=1)
     """Share of the words that are masked (BERT: 15 %; of these 80 % become the mask, 10 % another word)."""
+    mask_separator: bool = False
+    """Let `</s>` be masked too, as paper 2's public code does."""
     bad_limit: float = Field(0.01, ge=0, le=1)
     """Share of the image-text samples read, by all workers since the run's first start, that may be unusable;
     more end the run at its next line of progress."""
@@ -77,9 +81,15 @@ class DataConfig(Config):
         return {"image_text": self.image_text, "parallel": self.parallel, "text": self.text}
 
 
-class InitConfig(Config):
-    """Weights to start from; null starts from scratch."""
+Start = Literal["text", "vision", "model"]
+START_FOLDERS: dict[Start, str] = {"text": "an XLM-R or BERT", "vision": "a ViT", "model": "an export or a run"}
 
+
+class InitConfig(Config):
+    """Weights to start from; what none are given for starts from random ones. `init=scratch`: all of it."""
+
+    required: tuple[Start, ...] = ()
+    """Weights that must be given: a recipe's, whose results random ones would not be."""
     text: str | None = None
     """Folder of an XLM-R or BERT in Hugging Face format."""
     layers: tuple[NonNegativeInt, ...] | None = None
@@ -90,6 +100,26 @@ class InitConfig(Config):
     model: str | None = None
     """Export or run of ours, all of whose weights are taken, for a further stage with a schedule of its
     own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_scratch(cls, values: Any) -> Any:
+        if values == "scratch":
+            return {}
+        # "init=scratch init.vision=FOLDER", of which the first is no file (`change_settings`)
+        if isinstance(values, dict) and values.get("file") == "scratch":
+            return {name: value for name, value in values.items() if name != "file"}
+        return values
+
+    def require_given(self, recipe: str) -> None:
+        """Raises UserError: weights that the recipe starts from are not given."""
+        given = {"text": self.text or self.model, "vision": self.vision or self.model, "model": self.model}
+        if missing := [name for name in self.required if not given[name]]:
+            wanted = " ".join(f"init.{name}=FOLDER ({START_FOLDERS[name]})" for name in missing)
+            raise UserError(
+                f"{recipe} starts from published weights, and would start from random ones: give {wanted}; "
+                "or insist: init=scratch, before any other init."
+            )
 
     @model_validator(mode="after")
     def _one(self) -> "InitConfig":
@@ -102,6 +132,18 @@ class PretrainConfig(LaunchConfig):
     """Everything that a pretraining run depends on."""
 
     stored_as = "pretrain"
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the defaults outside of the objective that `objective.follow` names."""
+        objective = values.get("objective")
+        if isinstance(objective, ObjectiveConfig):
+            objective = objective.model_dump()
+        follows_code = isinstance(objective, Mapping) and objective.get("follow") == "code"
+        return {
+            "optim": {"weight_decay": 0.02 if follows_code else 0.2},
+            "data": {"mask_separator": follows_code},
+        }
 
     corpus: str = "sample"
     """Folder with image_text, parallel, text, retrieval, dev and a tokenizer; or "sample", the embedded one,

@@ -53,6 +53,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
             possible.
     """
     if checkpoint.find_newest(run_folder(config)) is None:
+        config.init.require_given(config.recipe or config.name)
         check_init(config.init)
     for _, term in config.objective.terms.items():
         term.load()  # a broken file of the user's is told before the run has a folder

@@ -10,7 +10,7 @@ encoder, C tokens of a memory, d width, V vocabulary.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from raylib.settings import Checkpointing, ModelConfig, ObjectiveConfig, Residual, Sharding
@@ -246,6 +246,7 @@ def _states(
 ) -> tuple[float, float, float]:
     """Bytes of weights, of gradients, of the optimizer, in float32."""
     frozen = 0.0 if o.train_vision else parameters["vision"]
+    frozen += 0.0 if o.train_image_projection else c.width * c.embedding + c.embedding
     frozen += 0.0 if o.train_embeddings else parameters["embedding"]
     frozen += parameters["text"] * min(1.0, o.frozen_text_layers / max(1, c.text_layers))
     weights = 4.0 * sum(parameters.values())
@@ -366,6 +367,7 @@ def _vision_part(c: ModelConfig, o: ObjectiveConfig, s: StepSize, f: _Formats) -
     vd = c.vision_width or c.width
     share = vd / c.width
     windows = (c.image_size // c.vision_window) ** 2 if c.vision_window else 1
+    f = replace(f, mask=1 if c.vision_dropout else 0)
     patches = (c.image_size // c.patch) ** 2
     tokens = s.pairs * (patches + windows)
     call = _Call(f, c.vision_layers, vd, round(c.heads * share), round(c.feedforward * share), tokens, tokens)

@@ -5,7 +5,7 @@ A renamed setting is one line here. On the command line the old name is unknown,
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 # old dotted path -> new dotted path, by the kind of the stored config, in the order of application:
 # a part that has moved as a whole comes before the settings in it.
@@ -50,9 +50,20 @@ VALUES: dict[str, dict[str, Any]] = {
     "fit.sharding": {"True": "zero2", "False": "none"},
 }
 
+class Like(NamedTuple):
+    """A setting that is what another of its part is, in a part stored before there was a `follow`."""
+
+    setting: str
+
+
 # settings that changed what is done where they are not given -> what configs that were stored before mean
 ADDED: dict[str, dict[str, Any]] = {
     "finetune": {"strategies.distillation.words": "spaces"},
+    "pretrain": {
+        "model.vision_dropout": Like("dropout"),
+        "objective.tlm_directions": Like("directions"),
+    },
+    **{kind: {"vision_dropout": Like("dropout")} for kind in ("unified", "cclm")},
 }
 
 # modules that users' files in stored runs import names from -> where these are now
@@ -78,7 +89,10 @@ def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
         for part in parts:
             nodes = [below for node in nodes for below in _nodes(node.get(part))]
         for node in nodes:
-            node.setdefault(name, value)
+            if not isinstance(value, Like):
+                node.setdefault(name, value)
+            elif value.setting in node and "follow" not in node:
+                node.setdefault(name, node[value.setting])
     return renamed
 
 

@@ -482,7 +482,9 @@ class ModelConfig(Config):
     embedding: Size = 256
     """Width of the embeddings of contrast and retrieval."""
     dropout: float = Field(0.1, ge=0, lt=1)
-    """Dropout of text and unified layers."""
+    """Dropout of text and unified layers; stochastic depth of a Swin."""
+    vision_dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout of the vision transformer (ALBEF's and mVLP's public code: none)."""
     eps: PositiveFloat = 1e-12
     """Epsilon of layer norms of text and unified layers."""
     fusion_eps: PositiveFloat | None = None
@@ -656,26 +658,68 @@ class UserTerms(Config):
         return list(self.__pydantic_extra__.items())
 
 
-class ObjectiveConfig(Config):
-    """Defaults follow the paper's equations; the other value of each choice is what its public code does."""
+# defaults of `ObjectiveConfig` by its `follow`: the paper's equations, or what its public code does
+# (docs/pretraining.md has the table, with the code's places)
+FOLLOW: dict[str, dict[str, Any]] = {
+    "paper": {
+        "ucl_text": "clean",
+        "itm_text": "clean",
+        "tlm_source": "clean",
+        "directions": "sum",
+        "tlm_directions": "sum",
+        "itm_weighting": "classes",
+        "contrast_groups": 1,
+        "train_vision": True,
+        "train_image_projection": True,
+    },
+    "code": {
+        "ucl_text": "masked",
+        "itm_text": "masked",
+        "tlm_source": "masked",
+        "directions": "mean",
+        "tlm_directions": "sum",
+        "itm_weighting": "pairs",
+        "contrast_groups": 8,
+        "train_vision": False,
+        "train_image_projection": False,
+    },
+}
 
+
+class ObjectiveConfig(Config):
+    """Losses of pretraining, and what of the model they train."""
+
+    follow: Literal["paper", "code"] = "paper"
+    """Whose losses the defaults of the other settings are: the paper's equations, or its public code's
+    (docs/pretraining.md). A setting that is given stays as it is given."""
     weights: TermWeights = TermWeights()
     """Weight of each term; 0 leaves a term out."""
     terms: UserTerms = UserTerms()
     """Terms in files of your own."""
     ucl_text: Version = "clean"
     """Captions that the contrast sees: clean, or masked as the public code's."""
-    itm_text: Version = "masked"
-    """Captions that image-text matching sees."""
+    itm_text: Version = "clean"
+    """Captions that image-text matching sees; masked ones, as the public code's, save a pass of the unified
+    encoder: that of VLM is then its pass of the right pairs."""
     tlm_source: Version = "clean"
-    """English sentences that TLM reads beside the masked translation."""
+    """Sentences that TLM reads beside the masked ones: clean, or masked as the public code's."""
     contrast: Literal["softmax", "sigmoid"] = "softmax"
     """Loss of the contrasts: softmax over all pairs of a step (InfoNCE; the paper), or a sigmoid of each pair
     (SigLIP), which needs no worker to hold the logits of all."""
     directions: Literal["sum", "mean"] = "sum"
     """Add both directions of a contrast (the paper), or take their mean (its public code)."""
+    tlm_directions: Literal["sum", "mean"] = "sum"
+    """Add both directions of TLM, or take their mean."""
+    itm_weighting: Literal["classes", "pairs"] = "classes"
+    """Weights of right and wrong pairs in image-text matching: the mean of either is a half (classes;
+    equation 3), or each pair counts as one, two of three being wrong (pairs; the public code)."""
+    contrast_groups: PositiveInt = 1
+    """Groups that the batch is cut into, in which contrasts and hard negatives stay, on any number of
+    workers: 1, the whole batch (the paper), or 8, as those of the public code stay on each of its 8 GPUs."""
     train_vision: bool = True
-    """Train the image encoder."""
+    """Train the image encoder; frozen, it is in evaluation mode."""
+    train_image_projection: bool = True
+    """Train the map from an image's state to its embedding."""
     train_embeddings: bool = True
     """Train the word embeddings, which a small corpus would pull away from all words that it lacks."""
     frozen_text_layers: NonNegativeInt = 0
@@ -684,6 +728,17 @@ class ObjectiveConfig(Config):
     """Range that the trained temperature is kept in: least, most."""
     fuse_every: PositiveInt = 1
     """VLM, ITM and TLM see every n-th pair of a step; the contrast sees them all."""
+
+    @classmethod
+    def derived_defaults(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the defaults that `follow` names; none of another value, which is refused."""
+        return FOLLOW.get(str(values.get("follow", "paper")), {})
+
+    @model_validator(mode="after")
+    def _can_group(self) -> "ObjectiveConfig":
+        if self.contrast_groups > 1 and self.contrast == "sigmoid":
+            raise ValueError("contrast_groups is of contrast=softmax; with sigmoid set contrast_groups=1")
+        return self
 
     @field_validator("terms")
     @classmethod

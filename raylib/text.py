@@ -300,17 +300,23 @@ def add_specials(rows: Sequence[np.ndarray], tokenizer: Tokenizer, length: int) 
 
 
 def mask_tokens(
-    tokens: Tokens, index: np.ndarray, tokenizer: Tokenizer, keys: tuple, probability=0.15
+    tokens: Tokens,
+    index: np.ndarray,
+    tokenizer: Tokenizer,
+    keys: tuple,
+    probability=0.15,
+    mask_separator: bool = False,
 ) -> "Sentences":
     """Choose tokens to predict and hide them (BERT; Devlin et al. 2019, section 3.1).
 
-    Each token that is no special is chosen with `probability`; a chosen one becomes `<mask>` (80 %), a random
+    Each token that is no special, or with `mask_separator` the `</s>`, is chosen with `probability`; a chosen one becomes `<mask>` (80 %), a random
     ordinary id (10 %) or stays (10 %). Draws come from (*keys, index of the sentence in the global batch,
     place in it).
     """
     values, place = tokens.values, tokens.places
     sentence = np.repeat(index, tokens.lengths)
-    special = np.isin(values, [tokenizer.cls, tokenizer.sep, tokenizer.pad, tokenizer.mask, tokenizer.unk])
+    specials = [tokenizer.cls, tokenizer.pad, tokenizer.mask, tokenizer.unk]
+    special = np.isin(values, specials if mask_separator else [*specials, tokenizer.sep])
     positions = np.flatnonzero((uniform(*keys, "choose", sentence, place) < probability) & ~special)
     labels = values[positions]
     where = (sentence[positions], place[positions])

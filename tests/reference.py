@@ -105,9 +105,13 @@ def unit(layer, cls):
     return x / x.norm()
 
 
-def infonce(left, right, left_id, right_id, temperature):
-    """Sum of both directions, each a mean over pairs; equal content is no negative. Also the (n, n)
-    similarities."""
+def group_of(i, n, config):
+    return i * config.contrast_groups // n
+
+
+def infonce(left, right, left_id, right_id, temperature, config):
+    """Sum of both directions, each a mean over pairs; equal content, and what is of another group, is no
+    negative. Also the (n, n) similarities."""
     n, losses = len(left), []
     scores = torch.stack(
         [torch.stack([left[i] @ right[j] / temperature for j in range(n)]) for i in range(n)]
@@ -115,7 +119,11 @@ def infonce(left, right, left_id, right_id, temperature):
     for table in (scores, scores.T):
         for i in range(n):
             others = [
-                j for j in range(n) if j == i or (left_id[i] != left_id[j] and right_id[i] != right_id[j])
+                j
+                for j in range(n)
+                if j == i
+                or (left_id[i] != left_id[j] and right_id[i] != right_id[j])
+                and group_of(i, n, config) == group_of(j, n, config)
             ]
             losses.append(table[i, others].logsumexp(0) - table[i, i])
     return torch.stack(losses).sum() / n, scores
@@ -147,14 +155,14 @@ def slow_terms(model, batch, config):
         left = [unit(model.image_projection, states[0]) for states in images]
         right = [unit(model.text_projection, states[0]) for states in text]
         image_id, text_id = part["image_id"].tolist(), part["text"].text_id.tolist()
-        loss, scores = infonce(left, right, image_id, text_id, temperature)
+        loss, scores = infonce(left, right, image_id, text_id, temperature, config)
         terms["ucl_image"] = half * loss
         fused = [i for i, place in enumerate(part["index"].tolist()) if place % config.fuse_every == 0]
         terms["vlm"] = masked_loss(
             model, [(fused_states(model, masked[i], images[i]), rows[i][2]) for i in fused]
         )
         seen = clean if config.itm_text == "clean" else masked
-        terms["itm"] = matching(model, seen, images, scores, part, text_id, fused)
+        terms["itm"] = matching(model, seen, images, scores, part, text_id, fused, config)
     if "parallel" in batch:
         sides = [sentences(batch["parallel"][name]) for name in ("source", "target")]
         clean = [[text_states(model, r[0]) for r in side] for side in sides]
@@ -162,11 +170,11 @@ def slow_terms(model, batch, config):
         text = clean if config.ucl_text == "clean" else masked
         vectors = [[unit(model.text_projection, x[0]) for x in side] for side in text]
         ids = [batch["parallel"][name].text_id.tolist() for name in ("source", "target")]
-        terms["ucl_translation"] = half * infonce(*vectors, *ids, temperature)[0]
+        terms["ucl_translation"] = half * infonce(*vectors, *ids, temperature, config)[0]
         seen = clean if config.tlm_source == "clean" else masked
         index = batch["parallel"]["index"].tolist()
         fused = [i for i, place in enumerate(index) if place % config.fuse_every == 0]
-        terms["tlm"] = half * sum(
+        terms["tlm"] = (0.5 if config.tlm_directions == "mean" else 1.0) * sum(
             masked_loss(
                 model, [(fused_states(model, masked[a][i], seen[1 - a][i]), sides[a][i][2]) for i in fused]
             )
@@ -180,11 +188,18 @@ def slow_terms(model, batch, config):
     return terms
 
 
-def matching(model, text, images, scores, part, text_id, fused):
+def matching(model, text, images, scores, part, text_id, fused, config):
+    n = len(text)
     positives, negatives = [], []
     image_id = part["image_id"].tolist()
     for i in fused:
-        allowed = [j for j in fused if image_id[i] != image_id[j] and text_id[i] != text_id[j]]
+        allowed = [
+            j
+            for j in fused
+            if image_id[i] != image_id[j]
+            and text_id[i] != text_id[j]
+            and group_of(i, n, config) == group_of(j, n, config)
+        ]
         positives.append(-match(model, text[i], images[i])[1])
         j = draw_negative(scores[i], allowed, part["negative_uniforms"][i, 0])
         if j is not None:
@@ -192,6 +207,8 @@ def matching(model, text, images, scores, part, text_id, fused):
         j = draw_negative(scores[:, i], allowed, part["negative_uniforms"][i, 1])
         if j is not None:
             negatives.append(-match(model, text[i], images[j])[0])
+    if config.itm_weighting == "pairs":
+        return torch.stack(positives + negatives).mean()
     return torch.stack(positives).mean() + (torch.stack(negatives).mean() if negatives else 0.0)
 
 

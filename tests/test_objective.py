@@ -25,13 +25,17 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 CONFIGS = {
     "paper": {},
     "masked ucl": {"ucl_text": "masked"},
-    "clean itm": {"itm_text": "clean"},
+    "masked itm": {"itm_text": "masked"},
     "masked source": {"tlm_source": "masked"},
-    "public code": {"ucl_text": "masked", "tlm_source": "masked", "directions": "mean"},
+    "public code": {"follow": "code", "contrast_groups": 2},
     "mean": {"directions": "mean"},
+    "mean of tlm": {"tlm_directions": "mean"},
+    "itm pairs": {"itm_weighting": "pairs", "itm_text": "masked"},
+    "three groups": {"contrast_groups": 3},
+    "two groups, every second": {"contrast_groups": 2, "fuse_every": 2},
     "every second": {"fuse_every": 2},
     "every third, masked": {"fuse_every": 3, "ucl_text": "masked"},
-    "every third, clean": {"fuse_every": 3, "itm_text": "clean", "tlm_source": "masked"},
+    "every third, masked itm": {"fuse_every": 3, "itm_text": "masked", "tlm_source": "masked"},
 }
 
 

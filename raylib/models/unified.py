@@ -86,11 +86,11 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         share = (c.vision_width or c.width) / c.width
         sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
         vision: dict[str, Any] = dict(
-            dropout=c.dropout, out=c.width, pixel_mean=c.pixel_mean, pixel_std=c.pixel_std
+            out=c.width, pixel_mean=c.pixel_mean, pixel_std=c.pixel_std
         )
         self.vision: VisionEncoder | SwinEncoder
         if c.swin:
-            self.vision = SwinEncoder(c.swin, c.image_size, c.patch, **vision)
+            self.vision = SwinEncoder(c.swin, c.image_size, c.patch, dropout=c.dropout, **vision)
         else:
             self.vision = VisionEncoder(
                 c.image_size,
@@ -100,6 +100,7 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
                 **vision,
                 window=c.vision_window,
                 eps=c.vision_eps,
+                dropout=c.vision_dropout,
             )
         self.embedding = TextEmbedding(c.vocabulary, c.positions, c.width, c.dropout, c.eps)
         self.text = Encoder(c.text_layers, **stack, eps=c.eps, cross=False)

@@ -121,13 +121,13 @@ class GlobalPairs:
     """The pairs of the global batch, whose rows are in one order on any number of workers (`worker_rows`).
 
     index: (b,) position of each local row in the global batch, and so the column of its own pair. size: B.
-    same_content: (b, B) True where a pair has a left or right side equal to the local row's, its own pair
-        too: those are no negatives of it.
+    excluded: (b, B) True where a pair is no negative of the local row: it has a left or right side equal to
+        the row's, its own pair too, or is of another group.
     """
 
     index: Tensor
     size: int
-    same_content: Tensor
+    excluded: Tensor
 
     def gather(self, rows: Tensor) -> Tensor:
         """(b, ...) on each worker -> (B, ...), with gradient."""
@@ -135,23 +135,26 @@ class GlobalPairs:
 
     def logit_mask(self, dtype: torch.dtype) -> Tensor:
         """(b, B) to be added to logits: -inf at false negatives, else 0."""
-        mask = torch.zeros(self.same_content.shape, dtype=dtype, device=self.same_content.device)
-        return mask.masked_fill_(self.same_content, -torch.inf).scatter_(1, self.index[:, None], 0.0)
+        mask = torch.zeros(self.excluded.shape, dtype=dtype, device=self.excluded.device)
+        return mask.masked_fill_(self.excluded, -torch.inf).scatter_(1, self.index[:, None], 0.0)
 
 
-def align_pairs(pairs: Tensor, size: int) -> GlobalPairs:
-    """Find the pairs of equal content among those of all workers.
+def align_pairs(pairs: Tensor, size: int, groups: int = 1) -> GlobalPairs:
+    """Find the pairs that are no negatives of each other among those of all workers.
 
     Args:
         pairs: (b, 3) of each local pair its index in the global batch, and the ids of its left and its right
             side, equal for equal content.
-        size: of the global batch.
+        size: of the global batch. groups: equal parts of it, whose pairs know nothing of each other.
     """
     index, left_id, right_id = pairs.unbind(1)
     # one gather, not two: each waits for the slowest worker
     left_ids, right_ids = all_gather(pairs[:, 1:], count_rows(size)).unbind(1)
-    same_content = (left_id[:, None] == left_ids) | (right_id[:, None] == right_ids)
-    return GlobalPairs(index, size, same_content)
+    excluded = (left_id[:, None] == left_ids) | (right_id[:, None] == right_ids)
+    if groups > 1:
+        columns = torch.arange(size, device=index.device)
+        excluded |= (index * groups // size)[:, None] != columns * groups // size
+    return GlobalPairs(index, size, excluded)
 
 
 def info_nce(
@@ -220,7 +223,7 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
     mask = pairs.logit_mask(temperature.dtype)
     left_loss, left_logits = info_nce(left, all_right, pairs.index, mask, temperature)
     right_loss, right_logits = info_nce(right, all_left, pairs.index, mask, temperature)
-    scores = NegativeScores(left_logits, right_logits, pairs.same_content, count_rows(pairs.size))
+    scores = NegativeScores(left_logits, right_logits, pairs.excluded, count_rows(pairs.size))
     return PairContrast(left_loss, right_loss, len(left), scores)
 
 
@@ -232,7 +235,7 @@ def score_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Te
         both = pairs.gather(torch.cat([left, right], 1))
         all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
         to_right, to_left = left / temperature @ all_right.T, right / temperature @ all_left.T
-    return NegativeScores(to_right, to_left, pairs.same_content, count_rows(pairs.size))
+    return NegativeScores(to_right, to_left, pairs.excluded, count_rows(pairs.size))
 
 
 @dataclass(frozen=True)

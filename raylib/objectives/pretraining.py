@@ -92,7 +92,8 @@ class StreamStep:
         """Contrast unit vectors (b, e) of both sides; `pairs`: as of `align_pairs`."""
         bias = self.model.contrast_bias
         if bias is None or self.config.contrast == "softmax":
-            return contrast_pairs(left, right, align_pairs(pairs, self.batch["size"]), self.temperature)
+            aligned = align_pairs(pairs, self.batch["size"], self.config.contrast_groups)
+            return contrast_pairs(left, right, aligned, self.temperature)
         # a sum over pairs is the same from either side
         counts, scores = count_rows(self.batch["size"]), None
         loss = sigmoid_contrast(left, right, pairs[:, 1:], counts, self.temperature, bias)
@@ -281,6 +282,9 @@ def image_contrast(step: ImageTextStep) -> Parts:
 def image_text_matching(step: ImageTextStep) -> Parts:
     """ITM: does a caption belong to an image? One right pair, two hard wrong ones (equation 3)."""
     right, wrong, has_wrong = match_log_chances(step)
+    if step.config.itm_weighting == "pairs":
+        losses = right[:, 1].sum() + (wrong[..., 0] * has_wrong).sum()
+        return [LossPart(-losses, len(right) + has_wrong.sum())]
     return [
         LossPart(-right[:, 1].sum(), len(right)),
         LossPart(-(wrong[..., 0] * has_wrong).sum(), has_wrong.sum()),
@@ -371,11 +375,13 @@ class UnifiedObjective(Objective):
             model.contrast_bias.requires_grad_(False)
         if not config.train_vision:
             model.vision.requires_grad_(False)
+        if not config.train_image_projection:
+            model.image_projection.requires_grad_(False)
         if not config.train_embeddings:
             model.embedding.requires_grad_(False)
         model.text.blocks[: config.frozen_text_layers].requires_grad_(False)
         text_parameters = (*model.embedding.parameters(), *model.text.parameters())
-        frozen = not any(p.requires_grad for p in text_parameters) and model.config.dropout == 0
+        frozen = not any(p.requires_grad for p in text_parameters)
         self.frozen_texts = FrozenTextCache() if frozen else None
 
     @property
@@ -450,7 +456,12 @@ class UnifiedObjective(Objective):
             if isinstance(n, Tensor):
                 local[i] = n
         # a two-way term is a sum over both directions; its mean is half of that
-        halved = {name for name in parts if self.terms[name].two_way and self.config.directions == "mean"}
+        directions = {"tlm": self.config.tlm_directions}
+        halved = {
+            name
+            for name in parts
+            if self.terms[name].two_way and directions.get(name, self.config.directions) == "mean"
+        }
         shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
         masked: list[tuple[str, MaskedPart, Tensor]] = []
         for (name, part), divisor in zip(flat, all_reduce(local).clamp(min=1), strict=True):
