@@ -277,8 +277,8 @@ def measure(steps: int) -> dict[str, float]:
 
 def _work(rank: int, folder: str, steps: int) -> None:
     from benchmarks.step import make_batch
-    from raylib.engine import OptimConfig, TorchEngine
     from benchmarks.twin import OBJECTIVE
+    from raylib.engine import OptimConfig, TorchEngine
     from raylib.objectives.pretraining import UnifiedObjective
 
     torch.set_num_threads(1)

@@ -82,7 +82,11 @@ class DataConfig(Config):
 
 
 Start = Literal["text", "vision", "model"]
-START_FOLDERS: dict[Start, str] = {"text": "an XLM-R or BERT", "vision": "a ViT", "model": "an export or a run"}
+START_FOLDERS: dict[Start, str] = {
+    "text": "an XLM-R or BERT",
+    "vision": "a ViT",
+    "model": "an export or a run",
+}
 
 
 class InitConfig(Config):

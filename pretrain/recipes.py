@@ -250,7 +250,9 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     **{stage.__name__: stage for stage in STAGES},
     "small": small,
     "base": base,
-    "base_120k": _variant("base_120k", base, {"fit.steps": ABLATION_STEPS}, "base for 120,000 steps, as its ablations"),
+    "base_120k": _variant(
+        "base_120k", base, {"fit.steps": ABLATION_STEPS}, "base for 120,000 steps, as its ablations"
+    ),
 }
 for parent in (tiny, emoji_e5, base):
     size = parent.__name__

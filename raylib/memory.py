@@ -270,8 +270,10 @@ def _parts(
     copies = 2.0 * (sum(parameters.values()) - parameters["embedding"]) if is_copied else 0.0
     states = text[0] * d * f.stream
     embedding = 0.0 if f.is_split else 2 * states + text[0] * d * f.mask
-    # the CLS states that are contrasted are a view of all that comes out of the text encoder
-    outputs = text[1] * d * f.stream if f.is_split or f.checkpointing == "blocks" else 0.0
+    # The CLS states that are contrasted are a view of all that comes out of the text encoder; but of a split one
+    # that all tokens come out of, all that is read are copies.
+    is_kept = text[1] < text[0] if f.is_split else f.checkpointing == "blocks"
+    outputs = text[1] * d * f.stream if is_kept else 0.0
     parts = [
         Part("weights in bf16", copies, 0.0),
         Part("embedding", embedding, 4.0 * c.vocabulary * d if o.train_embeddings else 0.0),

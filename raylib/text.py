@@ -309,9 +309,9 @@ def mask_tokens(
 ) -> "Sentences":
     """Choose tokens to predict and hide them (BERT; Devlin et al. 2019, section 3.1).
 
-    Each token that is no special, or with `mask_separator` the `</s>`, is chosen with `probability`; a chosen one becomes `<mask>` (80 %), a random
-    ordinary id (10 %) or stays (10 %). Draws come from (*keys, index of the sentence in the global batch,
-    place in it).
+    Each token that is no special, or with `mask_separator` is the `</s>`, is chosen with `probability`; a
+    chosen one becomes `<mask>` (80 %), a random ordinary id (10 %) or stays (10 %). Draws come from (*keys,
+    index of the sentence in the global batch, place in it).
     """
     values, place = tokens.values, tokens.places
     sentence = np.repeat(index, tokens.lengths)

@@ -122,8 +122,11 @@ def infonce(left, right, left_id, right_id, temperature, config):
                 j
                 for j in range(n)
                 if j == i
-                or (left_id[i] != left_id[j] and right_id[i] != right_id[j])
-                and group_of(i, n, config) == group_of(j, n, config)
+                or (
+                    left_id[i] != left_id[j]
+                    and right_id[i] != right_id[j]
+                    and group_of(i, n, config) == group_of(j, n, config)
+                )
             ]
             losses.append(table[i, others].logsumexp(0) - table[i, i])
     return torch.stack(losses).sum() / n, scores

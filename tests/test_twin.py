@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks.twin import PaddedTwin
-from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
+from benchmarks.twin import OBJECTIVE, PaddedTwin
+from raylib.objectives.pretraining import UnifiedObjective
 from tests.factories import make_batch, make_model
 
 LENGTHS = {"image_text": 12, "parallel": 14, "text": 16}
@@ -23,7 +23,7 @@ def test_twin_terms_and_gradients_equal_objective(head, twins):
     model, batch = make_model(), make_batch(8)
     if twins:  # two drawings of one concept are no negatives of each other
         batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]
-    terms, ours = gradients(UnifiedObjective(model, ObjectiveConfig()), model, batch)
+    terms, ours = gradients(UnifiedObjective(model, OBJECTIVE), model, batch)
     twin_terms, twin_gradients = gradients(PaddedTwin(model, head, LENGTHS), model, batch)
     assert set(terms) == set(twin_terms)
     for name, value in terms.items():

@@ -85,9 +85,7 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
         # heads of images are as wide as those of texts, so a ViT of another width has more or fewer of them
         share = (c.vision_width or c.width) / c.width
         sizes = {name: round(share * stack[name]) for name in ("width", "heads", "feedforward")}
-        vision: dict[str, Any] = dict(
-            out=c.width, pixel_mean=c.pixel_mean, pixel_std=c.pixel_std
-        )
+        vision: dict[str, Any] = dict(out=c.width, pixel_mean=c.pixel_mean, pixel_std=c.pixel_std)
         self.vision: VisionEncoder | SwinEncoder
         if c.swin:
             self.vision = SwinEncoder(c.swin, c.image_size, c.patch, dropout=c.dropout, **vision)
