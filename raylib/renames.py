@@ -50,6 +50,7 @@ VALUES: dict[str, dict[str, Any]] = {
     "fit.sharding": {"True": "zero2", "False": "none"},
 }
 
+
 class Like(NamedTuple):
     """A setting that is what another of its part is, in a part stored before there was a `follow`."""
 
