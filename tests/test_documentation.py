@@ -61,6 +61,13 @@ def test_documentation_lists_every_error_line():
     assert page == (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), "python docs/error_lines.py"
 
 
+def test_documentation_lists_every_recipe():
+    page = runpy.run_path(str(DOCS / "recipes.py"))["page"]()
+    assert page == (DOCS / "recipes.md").read_text(encoding="utf-8"), "python docs/recipes.py"
+    for row in ("p4_multi30k_framework", "iglue_uc2_translate_test_wit", "p0_uc2_cdm", "base"):
+        assert f"| `{row}` |" in page
+
+
 def command_lines() -> list[tuple[str, str]]:
     """(page, command line) of all commands of ours: lines of code, and code within a sentence."""
     found = []
