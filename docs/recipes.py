@@ -12,8 +12,8 @@ HEAD = """# Recipes
 
 Each row of the papers' tables and the recipe that runs it: `polyglance finetune RECIPE model=... data=...`,
 `polyglance pretrain RECIPE ...`. `RECIPE --print-config` shows all settings, and under `deviations` those
-that are not as published, each with the reason. What is in brackets says which checkpoint is evaluated. The chains
-of commands of paper 4 and of IGLUE are in [fine-tuning](finetuning.md#rows-of-published-tables).
+that are not as published, each with the reason. What is in brackets says which checkpoint is evaluated. The
+chains of commands of paper 4 and of IGLUE are in [fine-tuning](finetuning.md#rows-of-published-tables).
 
 (Made by `python docs/recipes.py`.)
 """
