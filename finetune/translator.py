@@ -14,6 +14,7 @@ import difflib
 import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -38,6 +39,7 @@ THREE_LETTERS = {
         "ja=jpn jp=jpn ko=kor pl=pol pt=por ru=rus sw=swh ta=tam th=tha tr=tur vi=vie zh=zho",
     )
 }
+OTHER_NAMES = {"jp": "ja"}  # of languages in data sets: XTD's Japanese
 MARKS = (re.compile("<2(.+)>"), re.compile(">>(.+)<<"))  # tokens before a text: MADLAD's, Marian's
 CODE = re.compile("[a-z]{2,3}_[A-Z][A-Za-z]+")  # NLLB's and mBART's
 
@@ -64,11 +66,13 @@ class Languages(NamedTuple):
             UserError: the model knows none of that name; those most like it are named.
         """
         code = codes.get(language, language)
+        if code not in self.tokens and language not in codes:
+            code = OTHER_NAMES.get(code, code)
         if code in self.tokens:
             return code
         like = _similar(code, language, list(self.tokens))
         raise UserError(
-            f"{self.folder}: this model knows no language '{code}'; set codes.{language}= to one of its "
+            f"{self.folder}: this model knows no language '{code}'; give '{language}' in codes= one of its "
             f"{len(self.tokens)}, such as {', '.join(like)}"
         )
 
@@ -299,6 +303,7 @@ _translators: list[Translator] = []  # the one of this process, of `Devices`
 def _load_here(folder: Path, config: "TranslateConfig", numbers: Any, threads: int) -> None:
     import torch
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its processes
     torch.set_num_threads(threads)
     number = numbers.get()
     _translators.append(Translator(folder, config, number % max(1, torch.cuda.device_count())))

@@ -68,14 +68,20 @@ def test_vectors_formats_read_the_same(tmp_path, kind):
     ) and unknown == [1]
 
 
+@pytest.mark.parametrize("first", [b"the 1\n", b"\n", b"the the 1 2 3\n", b"\xef\xbb\xbfa 9 9 9\n"])
+def test_vectors_broken_first_line_does_not_decide_their_width(tmp_path, first):
+    (tmp_path / "v.txt").write_bytes(first + b"dog 1 2 3\ncat 4 5 6\n")
+    assert read_vectors(tmp_path / "v.txt", ["dog", "cat"])["dog"].tolist() == [1, 2, 3]
+
+
 def test_vectors_bad_files_are_one_line_errors(tmp_path):
     def refuses(data: bytes, message: str, name: str = "v.txt"):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(UserError, match=message):
             label_vectors(tmp_path / name, ["dog"])
 
-    refuses(b"", "first line is neither")
-    refuses(b"Once upon a time\n", "first line is neither")
+    refuses(b"", "it begins neither")
+    refuses(b"Once upon a time\n", "it begins neither")
     refuses(b"the 1 2 3\ndog 1 2", "line 2: 'dog' is not followed by 3 numbers")
     refuses(b"the 1 2 3\ndog 1 2 x\n", "line 2: 'dog' is not followed by 3 numbers")
     refuses(b"2 3\nthe " + bytes(12) + b"dog " + bytes(11), "ends in the 2. of 2")

@@ -237,13 +237,13 @@ def test_translator_other_languages_have_other_translations(family, make):
 @pytest.mark.parametrize(
     ("family", "codes", "words"),
     [
-        ("m2m", {"en": "eng"}, "knows no language 'eng'; set codes.en= to one of its 100, such as .*en"),
-        ("nllb", {}, "'de'; set codes.de= to one of its 20., such as deu_Latn"),
+        ("m2m", {"en": "eng"}, "knows no language 'eng'; give 'en' in codes= one of its 100, such as .*en"),
+        ("nllb", {}, "'de'; give 'de' in codes= one of its 20., such as deu_Latn"),
         ("nllb", {"de": "deu_Latn", "en": "eng_latn"}, "'eng_latn'.* such as eng_Latn"),
         ("nllb", {"de": "deu_Latin", "en": "eng_Latn"}, "'deu_Latin'.* such as deu_Latn"),
-        ("mbart50", {"en": "en_XX"}, "'de'; set codes.de= to one of its 52, such as de_DE"),
+        ("mbart50", {"en": "en_XX"}, "'de'; give 'de' in codes= one of its 52, such as de_DE"),
         ("madlad", {"en": "eng"}, "'eng'.* such as en"),
-        ("marian", {}, "'en'; set codes.en= to one of its 3, such as eng"),
+        ("marian", {}, "'en'; give 'en' in codes= one of its 3, such as eng"),
         ("marian_of_two", {"en": "eng"}, "is told no language by a token; leave codes= out"),
         ("t5", {"en": "en"}, "leave codes= out, or give prefix="),
     ],
@@ -259,6 +259,13 @@ def test_translate_wrong_code_is_named_before_the_model_is_read(
     config = TranslateConfig(data=str(tmp_path), languages=("de",), codes=codes)
     with pytest.raises(UserError, match=words):
         translate(TASKS["xtd_few"], folder, config)
+
+
+def test_translator_knows_japanese_by_the_name_that_xtd_has(make):
+    languages = load_tokenizer(make("m2m"))[1]
+    assert languages.tokens_of("jp", "en", TranslateConfig()) == {"jp": "__ja__", "en": "__en__"}
+    with pytest.raises(UserError, match="no language 'jp'"):
+        languages.tokens_of("jp", "en", TranslateConfig(codes={"jp": "jp"}))
 
 
 def test_translate_t5_pair_without_words_is_refused(tmp_path, make):

@@ -20,7 +20,7 @@ Which of the last three a file is shows in its first bytes, whatever its name.
 import math
 import re
 from codecs import BOM_UTF8
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,7 @@ FILES = (
     *(f"{part}.exc" for part in PARTS_OF_SPEECH),
 )
 Synsets = frozenset[tuple[str, int]]  # (part of speech, offset in its file)
+HEAD_LINES = 100  # that tell how many numbers a word has
 PEEK = 2**16  # bytes: more than the longest line that text vectors have
 BLOCK = 2**22  # bytes of binary vectors read at a time
 
@@ -233,15 +234,18 @@ def _read_vectors(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     if path.suffix == ".npy":
         return _read_array(path, words)
     with open_bytes(path) as (file, _):
-        first, rest = file.readline(PEEK), file.readline(PEEK)
+        first, rest, *more = (file.readline(PEEK) for _ in range(HEAD_LINES))
     header_bytes, first = len(first), first.removeprefix(BOM_UTF8)
     header = re.fullmatch(rb"(\d+) (\d+)\s*", first)
     if header and not _is_text(rest, int(header[2])):
         return _read_binary(path, words, int(header[1]), int(header[2]), header_bytes)
-    width = int(header[2]) if header else len(first.split()) - 1
-    if width < 1 or not (header or _is_text(first, width)):
+    # a first line that is cut off does not decide
+    lines = [line for line in (first, rest, *more) if line.strip()]
+    counts = Counter(len(line.split()) - 1 for line in lines)
+    width = int(header[2]) if header else max(counts, key=counts.__getitem__, default=0)
+    if width < 1 or not (header or any(_is_text(line, width) for line in lines)):
         raise UserError(
-            f"{path}: its first line is neither 'words dimensions' nor a word and numbers; not GloVe's or "
+            f"{path}: it begins neither with 'words dimensions' nor with words and numbers; not GloVe's or "
             "word2vec's"
         )
     return _read_text(path, words, width)
