@@ -399,13 +399,12 @@ def _scenes_distillation(row: str, **more):
     return _recipe(
         "emoji scenes, P3: {task}, {setting}, {method}",
         name=f"transfer_{row}",
-        **ON_SCENES,
         freeze=("vision",),
         epochs=2,
         batch=64,
         image_size=64,
         optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1),
-        **{"task": "xgqa_translated", "languages": ("de", "ru"), **more},
+        **{**ON_SCENES, "task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )
 
 
@@ -642,6 +641,19 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "transfer_student": _scenes_distillation("student", setting="single_language"),
     "transfer_distilled": _scenes_distillation(
         "distilled", setting="single_language", strategies={"distillation": SCENES_DISTILLATION}
+    ),
+    # P3's two steps, each a run
+    "transfer_students": _scenes_distillation(
+        "students",
+        setting="single_language",
+        select="last",
+        strategies={"distillation": {**SCENES_DISTILLATION, "task": 0.0, "classifier": "new"}},
+    ),
+    "transfer_classified": _scenes_distillation(
+        "classified",
+        setting="single_language",
+        strategies={"head_first": {"epochs": 1, "lr": 1e-3}},
+        model="runs/transfer_students",
     ),
     "transfer_zero_shot": _transfer("zero_shot", {}, setting="untrained"),
     "transfer_zero_shot_mt": _transfer("zero_shot_mt", {}, setting="translate_test"),

@@ -426,6 +426,21 @@ def test_p3_recipes_from_teacher_to_tables(finetune, cvil_data, tmp_path):
     assert code == 2 and "none for 'en'; set languages=hi,ja" in printed
 
 
+def test_p3_steps_on_scenes_as_documented(finetune, tmp_path):
+    """Teacher, students, their classifiers, a table: as docs/methods.md has them, by the recipes' names."""
+    own = ["epochs=1", 'languages=["ru"]', "train_limit=32", "test_limit=16"]
+    code, printed = finetune("transfer_teacher", "epochs=1", "train_limit=32", "test_limit=16")
+    assert code == 0, printed
+    teacher = f"strategies.distillation.teacher={tmp_path / 'transfer_teacher'}"
+    code, printed = finetune("transfer_students", *own, teacher)
+    assert code == 0, printed
+    code, printed = finetune("transfer_classified", *own, f"model={tmp_path / 'transfer_students'}")
+    assert code == 0 and "| ru |" in printed, printed
+    part = tmp_path / "transfer_classified/ru"
+    assert (part / "classifier/part.json").is_file()
+    assert json.loads((part / "config.json").read_text())["model"] == str(tmp_path / "transfer_students/ru")
+
+
 def test_distillation_two_stages_as_separate_runs(finetune, distil, parallel, tmp_path):
     """Distilled, then on the answers: the classifier alone for an epoch, then all layers; the best checkpoint
     by validation. The variant without distillation is the second step by itself, on translations."""
