@@ -16,12 +16,26 @@ from collections.abc import Callable
 from typing import Any
 
 from finetune.config import UNIMODAL, FinetuneConfig
-from raylib.settings import AugmentConfig, BackboneConfig, DecoderConfig, FitConfig, OptimConfig, PartRates
+from raylib.settings import (
+    AugmentConfig,
+    BackboneConfig,
+    DecoderConfig,
+    FitConfig,
+    OptimConfig,
+    PartRates,
+    deviates,
+)
 
 P2 = OptimConfig(weight_decay=0.2, warmup=0.0)  # "no warming-up ... linearly decay to zero" (appendix B.2.2)
 IGLUE = OptimConfig(weight_decay=1e-4, warmup=0.1, eps=1e-6)
 # the papers' runs: UC2's weights in VOLTA's code
 UC2_IN_VOLTA = BackboneConfig(activation="relu", eps=1e-5)
+M3P_DEVIATIONS = {
+    "backbone_config.row_mask": deviates(
+        published="volta",
+        reason="VOLTA's mask hides words behind few regions, or all of them; M3P's own code does not",
+    )
+}
 FEW_SHOT_RATES = (1e-4, 5e-5, 1e-5)  # IGLUE tries all three for each number of shots (`tune_spaces few_shot`)
 P1 = OptimConfig(weight_decay=0.01, warmup=0.1)
 # beside P1's own (section 4.1) what UC2's code in IGLUE and CCLM's have: its `lr_mult` is of a new classifier
@@ -412,6 +426,8 @@ def _recipe(summary: str, **settings: Any) -> Callable[[], FinetuneConfig]:
     """A recipe of these settings; {method}, {setting} and {task} in its summary are filled in."""
     if settings.get("backbone") == "uc2" and settings.get("setting") not in ("few_shot", "translate_test"):
         settings = {"backbone_config": UC2_IN_VOLTA, **settings}
+    if settings.get("backbone") == "m3p":
+        settings = {**settings, "deviations": {**settings.get("deviations", {}), **M3P_DEVIATIONS}}
     config = FinetuneConfig(**settings)
     filled = summary.format(method=config.display_name, setting=config.setting, task=config.task)
 

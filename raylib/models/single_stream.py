@@ -318,8 +318,7 @@ class SingleStream(SingleStreamBackbone):
         longest = max(regions.lengths.tolist(), default=0)
         if longest > slots:
             raise UserError(
-                f"an image of {longest} regions, {self.kind} has {slots} slots; give it its detector's first "
-                f"{slots}, or backbone_config.region_slots={longest}"
+                f"an image of {longest} regions, {self.kind} has {slots} slots; set max_regions={slots}"
             )
         missing = torch.full_like(regions.lengths, 1) if self._hides_words else slots - regions.lengths
         empty = regions.values.new_zeros(int(missing.sum()), regions.values.shape[1])
