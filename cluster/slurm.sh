@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Pretraining on 1..N nodes of 8 GPUs. From the checkout, on a file system that all nodes share:
 #
-#   sbatch [--nodes=4] [--time=...] [--partition=...] cluster/slurm.sh base corpus=/shared/corpus [path=value ...]
+#   sbatch [--nodes=4] [--time=...] [--partition=...] cluster/slurm.sh base corpus=/shared/corpus \
+#       init.text=/shared/xlm-roberta-base init.vision=/shared/vit-base-patch16-224 [path=value ...]
 #
 # The same line again resumes. Runs go to $POLYGLANCE_RUNS, or runs/ of the checkout.
 # Five minutes before the time limit the run saves and ends with code 143; so it does by

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.__main__ import main as pretrain
 from pretrain.config import PretrainConfig
 from pretrain.recipes import RECIPES
 from raylib.config import load_config, override
@@ -223,3 +224,53 @@ def test_stored_objective_without_follow_means_what_it_meant(directions, tmp_pat
     )
     for name, value in before.items():
         assert float(terms[name]) == pytest.approx(float(value.detach()), rel=2e-6), name
+
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "cluster").glob("*.*")]
+
+
+def documented_commands() -> list[tuple[str, str, list[str]]]:
+    """(file, recipe, its settings) of every documented command that pretrains a paper's recipe."""
+    found = []
+    for page in PAGES:
+        if page.suffix not in (".md", ".sh", ".yaml"):
+            continue
+        text = re.sub(r"\\\n\s*#?\s*", " ", page.read_text(encoding="utf-8"))
+        for match in re.finditer(
+            r"(?:pretrain|slurm\.sh) (base\w*)((?:[ ]+(?:--)?[\w.]+(?:=[^\s`;]+)?)*)", text
+        ):
+            words = match[2].split()
+            if "--print-config" not in words and any("=" in word for word in words):
+                found.append((page.name, match[1], [word for word in words if "=" in word]))
+    return found
+
+
+def test_documented_commands_of_paper_recipes_start_from_published_weights():
+    commands = documented_commands()
+    assert {page for page, *_ in commands} >= {
+        "README.md",
+        "cluster.md",
+        "slurm.sh",
+        "rayjob.yaml",
+        "data.md",
+    }
+    for page, recipe, settings in commands:
+        config = override(RECIPES[recipe](), [s.rstrip(".") for s in settings])
+        config.init.require_given(f"{page}: {recipe}")
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name.startswith("base")])
+def test_paper_recipes_refuse_random_weights(recipe, tmp_path, capsys):
+    settings = ["runtime=local", f"runs={tmp_path}", "corpus=nowhere"]
+    assert pretrain([recipe, *settings]) == 2
+    line = capsys.readouterr().err
+    assert "init.text=FOLDER" in line and "init.vision=FOLDER" in line and "init=scratch" in line
+    assert line.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert pretrain([recipe, *settings, "init.text=x"]) == 2
+    line = capsys.readouterr().err
+    assert "init.text=FOLDER" not in line and "init.vision=FOLDER" in line
+    # what they insist on is another mistake's turn
+    for insisted in (["init=scratch"], ["init=scratch", "init.vision=x"], ["init.model=x"]):
+        assert pretrain([recipe, *settings, *insisted]) == 2
+        assert "random" not in capsys.readouterr().err
