@@ -20,7 +20,7 @@ GB = 10**9
 MEAN_TOKENS = {"image_text": 13, "parallel": 30, "text": 25}
 MASKED = 0.15  # of the tokens between the specials
 BUCKET = 25 * 2**20  # gradients on their way (`raylib.engine.BUCKET_MB`)
-LOGITS_SHARE = 1 / 20  # of a GPU's memory (`raylib.models.vocabulary.MEMORY_SHARE`)
+LOGITS_SHARE = 1 / 20  # of a GPU's memory (`raylib.models.heads.MEMORY_SHARE`)
 MIN_LOGIT_ROWS = 256
 # CUDA itself and its libraries take about so much, and PyTorch's blocks of memory do not fit without gaps
 RESERVED, FRAGMENTS = 1.2 * GB, 0.05

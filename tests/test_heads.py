@@ -19,9 +19,9 @@ from finetune.tasks.classification import task_loss
 from raylib.config import Config, override
 from raylib.errors import UserError
 from raylib.models import peft
-from raylib.models.classifier import Classifier
 from raylib.models.decoder import AnswerDecoder
 from raylib.models.finetuned import FinetuneModel
+from raylib.models.heads import Classifier
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.settings import ClassifierConfig, DecoderConfig

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from raylib.distributed import clamp_parameter
-from raylib.models import vocabulary
-from raylib.models.vocabulary import (
+from raylib.models import heads as vocabulary
+from raylib.models.heads import (
     HEAD_ROWS,
     _cast_table,
     _gradients,

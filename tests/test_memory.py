@@ -23,9 +23,9 @@ from raylib.memory import (
     find_settings,
     image_tokens,
 )
+from raylib.models.heads import MEMORY_SHARE
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
-from raylib.models.vocabulary import MEMORY_SHARE
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.precision import set_residual
 from raylib.settings import ModelConfig, ObjectiveConfig, SwinSizes

@@ -9,9 +9,9 @@ from benchmarks.step import make_batch
 from raylib import precision
 from raylib.data.loading import to_device
 from raylib.errors import UserError
+from raylib.models.heads import _softmax_gradient
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, UnifiedModel
-from raylib.models.vocabulary import _softmax_gradient
 from raylib.objectives.pretraining import ObjectiveConfig, UnifiedObjective
 from raylib.precision import LayerNorm, _ExactAddmm, exact_linear, set_compiler, set_residual, set_tf32
 from raylib.runtime import describe_precision, has_bf16

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from raylib.config import validate
 from raylib.errors import UserError
-from raylib.models.classifier import Classifier
+from raylib.models.heads import Classifier
 from raylib.models.hf_folders import read_config, read_sizes
 from raylib.models.hf_weights import (
     WeightMapper,

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raylib.errors import UserError
+from raylib.models.heads import head_rows, vocabulary_loss
 from raylib.models.layers import Memory, TextEmbedding, init_weights
 from raylib.models.unified import MaskedLanguageHead, UnifiedModel
-from raylib.models.vocabulary import head_rows, vocabulary_loss
 from raylib.packed import Ragged, first_tokens, upload
 from raylib.settings import DecoderConfig
 from raylib.text import Tokenizer

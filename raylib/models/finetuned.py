@@ -28,8 +28,8 @@ from raylib.models.base import (
     read_run_settings,
     save_model,
 )
-from raylib.models.classifier import Classifier
 from raylib.models.decoder import AnswerDecoder, DecoderConfig
+from raylib.models.heads import Classifier
 from raylib.models.layers import Memory, init_weights
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel

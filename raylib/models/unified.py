@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from raylib.config import validate
 from raylib.errors import UserError
 from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
-from raylib.models.classifier import Classifier
+from raylib.models.heads import Classifier
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
 from raylib.models.recompute import RecomputedModule

@@ -35,9 +35,9 @@ from raylib.config import lookup
 from raylib.distributed import all_reduce, clamp_parameter, count_rows, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
+from raylib.models.heads import vocabulary_loss
 from raylib.models.layers import MemoryLayout
 from raylib.models.unified import UnifiedModel
-from raylib.models.vocabulary import vocabulary_loss
 from raylib.objectives import (
     FrozenTextCache,
     LossPart,
