@@ -99,10 +99,14 @@ class Languages(NamedTuple):
 
 def _similar(code: str, language: str, known: list[str]) -> list[str]:
     """The known codes most like a wrong one, or the first few."""
+    same = [name for name in (language, OTHER_NAMES.get(language, ""), code[:2]) if name in known]
     beginnings = tuple({code[:3].lower(), THREE_LETTERS.get(language, "-"), f"{language}_"})
     like = [name for name in known if name.lower().startswith(beginnings)]
     near = difflib.get_close_matches(code.lower(), [name.lower() for name in known], 3, 0.5)
-    return list(dict.fromkeys([*like, *(name for name in known if name.lower() in near)]))[:4] or known[:4]
+    return (
+        list(dict.fromkeys([*same, *like, *(name for name in known if name.lower() in near)]))[:4]
+        or known[:4]
+    )
 
 
 def load_tokenizer(folder: Path) -> tuple[Any, Languages]:

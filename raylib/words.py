@@ -79,7 +79,8 @@ class NormalizedTokenizer(Tokenizer):
 
 @cache
 def _segmenter(language: str) -> Callable[[str], list[str]] | None:
-    """What cuts a text without white space into words, which make it up; None where spaces do."""
+    """Return the function that cuts a text without white space into the words that make it up; None where
+    spaces do."""
     code = re.split("[-_]", language.lower())[0]
     if code in JAPANESE:
         tagger = require("fugashi", "finetune").Tagger()

@@ -238,6 +238,7 @@ def test_translator_other_languages_have_other_translations(family, make):
     ("family", "codes", "words"),
     [
         ("m2m", {"en": "eng"}, "knows no language 'eng'; give 'en' in codes= one of its 100, such as .*en"),
+        ("m2m", {"de": "deu", "en": "en"}, "'deu'.* such as de"),
         ("nllb", {}, "'de'; give 'de' in codes= one of its 20., such as deu_Latn"),
         ("nllb", {"de": "deu_Latn", "en": "eng_latn"}, "'eng_latn'.* such as eng_Latn"),
         ("nllb", {"de": "deu_Latin", "en": "eng_Latn"}, "'deu_Latin'.* such as deu_Latn"),
