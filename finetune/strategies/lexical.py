@@ -239,16 +239,22 @@ def _read_vectors(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:
     header = re.fullmatch(rb"(\d+) (\d+)\s*", first)
     if header and not _is_text(rest, int(header[2])):
         return _read_binary(path, words, int(header[1]), int(header[2]), header_bytes)
-    # a first line that is cut off does not decide
-    lines = [line for line in (first, rest, *more) if line.strip()]
-    counts = Counter(len(line.split()) - 1 for line in lines)
-    width = int(header[2]) if header else max(counts, key=counts.__getitem__, default=0)
-    if width < 1 or not (header or any(_is_text(line, width) for line in lines)):
+    width = int(header[2]) if header else _find_width([first, rest, *more])
+    if width < 1:
         raise UserError(
             f"{path}: it begins neither with 'words dimensions' nor with words and numbers; not GloVe's or "
             "word2vec's"
         )
     return _read_text(path, words, width)
+
+
+def _find_width(lines: list[bytes]) -> int:
+    """Return how many numbers follow most words of the first lines, whatever the first of them says; 0 where
+    fewer than half are a word and numbers."""
+    lines = [line for line in lines if line.strip()]
+    counts = Counter(len(line.split()) - 1 for line in lines if _is_text(line, len(line.split()) - 1))
+    width = max(counts, key=counts.__getitem__, default=0)
+    return width if 2 * counts[width] >= len(lines) else 0
 
 
 def _read_array(path: Path, words: dict[bytes, str]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import struct
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,24 @@ def finite(vectors: dict[str, Any]) -> dict[str, Any]:
     return vectors
 
 
+def most_numbers(lines: list[bytes]) -> int:
+    """The number of numbers behind a word that most of these lines have."""
+    counts: Counter[int] = Counter()
+    for _, *numbers in filter(None, (line.split() for line in lines)):
+        with suppress(ValueError):
+            counts[len([float(number) for number in numbers])] += 1
+    del counts[0]
+    return counts.most_common(1)[0][0]
+
+
 def load_text_vectors(path: Path) -> Any:
     """GloVe's lines, or word2vec's under a head."""
     import numpy as np
 
-    lines = path.read_bytes().split(b"\n")
+    lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     head = lines[0].split()
     has_head = len(head) == 2 and all(field.isdigit() for field in head)
-    width, found = int(head[1]) if has_head else len(head) - 1, {}
+    width, found = int(head[1]) if has_head else most_numbers(lines[:100]), {}
     for line in lines[has_head:]:
         word, fields = line[: line.find(b" ")], line.split()
         # a word with a space in it has more fields
@@ -54,7 +65,7 @@ def load_text_vectors(path: Path) -> Any:
 
 def load_vectors(path: Path) -> Any:
     """Binary, if a head is followed by what is no line of a word and numbers; else text."""
-    head, second = [*path.read_bytes().split(b"\n", 2), b""][:2]
+    head, second = [*path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n", 2), b""][:2]
     counts = head.split()
     if len(counts) == 2 and all(field.isdigit() for field in counts):
         try:
