@@ -406,7 +406,8 @@ def cache_image_states(pipeline: Pipeline, items: Iterable[Any], folder: Path) -
         return pipeline
     names = sorted({name for item in items for name in item.images})
     backbone = model.backbone
-    key = (visual.size, str(visual.store.path), names, pipeline.bf16)
+    read_as = (backbone.describe_preprocessing(), visual.store.max_pixels)
+    key = (visual.size, str(visual.store.path), names, pipeline.bf16, read_as)
     states_folder = folder / "encoded" / fingerprint_module(backbone.image_encoder, *key)
     states = precompute_features(backbone, visual, names, states_folder, pipeline.bf16)
     return pipeline._replace(visual=PrecomputedFeatures(states, visual.store))
@@ -443,7 +444,8 @@ def open_visual_for(config: FinetuneConfig, model: Any) -> VisualSource | None:
     if not task.needs_images(config):
         return None
     backbone = model.backbone
-    visual = open_visual(config, backbone.image_size, "tags" in backbone.row_parts)
+    tagged = "tags" in backbone.row_parts
+    visual = open_visual(config, backbone.image_size, tagged, backbone.preprocess)
     if isinstance(visual, RegionFeatures):
         visual.store.width = model.description["regions"]
     return visual

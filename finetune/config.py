@@ -134,6 +134,9 @@ class FinetuneConfig(LaunchConfig):
     """Encode every image once, where the image encoder is frozen and nothing augments."""
     image_size: PositiveInt | None = None
     """Side of an image in pixels; null: the model's."""
+    preprocessing: Literal["model", "opencv"] = "model"
+    """Preparation of images: as the model's own (its `preprocessor_config.json`; `model.preprocess` of one
+    that was pretrained here), or each squeezed whole into a square by OpenCV, as runs before this setting."""
     max_pixels: MaxPixels = MAX_PIXELS
     """Most pixels of an image; a larger one is not decoded, and cannot be used (as Pillow's limit)."""
     augment: AugmentConfig | None = None

@@ -265,6 +265,7 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
         "languages": task.test_details(config, figures, folder),
         "evaluation_seconds": seconds,
         "evaluated_per_second": items / seconds,
+        "preprocessing": pipeline.model.backbone.describe_preprocessing() if pipeline.visual else None,
         **_runtime_facts(config, device),
     }
 

@@ -20,7 +20,7 @@ import torch
 
 from pretrain.config import DataConfig, StreamConfig
 from raylib.data.augmentation import augment_image, count_uniforms, forbid_flips
-from raylib.data.images import BadImage, decode_image, resize_image
+from raylib.data.images import BadImage, decode_image, preprocess_image
 from raylib.data.lanes import Lanes, list_step_draws
 from raylib.data.loading import StepDataset
 from raylib.data.sources import Sample, Source
@@ -28,6 +28,7 @@ from raylib.errors import UserError
 from raylib.packed import Sentences
 from raylib.provenance import DataFile
 from raylib.randomness import integers, uniform, uniform_float32
+from raylib.settings import SQUEEZED, PreprocessConfig
 from raylib.text import BadCaption, Tokenizer, add_specials, mask_tokens
 
 ATTEMPTS = 20  # replacements in a row, after which the source is called unusable
@@ -46,7 +47,7 @@ class StepBatches(StepDataset):
     (b,), "text": Sentences, "negative_uniforms" (b, 2)}, "parallel": {"size", "index", "source": Sentences
     (English), "target": Sentences}, "text": {"size", "index", "text": Sentences}}.
 
-    augments: False shows images whole, as an evaluation does.
+    augments: False shows images as an evaluation does, prepared as `preprocess` says.
 
     Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language
     without data, lanes that do not divide the batch, no stream at all.
@@ -60,6 +61,7 @@ class StepBatches(StepDataset):
         rank: int = 0,
         world: int = 1,
         augments: bool = True,
+        preprocess: PreprocessConfig = SQUEEZED,
     ):
         tokenizer = Tokenizer.load(config.tokenizer)
         self.streams: dict[str, _ImageTextStream | _PackedStream] = {}
@@ -74,7 +76,7 @@ class StepBatches(StepDataset):
                 )
             parts = (name, config, stream_config, tokenizer, seed, rank, world)
             stream: _ImageTextStream | _PackedStream = (
-                _ImageTextStream(image_size, augments, *parts)
+                _ImageTextStream(image_size, None if augments else preprocess, *parts)
                 if name == "image_text"
                 else _PackedStream(*parts)
             )
@@ -186,9 +188,10 @@ class _PackedStream(_Stream):
 class _ImageTextStream(_Stream):
     """Images with captions. Samples that cannot be used are counted, and told once each."""
 
-    def __init__(self, size: int, augments: bool, *parts):
+    def __init__(self, size: int, preprocess: PreprocessConfig | None, *parts):
+        """preprocess: how images are prepared that nothing augments; None: they are augmented."""
         super().__init__(*parts)
-        self.size, self.augments = size, augments
+        self.size, self.preprocess = size, preprocess
         self.sample_bytes += 3 * size**2
         self.num_bad = 0  # met by this process
         self.warnings: set[str] = set()
@@ -207,8 +210,8 @@ class _ImageTextStream(_Stream):
             forbid_flips(self.config.augment, augmentations[i : i + 1], [[caption]])
             images[i] = (
                 augment_image(image, self.size, self.config.augment, augmentations[i])
-                if self.augments
-                else resize_image(image, self.size)
+                if self.preprocess is None
+                else preprocess_image(image, self.size, self.preprocess)
             )
             identities.append(identity)
             captions.append(caption)

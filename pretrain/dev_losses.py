@@ -21,6 +21,7 @@ from raylib.errors import UserError
 from raylib.objectives import LossPart, Parts, PretrainingTerm, term
 from raylib.objectives.pretraining import ImageTextStep, UnifiedObjective, match_log_chances
 from raylib.precision import autocast
+from raylib.settings import SQUEEZED, PreprocessConfig
 
 NUM_BATCHES = 4
 
@@ -34,7 +35,12 @@ def matching_accuracy(step: ImageTextStep) -> Parts:
 
 
 def dev_batches(
-    data: DataConfig, image_size: int, seed: int, rank: int = 0, world: int = 1
+    data: DataConfig,
+    image_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    preprocess: PreprocessConfig = SQUEEZED,
 ) -> StepBatches | None:
     """Open the held-out samples of the streams that train, in batches as large; None: none are wanted.
 
@@ -53,7 +59,7 @@ def dev_batches(
         raise UserError(f"data.dev={data.dev}: no folder {trained} in it; data.dev=false leaves it out")
     held_out = data.model_copy(update=streams)
     try:
-        return StepBatches(held_out, image_size, seed, rank, world, augments=False)
+        return StepBatches(held_out, image_size, seed, rank, world, augments=False, preprocess=preprocess)
     except UserError as error:
         raise UserError(f"data.dev={data.dev}: {error}") from error
 

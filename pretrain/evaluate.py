@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pretrain.embeddings import FrozenStates
-from raylib.data.images import decode_image, read_image_file, resize_image
+from raylib.data.images import decode_image, preprocess_image, read_image_file
 from raylib.data.shards import index_command
 from raylib.data.sources import Source
 from raylib.display import markdown_table, progress
@@ -26,7 +26,7 @@ from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged
 from raylib.provenance import DataFile, combined_hash, fingerprint_files, hash_path, provenance
 from raylib.runtime import MemoryAdvice, advise_on_memory, local_device, peak_memory
-from raylib.settings import MAX_PIXELS, FitConfig
+from raylib.settings import MAX_PIXELS, SQUEEZED, FitConfig, PreprocessConfig
 from raylib.text import (
     BadCaption,
     EmptyCaption,
@@ -141,7 +141,7 @@ class ZeroShotRetrieval:
         folder: shards, or images with `captions.json` (`read_retrieval_set`).
         size: pixels a side.
         length: longest sentence in tokens, specials included.
-        max_pixels: of an image.
+        max_pixels: of an image. preprocess: how images are prepared.
     """
 
     def __init__(
@@ -151,6 +151,7 @@ class ZeroShotRetrieval:
         size: int,
         length: int,
         max_pixels: int = MAX_PIXELS,
+        preprocess: PreprocessConfig = SQUEEZED,
     ):
         self.tokenizer, self.length = tokenizer, length
         heldout: list[bool] = []
@@ -164,7 +165,7 @@ class ZeroShotRetrieval:
                 heldout.append(item.heldout)
                 if number % world_size() == rank():
                     image = decode_image(item.image, f"{folder}: {item.name}", max_pixels)
-                    file.write(resize_image(image, size).tobytes())
+                    file.write(preprocess_image(image, size, preprocess).tobytes())
             if not heldout:
                 raise UserError(f"{folder}: no images to retrieve")
             self.images = _map_images(file, size)
@@ -267,7 +268,12 @@ def evaluate_folder(model: Path | str, data: Path | str, max_pixels: int = MAX_P
     config, fit = unified.config, find_fit(Path(model), folder) or FitConfig(bf16=False)
     fit.set_precision(unified, device)
     retrieval = ZeroShotRetrieval(
-        data, Tokenizer.load(find_tokenizer(folder)), config.image_size, config.positions, max_pixels
+        data,
+        Tokenizer.load(find_tokenizer(folder)),
+        config.image_size,
+        config.positions,
+        max_pixels,
+        config.preprocess,
     )
     start = time.perf_counter()
     advice = MemoryAdvice().evaluation
@@ -284,6 +290,7 @@ def evaluate_folder(model: Path | str, data: Path | str, max_pixels: int = MAX_P
         "data_sha256": combined_hash(files),
         **provenance(device),
         "evaluation_precision": fit.describe_precision(device),
+        "preprocessing": unified.describe_preprocessing(),
         "seconds": end - began,
         "evaluated_per_second": sum(map(len, retrieval.owners.values())) / (end - start),
         "peak_memory_gb": peak_memory(device),

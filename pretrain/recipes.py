@@ -7,13 +7,18 @@ from typing import Any
 from pretrain.config import DataConfig, InitConfig, PretrainConfig, StreamConfig
 from raylib.config import change_settings, override
 from raylib.settings import (
+    CLIP_MEAN,
+    CLIP_STD,
     AugmentConfig,
     FitConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimConfig,
+    PreprocessConfig,
     TermWeights,
 )
+
+BICUBIC = PreprocessConfig(resample="bicubic")  # images of mVLP's code, squeezed into a square
 
 
 def tiny() -> PretrainConfig:
@@ -187,7 +192,12 @@ def base() -> PretrainConfig:
         name="base",
         corpus="corpus",
         workers=8,
-        model=ModelConfig(vision_eps=1e-6),  # ALBEF's, whose image encoder the paper starts from
+        model=ModelConfig(
+            vision_eps=1e-6,  # ALBEF's, whose image encoder the paper starts from
+            pixel_mean=CLIP_MEAN,
+            pixel_std=CLIP_STD,
+            preprocess=BICUBIC,
+        ),
         init=InitConfig(required=("text", "vision")),
         data=DataConfig(
             tokenizer="",
@@ -214,6 +224,9 @@ def small() -> PretrainConfig:
         fusion_layers=3,
         vision_layers=6,
         image_size=192,
+        pixel_mean=CLIP_MEAN,
+        pixel_std=CLIP_STD,
+        preprocess=BICUBIC,
         checkpointing="blocks",  # without, a step takes 33 GB (docs/pretraining.md)
     )
     changes = {"name": "small", "workers": 1, "fit.steps": 60_000, "optim.lr": 3e-4}

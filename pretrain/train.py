@@ -60,7 +60,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config.check_workers(count_workers(config))
     data = resolve_data(config)
     shape = config.model.image_size, config.fit.seed
-    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
+    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape, preprocess=config.model.preprocess)
     with hold(config):
         return _run_in(with_vocabulary(config, data), data, batches, dev, reporter)
 
@@ -192,7 +192,7 @@ def _continue(model: UnifiedModel, folder: str) -> None:
     before = UnifiedModel.from_pretrained(find_model(folder))
     new, old = model.sizes_to_store(), before.sizes_to_store()
     windowed = old["vision_window"] is None and new["vision_window"] == old["image_size"]
-    free = ("dropout", "temperature", "image_size", *(("vision_window",) if windowed else ()))
+    free = ("dropout", "temperature", "image_size", "preprocess", *(("vision_window",) if windowed else ()))
     differ = [f"model.{k}={old[k]}" for k in new if new[k] != old[k] and k not in free]
     if differ:
         raise UserError(f"{folder} is another model: set {' '.join(differ)}")
@@ -208,13 +208,13 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
     shape = config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size
-    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
+    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape, preprocess=config.model.preprocess)
     model = build_model(config)
     set_recomputation(model, config.model.checkpointing, config.fit.micro_batches)
     objective = UnifiedObjective(model, config.objective, batches.streams)
     batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []
-    sizes = config.model.image_size, config.model.positions, data.max_pixels
+    sizes = config.model.image_size, config.model.positions, data.max_pixels, config.model.preprocess
     retrieval = (
         ZeroShotRetrieval(data.retrieval, Tokenizer.load(data.tokenizer), *sizes) if data.retrieval else None
     )

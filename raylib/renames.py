@@ -59,13 +59,15 @@ class Like(NamedTuple):
 
 # settings that changed what is done where they are not given -> what configs that were stored before mean
 ADDED: dict[str, dict[str, Any]] = {
-    "finetune": {"strategies.distillation.words": "spaces"},
+    "finetune": {"strategies.distillation.words": "spaces", "preprocessing": "opencv"},
     "pretrain": {
         "model.vision_dropout": Like("dropout"),
         "objective.tlm_directions": Like("directions"),
     },
     **{kind: {"vision_dropout": Like("dropout")} for kind in ("unified", "cclm")},
 }
+# settings by which a stored config, which is whole, is told from a file of a few that a user has written
+WHOLE = ("task", "strategies", "optim", "fit", "batch")
 
 # modules that users' files in stored runs import names from -> where these are now
 MODULES = {
@@ -84,9 +86,10 @@ def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     renamed = _copy(values)
     for old, new in RENAMED.get(kind, {}).items():
         _move(renamed, old.split("."), new.split("."), VALUES.get(new, {}))
+    is_whole = all(name in renamed for name in WHOLE)
     for path, value in ADDED.get(kind, {}).items():
         *parts, name = path.split(".")
-        nodes = [renamed]
+        nodes = [renamed] if parts or is_whole else []
         for part in parts:
             nodes = [below for node in nodes for below in _nodes(node.get(part))]
         for node in nodes:

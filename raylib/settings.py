@@ -336,6 +336,15 @@ class PreprocessConfig(Config):
     resample: Resample = "area"
     """Filter: area (OpenCV's: areas where an image shrinks, cubic where it grows), or one of Pillow's."""
 
+    def for_size(self, new: int, old: int) -> "PreprocessConfig":
+        """Return the same for images of `new` pixels in the place of `old`."""
+        if self.resize_to is None:
+            return self
+        return self.model_copy(update={"resize_to": round(self.resize_to * new / old)})
+
+
+SQUEEZED = PreprocessConfig()  # of models that say nothing
+
 
 class AugmentConfig(Config):
     """Random changes of training images: crop, RandAugment's operations, flip, grey, cutout."""
@@ -410,6 +419,11 @@ class AugmentConfig(Config):
 
 
 PixelStats = float | tuple[float, float, float]  # of a pixel's 0..255: for all colours, or one each
+# what published image encoders were trained with; many ViTs in Hugging Face folders: 127.5 both
+CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)
+CLIP_STD = (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711)
+IMAGENET_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
+IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
 
 
 def check_heads(sizes: Any) -> Any:
@@ -499,6 +513,8 @@ class ModelConfig(Config):
     """Subtracted from a pixel's 0..255, for all colours or each."""
     pixel_std: PixelStats = 127.5
     """Divisor of pixels afterwards, for all colours or each."""
+    preprocess: PreprocessConfig = PreprocessConfig()
+    """Preparation of images in evaluation, and in training where nothing augments them."""
     fusion: Literal["cross", "entangled"] = "cross"
     """Cross-attention, or self-attention over text and memory in one row (paper 2's "w/o uni-arch")."""
     swin: SwinSizes | None = None

@@ -18,7 +18,7 @@ from finetune.stores.regions import RegionStore, open_regions
 from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
 from raylib.data.augmentation import augment_image, count_uniforms
 from raylib.data.image_headers import MAX_BYTES
-from raylib.data.images import BadImage, decode_image, read_image_file, resize_image
+from raylib.data.images import BadImage, decode_image, preprocess_image, read_image_file
 from raylib.data.index import FileBytes
 from raylib.data.loading import to_device
 from raylib.data.tars import TarScan
@@ -28,7 +28,7 @@ from raylib.fileio import nfc
 from raylib.packed import Ragged
 from raylib.precision import autocast
 from raylib.randomness import string_key
-from raylib.settings import MAX_PIXELS, AugmentConfig
+from raylib.settings import MAX_PIXELS, SQUEEZED, AugmentConfig, PreprocessConfig
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
@@ -183,10 +183,17 @@ def _list_folder(path: Path) -> Iterator[ImageFile]:
 
 
 class ImageSource:
-    """Images of a store at `size` x `size`; in training augmented, if `config` says how."""
+    """Images of a store at `size` x `size`, prepared as `preprocess` says; in training augmented, if `config`
+    says how."""
 
-    def __init__(self, store: ImageStore, size: int, config: AugmentConfig | None = None):
-        self.store, self.size, self.config = store, size, config
+    def __init__(
+        self,
+        store: ImageStore,
+        size: int,
+        config: AugmentConfig | None = None,
+        preprocess: PreprocessConfig = SQUEEZED,
+    ):
+        self.store, self.size, self.config, self.preprocess = store, size, config, preprocess
 
     @property
     def num_draws(self) -> int:
@@ -203,7 +210,7 @@ class ImageSource:
         for i, name in enumerate(names):
             image = self.store.read(name)
             if draws is None or self.config is None:
-                images[i] = resize_image(image, self.size)
+                images[i] = preprocess_image(image, self.size, self.preprocess)
             else:
                 images[i] = augment_image(image, self.size, self.config, draws[i])
         return {"images": torch.from_numpy(images)}
@@ -293,12 +300,18 @@ def join_regions(
 VisualSource = ImageSource | PrecomputedFeatures | RegionFeatures
 
 
-def open_visual(config: "FinetuneConfig", size: int, has_tags: bool = False) -> ImageSource | RegionFeatures:
-    """Open the images of a run, or the region features in their place; `has_tags`: with the names of the
-    objects."""
+def open_visual(
+    config: "FinetuneConfig",
+    size: int,
+    has_tags: bool = False,
+    preprocess: PreprocessConfig = SQUEEZED,
+) -> ImageSource | RegionFeatures:
+    """Open the images of a run, prepared as `preprocess` says, or the region features in their place;
+    `has_tags`: with the names of the objects."""
     if config.regions:
         return RegionFeatures(open_regions(config.regions), has_tags, config.max_regions)
-    return ImageSource(open_images(config.images_path, config.max_pixels), size, config.augment)
+    images = open_images(config.images_path, config.max_pixels)
+    return ImageSource(images, size, config.augment, preprocess)
 
 
 def precompute_features(

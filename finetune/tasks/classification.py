@@ -135,7 +135,8 @@ class Classification(Task):
                 raise UserError(f"{config.model}: its head is a {head}; set head={head}")
             return model
         # CLIP and M-CLIP never see a text and its image together
-        backbone = load_backbone(config.model, config.backbone, config.vision, config.backbone_config.changes)
+        changes = config.backbone_config.changes
+        backbone = load_backbone(config.model, config.backbone, config.vision, changes, config.preprocessing)
         if not isinstance(backbone, FusionBackbone):
             raise UserError(
                 f"task={config.task}: {backbone.kind} reads texts and images apart; it retrieves, "

@@ -73,7 +73,8 @@ class Retrieval(Task):
         return read
 
     def build_model(self, config: "FinetuneConfig") -> RetrievalBackbone:
-        model = load_backbone(config.model, config.backbone, config.vision, config.backbone_config.changes)
+        changes = config.backbone_config.changes
+        model = load_backbone(config.model, config.backbone, config.vision, changes, config.preprocessing)
         if not isinstance(model, RetrievalBackbone):
             raise UserError(
                 f"task={config.task}: retrieval encodes texts and images apart; {model.kind} reads them "

@@ -244,7 +244,7 @@ def _limits(model: Model, facts: RunFacts) -> str:
         if facts.result
         else "",
         f"Texts are cut after {model.length} tokens.",
-        "The whole image is squeezed into a square." if model.backbone.image_size else "",
+        _describe_shapes(model.backbone),
         "Nothing was measured about bias, safety, or images unlike those of its data.",
     ]
     return "\n".join(f"- {line}" for line in lines if line)
@@ -253,3 +253,12 @@ def _limits(model: Model, facts: RunFacts) -> str:
 def _licence(license_name: str | None) -> str:
     code = "`modeling_polyglance.py` is Polyglance's code: Apache-2.0."
     return f"Weights: {license_name or NOT_RECORDED}. {code}"
+
+
+def _describe_shapes(backbone: Any) -> str:
+    """Say what an image loses of its shape; "" of a model that takes none."""
+    if not backbone.image_size:
+        return ""
+    if backbone.preprocess.resize == "square":
+        return "The whole image is squeezed into a square."
+    return "Of an image that is no square, the centre alone is seen."

@@ -204,6 +204,7 @@ def image_settings(model: Model) -> dict[str, Any]:
             "AutoProcessor": f"{CODE}.PolyglanceProcessor",
         },
         "size": {"height": backbone.image_size, "width": backbone.image_size},
+        "preparation": backbone.preprocess.model_dump(),
         "image_mean": mean.tolist(),
         "image_std": std.tolist(),
     }

@@ -20,7 +20,7 @@ from transformers import BatchFeature, PreTrainedConfig, PreTrainedModel, Proces
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import ModelOutput
 
-from raylib.data.images import load_image, resize_image
+from raylib.data.images import load_image, preprocess_image
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, Backbone, RetrievalBackbone
 from raylib.models.decoder import AnswerDecoder
@@ -29,6 +29,7 @@ from raylib.models.layers import init_weights
 from raylib.models.peft import insert_stored
 from raylib.models.vision import normalize_pixels
 from raylib.packed import Ragged
+from raylib.settings import PreprocessConfig
 
 CODE_FILE = "modeling_polyglance.py"
 
@@ -214,16 +215,24 @@ def backbone_class(config: PolyglanceConfig) -> type[Backbone]:
 
 
 class PolyglanceImageProcessor(BaseImageProcessor):
-    """Images as evaluation reads them: turned as their EXIF says, transparency over white, the whole image
-    resized by OpenCV.
+    """Images as evaluation reads them: turned as their EXIF says, transparency over white, resized and
+    cropped as the model was trained.
 
-    size: pixels on a side. image_mean, image_std: of colours from 0 to 1.
+    size: pixels on a side. preparation: `PreprocessConfig`. image_mean, image_std: of colours from 0 to 1.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012  # as `transformers` declares it
 
-    def __init__(self, size: Any = 224, image_mean: Any = 0.5, image_std: Any = 0.5, **kwargs: Any):
+    def __init__(
+        self,
+        size: Any = 224,
+        image_mean: Any = 0.5,
+        image_std: Any = 0.5,
+        preparation: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
+        self.preparation = dict(preparation or {})
         side = size if isinstance(size, int) else size["height"]
         self.size = {"height": side, "width": side}
         self.image_mean, self.image_std = (
@@ -248,8 +257,10 @@ class PolyglanceImageProcessor(BaseImageProcessor):
                 f"{', '.join(changes)}: this model reads images as its folder says, no other way"
             )
         side = self.size["height"]
+        config = PreprocessConfig(**self.preparation)
         arrays = [
-            resize_image(load_image(_rows_first(i), f"image {n}"), side) for n, i in enumerate(_flat(images))
+            preprocess_image(load_image(_rows_first(i), f"image {n}"), side, config)
+            for n, i in enumerate(_flat(images))
         ]
         # in numbers from 0 to 255, as evaluation reckons, to the last bit
         mean, std = ((255 * np.array(value)).tolist() for value in (self.image_mean, self.image_std))

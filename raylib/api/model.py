@@ -8,6 +8,7 @@ Shape legend: n images or texts, e width of embeddings.
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import wraps
 from itertools import starmap
 from pathlib import Path
@@ -25,7 +26,7 @@ from finetune.stores import Regions, to_regions
 from finetune.stores.images import join_regions
 from finetune.tasks.ranking import match_pairs
 from pretrain.embeddings import image_vectors, sentence_vectors
-from raylib.data.images import load_image, resize_image
+from raylib.data.images import load_image, preprocess_image
 from raylib.data.loading import batched, prefetch, to_device
 from raylib.display import progress
 from raylib.errors import NotFinite, UserError
@@ -57,6 +58,13 @@ class Match(NamedTuple):
     text: str
     score: float
     position: int
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as `Model.prepare` makes it: uint8 (size, size, 3)."""
+
+    pixels: np.ndarray
 
 
 def _advise_on_memory(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -344,13 +352,20 @@ class Model:
         total = len(items) if isinstance(items, Sized) else None
         return progress(chunks, what, total, unit, len) if self.show_progress else chunks
 
+    def prepare(self, image: np.ndarray) -> PreparedImage:
+        """Make an image, uint8 (height, width, 3), as small as the model takes it: in the place of it other
+        methods take what this returns."""
+        return PreparedImage(preprocess_image(image, self.backbone.image_size, self.backbone.preprocess))
+
     def _pixels(self, images: Sequence[ImageInput], names: Sequence[str]) -> Tensor:
         """uint8 (n, size, size, 3) of images as evaluation resizes them, decoded by threads. names: of those
         that have none themselves."""
         size = self.backbone.image_size
 
         def read(image: ImageInput, name: str) -> np.ndarray:
-            return resize_image(load_image(image, name, self.max_pixels), size)
+            if isinstance(image, PreparedImage):
+                return image.pixels
+            return preprocess_image(load_image(image, name, self.max_pixels), size, self.backbone.preprocess)
 
         with ThreadPoolExecutor() as threads:
             return torch.from_numpy(np.stack(list(threads.map(read, images, names))))

@@ -32,7 +32,7 @@ import numpy as np
 from finetune.formats import get_field, parse_number, shorten, stream_jsonl, stream_lines
 from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, differing_paths, validate
-from raylib.data.images import is_image, load_image, resize_image
+from raylib.data.images import is_image, load_image
 from raylib.display import progress
 from raylib.errors import UserError, name_errors, reading
 from raylib.fileio import is_unicode, read_json_object, require_unicode
@@ -129,7 +129,7 @@ class Predictor:
         except UserError as error:
             return error
         # as small as the model takes it, so that a batch of large ones is not kept in memory
-        return resize_image(image, self.model.backbone.image_size)
+        return self.model.prepare(image)
 
 
 def open_model(config: PredictConfig) -> "Model":
@@ -350,8 +350,8 @@ def require_same_model(embeddings: Path, config: PredictConfig) -> None:
         )
 
 
-def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
-    """Note beside `out` what it is made of.
+def open_output(out: str, config: PredictConfig, inputs: Any, preprocessing: dict[str, Any] | None) -> None:
+    """Note beside `out` what it is made of. preprocessing: of images.
 
     Raises:
         UserError: it was begun with another model, other inputs or settings; something else lies there; it
@@ -362,6 +362,7 @@ def open_output(out: str, config: PredictConfig, inputs: Any) -> None:
         "settings": config.model_dump(mode="json", exclude=exclude),
         **hash_model(config),
         "inputs": hashlib.sha256(json.dumps(inputs).encode()).hexdigest(),
+        "preprocessing": preprocessing,
     }
     try:
         with name_errors(out):
@@ -384,6 +385,7 @@ def _note(out: str, now: dict[str, Any]) -> None:
                 raise ValueError("no plain file")
             before = parse_json(files.cat_file(path))
             check_shape(before, dict[str, Any])
+        before.setdefault("preprocessing", now["preprocessing"])  # older versions did not note it
         if changed := differing_paths(before, now):
             raise UserError(f"{out} was begun with other {', '.join(changed)}; give another --out")
         return
@@ -517,14 +519,16 @@ def main(arguments: Sequence[str]) -> int:
     if embeddings:
         require_same_model(embeddings, config)
     # what is wrong with the model is told before a file is made, or Ray starts
-    if given.ray:
-        open_model(config.model_copy(update={"device": "cpu"}))
     predictor = None if given.ray else Predictor(config)
+    model = predictor.model if predictor else open_model(config.model_copy(update={"device": "cpu"}))
+    preprocessing = model.backbone.describe_preprocessing()
     with locked_output(None if given.ray or not given.out else Path(given.out)) as file:
         if given.out:
             from raylib.provenance import hash_path
 
-            open_output(given.out, config, [items, texts, embeddings and hash_path(embeddings)])
+            open_output(
+                given.out, config, [items, texts, embeddings and hash_path(embeddings)], preprocessing
+            )
         if predictor is None:
             done, errors = write_on_ray(config, items, given.out, given.workers)
         elif by_texts:

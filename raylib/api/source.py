@@ -17,7 +17,10 @@ import raylib
 ROOT = Path(raylib.__file__).parent.parent
 PACKAGES = ("raylib", "finetune", "pretrain")
 # methods that store models, read them, or import published weights
-LEFT_OUT = ("import_weights", "has_embeddings", "save", "from_pretrained", "from_sizes", "check_declaration")
+LEFT_OUT = (
+    *("import_weights", "has_embeddings", "save", "from_pretrained", "from_sizes", "check_declaration"),
+    "published_preprocessing",
+)
 
 Key = tuple[str, str]  # module, name
 

@@ -13,7 +13,7 @@ import numpy as np
 from raylib.data.image_headers import MAX_BYTES, check_image, read_avif_depth, read_orientation
 from raylib.errors import UserError, describe_error, error_line
 from raylib.fileio import open_plain
-from raylib.settings import MAX_PIXELS, PreprocessConfig, Resample
+from raylib.settings import MAX_PIXELS, SQUEEZED, PreprocessConfig, Resample
 
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
@@ -188,7 +188,7 @@ def preprocess_image(image: np.ndarray, size: int, config: PreprocessConfig) -> 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """The whole image at (size, size), by OpenCV."""
-    return preprocess_image(image, size, PreprocessConfig())
+    return preprocess_image(image, size, SQUEEZED)
 
 
 def resize_pillow(image: np.ndarray, width: int, height: int, resample: Resample) -> np.ndarray:

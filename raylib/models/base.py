@@ -29,10 +29,12 @@ from raylib.errors import UserError, hub_hint
 from raylib.fileio import read_json_object
 from raylib.finite import require_finite_file
 from raylib.models import peft
-from raylib.models.vision import PixelStats, normalize_pixels
+from raylib.models.preprocessor import Preprocessing
+from raylib.models.vision import normalize_pixels
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind, rename_settings
 from raylib.saving import Files, write_files
+from raylib.settings import SQUEEZED, PixelStats, PreprocessConfig
 from raylib.weights import limit_model, load_state, read_tensors
 
 DESCRIPTION_KEY = "polyglance"  # in an export's config.json: what a model of ours says of itself
@@ -55,6 +57,7 @@ class Backbone(nn.Module, ABC):
         norm behind it. All of them are dotted names of modules; what is under none of them (image encoder,
         heads) has no depth.
     pooler_names: maps behind the last layer, which pruning may take too.
+    preprocess: how images come to `image_size` (`raylib.data.images.preprocess_image`).
     pixel_mean, pixel_std: what is subtracted from a pixel's 0..255, and what it is then divided by: for all
         colours, or one each.
     row_parts: of what a row in its layers is made: "text", and perhaps "tags" and "regions"; () where
@@ -73,6 +76,7 @@ class Backbone(nn.Module, ABC):
     pooler_names: ClassVar[tuple[str, ...]] = ()
     row_parts: ClassVar[tuple[str, ...]] = ()
     has_match_head: ClassVar[bool] = False
+    preprocess: PreprocessConfig = SQUEEZED
     pixel_mean: PixelStats = 127.5
     pixel_std: PixelStats = 127.5
 
@@ -262,6 +266,37 @@ class Backbone(nn.Module, ABC):
         blank = torch.zeros(1, self.image_size, self.image_size, 3, dtype=torch.uint8, device=device)
         with torch.no_grad():
             return int(self.encode_images(blank).lengths[0])
+
+    def published_preprocessing(self, path: Path, vision: Path | None) -> Preprocessing | None:
+        """How images are prepared for the weights at `path`, or of the image encoder's folder `vision`.
+
+        None: as the class says.
+        Raises:
+            UserError: the folder's `preprocessor_config.json` is damaged, or wants what is not computed.
+        """
+        return None
+
+    def set_preprocessing(self, preprocessing: Preprocessing) -> None:
+        """Prepare images otherwise; what is stored with the weights says so."""
+        preprocess, mean, std = preprocessing
+        changes = {"preprocess": preprocess, "pixel_mean": mean, "pixel_std": std}
+        stored = {name: v for name, v in changes.items() if name in type(self.config).model_fields}
+        self.config = self.config.model_copy(update=stored)
+        self.preprocess, self.pixel_mean, self.pixel_std = preprocess, mean, std
+
+    def describe_preprocessing(self) -> dict[str, Any] | None:
+        """How images are prepared, for results; None: it takes none."""
+        if not self.image_size:
+            return None
+        mean, std = (torch.tensor(v).expand(3).tolist() for v in (self.pixel_mean, self.pixel_std))
+        return {
+            "resize": self.preprocess.resize,
+            "resize_to": self.preprocess.resize_to or self.image_size,
+            "resample": self.preprocess.resample,
+            "crop": self.image_size,
+            "pixel_mean": mean,
+            "pixel_std": std,
+        }
 
     def pixel_values(self, images: Tensor) -> Tensor:
         """uint8 (b, H, W, 3) -> (b, 3, H, W), normalised as the image encoder was trained."""

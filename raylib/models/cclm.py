@@ -36,7 +36,7 @@ from raylib.models.hf_weights import (
 )
 from raylib.models.swin import SwinSizes
 from raylib.models.unified import TINY, ModelConfig, UnifiedModel
-from raylib.models.vision import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from raylib.settings import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from raylib.weights import RANDOM_BYTES, limit_model, read_tensors
 
 PIXELS: dict[str, Any] = {"pixel_mean": CLIP_MEAN, "pixel_std": CLIP_STD}  # that CCLM was trained with

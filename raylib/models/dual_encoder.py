@@ -26,10 +26,10 @@ from raylib.models.hf_folders import read_folder
 from raylib.models.hf_weights import UNUSED_TEXT, WeightMapper, copy_block
 from raylib.models.layers import Encoder, TextEmbedding, init_weights
 from raylib.models.mclip_weights import read_image_tower, read_text_tower
+from raylib.models.preprocessor import CLIP_PREPROCESSING, Preprocessing, read_preprocessing
 from raylib.models.recompute import SplitModule, recompute_layers
-from raylib.models.vision import CLIP_MEAN, CLIP_STD
 from raylib.packed import Ragged, upload
-from raylib.settings import Checkpointing, check_heads
+from raylib.settings import CLIP_MEAN, CLIP_STD, Checkpointing, PixelStats, PreprocessConfig, check_heads
 from raylib.weights import limit_model, load_state
 
 
@@ -59,6 +59,9 @@ class MClipConfig(Config):
     image: ClipImageSizes = ClipImageSizes()
     dropout: float = 0.1
     eps: float = 1e-5
+    pixel_mean: PixelStats = CLIP_MEAN
+    pixel_std: PixelStats = CLIP_STD
+    preprocess: PreprocessConfig = PreprocessConfig()
 
     _fits = model_validator(mode="after")(check_heads)
 
@@ -67,6 +70,9 @@ class ClipConfig(Config):
     """CLIP's own config.json, as its folder has it; `image_size` is in there too."""
 
     clip: dict[str, Any]
+    pixel_mean: PixelStats = CLIP_MEAN
+    pixel_std: PixelStats = CLIP_STD
+    preprocess: PreprocessConfig = PreprocessConfig()
 
     @property
     def image_size(self) -> int:
@@ -84,10 +90,18 @@ class ClipConfig(Config):
 class DualEncoder(RetrievalBackbone, SplitModule):
     """Shared by both: an image is one vector from the start. Images pass their tower in pieces."""
 
-    pixel_mean = CLIP_MEAN
-    pixel_std = CLIP_STD
-
     config: MClipConfig | ClipConfig
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        self.preprocess, self.pixel_mean, self.pixel_std = (
+            config.preprocess,
+            config.pixel_mean,
+            config.pixel_std,
+        )
+
+    def published_preprocessing(self, path: Path, vision: Path | None) -> Preprocessing | None:
+        return read_preprocessing(vision or path, self.image_size, CLIP_PREPROCESSING)
 
     @property
     def image_size(self) -> int:

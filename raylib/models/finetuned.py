@@ -7,7 +7,7 @@ appendix B.2.3). A head that generates answers (`raylib.models.decoder`) sees th
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import Field, NonNegativeInt, model_validator
 from torch import Tensor, nn
@@ -31,12 +31,13 @@ from raylib.models.base import (
 from raylib.models.decoder import AnswerDecoder, DecoderConfig
 from raylib.models.heads import Classifier
 from raylib.models.layers import Memory, init_weights
+from raylib.models.preprocessor import Preprocessing
 from raylib.models.single_stream import RegionEmbedding
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Ragged, TokenSegments
 from raylib.renames import model_kind
 from raylib.saving import Files
-from raylib.settings import ClassifierConfig, FitConfig, stored_fit
+from raylib.settings import SQUEEZED, ClassifierConfig, FitConfig, stored_fit
 from raylib.weights import limit_model
 
 
@@ -250,6 +251,7 @@ def load_backbone(
     kind: str = "unified",
     vision: str | None = None,
     changes: Mapping[str, Any] | None = None,
+    preprocessing: Literal["model", "opencv"] = "model",
 ) -> Backbone:
     """The pretrained model that `path` means: an export, a run, a fine-tuned model (its head is left out), or
     a folder of weights that the backbone `kind` can start from (`raylib.models`), whose image encoder is
@@ -257,12 +259,28 @@ def load_backbone(
 
     Args:
         changes: of the config of weights that are not ours (`Backbone.change_config`).
+        preprocessing: of images, the model's own, or all of an image squeezed by OpenCV.
     Raises:
         UserError: none of these, or weights that do not fit; a model of ours with another config.
     """
+    backbone = _load_backbone(path, kind, vision, changes or {})
+    if preprocessing == "opencv":
+        if backbone.preprocess != SQUEEZED:
+            stats = backbone.pixel_mean, backbone.pixel_std
+            backbone.set_preprocessing(Preprocessing(SQUEEZED, *stats))
+    elif is_foreign(Path(path)):
+        published = backbone.published_preprocessing(Path(path), Path(vision) if vision else None)
+        if published:
+            backbone.set_preprocessing(published)
+    return backbone
+
+
+def _load_backbone(
+    path: Path | str, kind: str, vision: str | None, changes: Mapping[str, Any]
+) -> Backbone:
     if is_foreign(Path(path)):
         backbone = find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
-        backbone = backbone.change_config(changes or {})
+        backbone = backbone.change_config(changes)
         if user_files(kind):
             backbone.check_declaration()
         return backbone

@@ -18,6 +18,7 @@ from raylib.models.base import FusionBackbone, RetrievalBackbone, Use
 from raylib.models.heads import Classifier
 from raylib.models.hf_weights import load_text, load_vision, text_sizes
 from raylib.models.layers import Encoder, Memory, TextEmbedding, init_weights
+from raylib.models.preprocessor import ALBEF_PREPROCESSING, Preprocessing, read_preprocessing
 from raylib.models.recompute import RecomputedModule
 from raylib.models.swin import SwinEncoder
 from raylib.models.vision import VisionEncoder
@@ -78,7 +79,8 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        c, self.pixel_mean, self.pixel_std = config, config.pixel_mean, config.pixel_std
+        c, self.preprocess = config, config.preprocess
+        self.pixel_mean, self.pixel_std = config.pixel_mean, config.pixel_std
         stack: dict[str, Any] = dict(
             width=c.width, heads=c.heads, feedforward=c.feedforward, dropout=c.dropout
         )
@@ -212,7 +214,19 @@ class UnifiedModel(RetrievalBackbone, FusionBackbone):
             raise UserError(f"image_size={size} is not a multiple of the model's patch, {self.config.stride}")
         if size != self.image_size:
             self.vision.resize(size)
-            self.config = self.config.model_copy(update={"image_size": size})
+            self.preprocess = self.preprocess.for_size(size, self.image_size)
+            self.config = self.config.model_copy(update={"image_size": size, "preprocess": self.preprocess})
+
+    def published_preprocessing(self, path: Path, vision: Path | None) -> Preprocessing | None:
+        if vision:
+            default = Preprocessing(self.preprocess, self.pixel_mean, self.pixel_std)
+            return read_preprocessing(vision, self.image_size, default)
+        # a file is CCLM's own; with a text encoder's folder alone the image encoder is random
+        return ALBEF_PREPROCESSING if path.is_file() else None
+
+    def set_preprocessing(self, preprocessing: Preprocessing) -> None:
+        super().set_preprocessing(preprocessing)
+        self.vision.pixel_mean, self.vision.pixel_std = preprocessing.pixel_mean, preprocessing.pixel_std
 
     def encode_images(self, images: Tensor) -> Ragged:
         """uint8 (b, H, W, 3) -> b rows of states, CLS first."""

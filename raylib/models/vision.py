@@ -15,12 +15,6 @@ from raylib.packed import upload
 from raylib.precision import LayerNorm, fusible
 from raylib.settings import PixelStats
 
-# what published image encoders were trained with; ViTs in Hugging Face folders: 127.5 both
-CLIP_MEAN = (255 * 0.48145466, 255 * 0.4578275, 255 * 0.40821073)
-CLIP_STD = (255 * 0.26862954, 255 * 0.26130258, 255 * 0.27577711)
-IMAGENET_MEAN = (255 * 0.485, 255 * 0.456, 255 * 0.406)
-IMAGENET_STD = (255 * 0.229, 255 * 0.224, 255 * 0.225)
-
 
 def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: torch.dtype) -> Tensor:
     """uint8 images (..., 3) -> less the mean, over the standard deviation; floats have been normalised

@@ -325,6 +325,11 @@ def _check_images(
         raise UserError(
             f"{WHERE}.teacher={config.teacher}: it was trained with a soft prompt, which texts would lack"
         )
+    if student.backbone.preprocess != teacher.backbone.preprocess and student.backbone.image_size:
+        raise UserError(
+            f"{WHERE}: teacher and student prepare images differently "
+            f"({teacher.backbone.preprocess} and {student.backbone.preprocess}); set preprocessing=opencv"
+        )
     size, teacher_size = student.backbone.image_size, teacher.backbone.image_size
     if size != teacher_size:
         raise UserError(
