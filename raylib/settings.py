@@ -410,7 +410,7 @@ class AugmentConfig(Config):
 
     @classmethod
     def albef(cls, smallest: float, **settings: Any) -> "AugmentConfig":
-        """What ALBEF's code does, and CCLM's and mVLP's with it, to crops of `smallest` of the area."""
+        """Augmentation of ALBEF's code, CCLM's and mVLP's, with crops of `smallest` of the area and more."""
         published = {"randaugment": "albef", "scale": (smallest, 1.0), "magnitude": 7.0, "flip": 0.5}
         return cls(**{**published, **settings})
 

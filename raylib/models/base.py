@@ -268,7 +268,7 @@ class Backbone(nn.Module, ABC):
             return int(self.encode_images(blank).lengths[0])
 
     def published_preprocessing(self, path: Path, vision: Path | None) -> Preprocessing | None:
-        """How images are prepared for the weights at `path`, or of the image encoder's folder `vision`.
+        """Preparation of images for the weights at `path`, or of the image encoder's folder `vision`.
 
         None: as the class says.
         Raises:
@@ -280,12 +280,13 @@ class Backbone(nn.Module, ABC):
         """Prepare images otherwise; what is stored with the weights says so."""
         preprocess, mean, std = preprocessing
         changes = {"preprocess": preprocess, "pixel_mean": mean, "pixel_std": std}
+        # a user's class need not keep it among its sizes
         stored = {name: v for name, v in changes.items() if name in type(self.config).model_fields}
         self.config = self.config.model_copy(update=stored)
         self.preprocess, self.pixel_mean, self.pixel_std = preprocess, mean, std
 
     def describe_preprocessing(self) -> dict[str, Any] | None:
-        """How images are prepared, for results; None: it takes none."""
+        """Preparation of images, for results; None: it takes none."""
         if not self.image_size:
             return None
         mean, std = (torch.tensor(v).expand(3).tolist() for v in (self.pixel_mean, self.pixel_std))

@@ -155,7 +155,7 @@ def _base_config(path: Path, described: dict, weights: dict[str, Tensor]) -> dic
 
 
 def _shown_sizes(weights: dict[str, Tensor]) -> dict[str, int]:
-    """What tensors show of the sizes of an encoder, by BERT's names."""
+    """Sizes of an encoder that its tensors show, by BERT's names."""
     shown = {
         "vocab_size": ("embeddings.word_embeddings.weight", 0),
         "hidden_size": ("embeddings.word_embeddings.weight", -1),

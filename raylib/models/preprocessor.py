@@ -63,7 +63,7 @@ OF_YOUR_OWN = "give a backbone of your own that prepares images so: backbone=FIL
 
 
 class Preprocessing(NamedTuple):
-    """How images become an image encoder's input. pixel_mean, pixel_std: of numbers from 0 to 255."""
+    """Way of images to an image encoder's input. pixel_mean, pixel_std: of numbers from 0 to 255."""
 
     config: PreprocessConfig
     pixel_mean: PixelStats
@@ -90,12 +90,14 @@ def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | N
         open_clip = folder / "open_clip_config.json"
         return _read_open_clip(open_clip, image_size) if open_clip.is_file() else default
     values = read_json_object(file)
+    # a processor of images and texts in one file, as `transformers` 5 writes it
     if file.name == FILES[1]:
         values = values.get("image_processor") or {}
         if not values:
             return default
     kind = _find_kind(values, folder, file)
     found = {**DEFAULTS, **PROCESSORS[kind], **{k: v for k, v in values.items() if v is not None}}
+    # null and false mean, in all processors, that a step is left out
     for name, value in values.items():
         if name not in DEFAULTS and name not in OTHERS and name not in ("size", "resample") and value:
             raise UserError(
@@ -113,7 +115,7 @@ def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | N
 
 
 def _read_open_clip(file: Path, image_size: int) -> Preprocessing:
-    """What an open_clip_config.json says of images; CLIP's where it says nothing."""
+    """Preprocessing of an open_clip_config.json; CLIP's where it says nothing."""
     values = read_json_object(file).get("preprocess_cfg") or {}
     computed = {
         "resize_mode": ("shortest", "squash"),
@@ -144,6 +146,7 @@ def _read_open_clip(file: Path, image_size: int) -> Preprocessing:
 
 def _find_kind(values: Mapping[str, Any], folder: Path, file: Path) -> str:
     """Name the processor, a key of `PROCESSORS`."""
+    # the oldest files call it a feature extractor, or leave it to config.json
     name = values.get("image_processor_type") or values.get("feature_extractor_type")
     if name is None:
         config = folder / "config.json"
@@ -160,7 +163,7 @@ def _find_kind(values: Mapping[str, Any], folder: Path, file: Path) -> str:
 
 
 def _read_sizes(found: Mapping[str, Any], image_size: int, file: Path) -> PreprocessConfig:
-    """How images are resized, so that they come to `image_size` on both sides."""
+    """Resizing of images, so that they come to `image_size` on both sides."""
     for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square"):
         if type(found[name]) is not bool:
             raise UserError(f"{file}: {name} is {found[name]!r:.40}, where true or false is wanted")
@@ -169,6 +172,7 @@ def _read_sizes(found: Mapping[str, Any], image_size: int, file: Path) -> Prepro
     resample = found["resample"]
     if type(resample) is not int or resample not in RESAMPLE:
         raise UserError(f"{file}: resample is {resample!r:.40}, where a filter of Pillow's is wanted, 0 to 5")
+    # a bare number is a square's side or the shorter edge, as the processor has it
     size = found["size"]
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         is_square, side = False, size["shortest_edge"]
