@@ -14,6 +14,7 @@ from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall,
 from raylib import checkpoint
 from raylib.command import spell_commands
 from raylib.display import open_pyplot, save_figure
+from raylib.distributed import rank
 from raylib.errors import UserError
 from raylib.fileio import copy_atomically
 from raylib.launch import (
@@ -34,6 +35,7 @@ from raylib.memory import GB, StepSize, find_settings, next_settings
 from raylib.models import find_model, find_tokenizer
 from raylib.models.hf_folders import read_config
 from raylib.models.hf_weights import load_text, load_vision
+from raylib.models.preprocessor import Preprocessing, read_preprocessing
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
 from raylib.monitoring import read_metrics
@@ -181,9 +183,24 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
         load_text(model, config.init.text, layers=config.init.layers)
     if config.init.vision:
         load_vision(model, config.init.vision)
+        _tell_preprocessing(model, Path(config.init.vision))
     if config.init.model:
         _continue(model, config.init.model)
     return model
+
+
+def _tell_preprocessing(model: UnifiedModel, folder: Path) -> None:
+    """Say so where the image encoder's folder prepares images otherwise than the run: the run's settings
+    count, as mVLP's do on a ViT that had other ones."""
+    own = read_preprocessing(folder, read_config(folder).get("image_size", 224), None)
+    used = Preprocessing(model.preprocess, model.pixel_mean, model.pixel_std)
+    if own and own != used and rank() == 0:
+        print(
+            f"note: {folder}: its preprocessor_config.json prepares images otherwise ({own.config}, mean "
+            f"{own.pixel_mean}, deviation {own.pixel_std}) than this run: model.preprocess ({used.config}), "
+            f"model.pixel_mean={used.pixel_mean}, model.pixel_std={used.pixel_std}",
+            flush=True,
+        )
 
 
 def _continue(model: UnifiedModel, folder: str) -> None:

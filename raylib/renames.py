@@ -67,7 +67,7 @@ ADDED: dict[str, dict[str, Any]] = {
     **{kind: {"vision_dropout": Like("dropout")} for kind in ("unified", "cclm")},
 }
 # settings by which a stored config, which is whole, is told from a file of a few that a user has written
-WHOLE = ("task", "strategies", "optim", "fit", "batch")
+WHOLE = {"finetune": ("task", "strategies", "optim", "fit", "batch")}
 
 # modules that users' files in stored runs import names from -> where these are now
 MODULES = {
@@ -86,7 +86,7 @@ def rename_settings(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     renamed = _copy(values)
     for old, new in RENAMED.get(kind, {}).items():
         _move(renamed, old.split("."), new.split("."), VALUES.get(new, {}))
-    is_whole = all(name in renamed for name in WHOLE)
+    is_whole = all(name in renamed for name in WHOLE.get(kind, ()))
     for path, value in ADDED.get(kind, {}).items():
         *parts, name = path.split(".")
         nodes = [renamed] if parts or is_whole else []
