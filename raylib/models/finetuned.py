@@ -275,9 +275,7 @@ def load_backbone(
     return backbone
 
 
-def _load_backbone(
-    path: Path | str, kind: str, vision: str | None, changes: Mapping[str, Any]
-) -> Backbone:
+def _load_backbone(path: Path | str, kind: str, vision: str | None, changes: Mapping[str, Any]) -> Backbone:
     if is_foreign(Path(path)):
         backbone = find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
         backbone = backbone.change_config(changes)
