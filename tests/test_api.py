@@ -17,7 +17,7 @@ import raylib.api as polyglance
 from finetune.stores.images import open_images
 from pretrain.embeddings import image_vectors, sentence_vectors
 from pretrain.evaluate import ZeroShotRetrieval
-from raylib.data.images import load_image, resize_image
+from raylib.data.images import load_image
 from raylib.errors import UserError
 from raylib.models.unified import UnifiedModel
 from raylib.text import Tokenizer
@@ -265,9 +265,10 @@ def test_published_weights_do_what_they_were_trained_for(tmp_path, images, model
         (tmp_path / name / "tokenizer.model").write_bytes((model / "tokenizer.model").read_bytes())
     loaded = polyglance.load(tmp_path / "clip", "cpu", backbone="clip")
     assert loaded.capabilities == {"encode_image", "encode_text", "similarity"} and loaded.length == 77
-    pixels = torch.stack([torch.from_numpy(resize_image(load_image(path), 16)) for path in images])
+    processor = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
+    pixels = processor([Image.fromarray(load_image(path)) for path in images], return_tensors="pt")
     with torch.no_grad():
-        states = clip.vision_model(pixel_values=loaded.backbone.pixel_values(pixels)).pooler_output
+        states = clip.vision_model(**pixels).pooler_output
         expected = torch.nn.functional.normalize(clip.visual_projection(states), dim=1)
     np.testing.assert_allclose(loaded.encode_image(images, batch_size=3), expected, atol=1e-6)
     loaded = polyglance.load(tmp_path / "xlmr", "cpu")
