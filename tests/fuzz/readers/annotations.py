@@ -80,7 +80,7 @@ def load_binary_vectors(path: Path) -> Any:
     import numpy as np
 
     with open(path, "rb") as file:
-        count, width = map(int, file.readline().split())
+        count, width = map(int, file.readline().removeprefix(b"\xef\xbb\xbf").split())
         found: dict[str, Any] = {}
         for _ in range(count):
             word = b""
