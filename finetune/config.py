@@ -87,7 +87,7 @@ class FinetuneConfig(LaunchConfig):
     vision: str | None = None
     """ViT folder that goes with a text-only `model`."""
     backbone_config: BackboneConfig = BackboneConfig()
-    """What other people's weights leave open."""
+    """Fields that other people's weights leave open."""
     data: str = ""
     """Folder that holds the official annotation files as IGLUE's repository does."""
     images: str | None = None

@@ -576,14 +576,14 @@ class ClassifierConfig(Config):
 
 
 class BackboneConfig(Config):
-    """What other people's weights leave open, in place of the backbone's own; null: its own."""
+    """Fields that other people's weights leave open, in place of the backbone's own; null: its own."""
 
     activation: Literal["tanh", "relu"] | None = None
     """After the pooler: UC2's own is tanh, VOLTA's of UC2 relu."""
     eps: PositiveFloat | None = None
     """Epsilon of layer norms in the stack: UC2's own is 1e-12, VOLTA's of UC2 1e-5."""
     row_mask: Literal["all", "volta"] | None = None
-    """What M3P reads of a row with empty slots: all, or what VOLTA's mask leaves."""
+    """Tokens that M3P reads of a row with empty slots: all, or those that VOLTA's mask leaves."""
     region_slots: Size | None = None
     """Slots for regions, behind which M3P's texts begin: 100."""
 
