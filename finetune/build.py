@@ -398,6 +398,38 @@ def evaluate_sets(
     return {code: {k: v for k, v in values.items() if k != "bad_image"} for code, values in figures.items()}
 
 
+def parallel_items(config: FinetuneConfig) -> Any:
+    """Read test items that are in all languages, whose states are compared; None: no settings ask.
+
+    Raises:
+        UserError: similarity_items asks for some, and there are none.
+    """
+    codes = languages_of(config)
+    if not config.similarity_items or len(codes) < 2:
+        return None
+    from finetune.analysis.parallel import read_parallel  # `finetune.analysis` imports this module
+
+    parallel = read_parallel(config, codes, config.similarity_items)
+    if not parallel.items:
+        raise UserError(
+            f"similarity_items={config.similarity_items}: no test item is in all of {', '.join(codes)}; set "
+            "similarity_items=0"
+        )
+    return parallel
+
+
+def measure_parallel(pipeline: Pipeline, parallel: Any) -> dict[str, float]:
+    """{"mean": cosine of parallel items over all pairs of languages, "unpaired": of different items,
+    LANGUAGE: of its items and the English ones}, of what the head reads."""
+    from finetune.analysis.languages import measure_similarity, parallel_states
+
+    config, model, tokenizer, visual = pipeline
+    states = parallel_states(model, parallel, visual, tokenizer, config.length, pipeline.bf16)
+    found = measure_similarity(parallel, states, {})
+    unpaired = {} if found["unpaired"] is None else {"unpaired": found["unpaired"]}
+    return {"mean": found["mean"], **unpaired, **found["to_english"]}
+
+
 def cache_image_states(pipeline: Pipeline, items: Iterable[Any], folder: Path) -> Pipeline:
     """The pipeline with the states of all images of `items` in the images' place, if the image encoder never
     changes; they are kept in `folder` for other runs with the same one."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from finetune.build import (
     evaluate_sets,
     find_task,
     languages_of,
+    measure_parallel,
     open_visual_for,
+    parallel_items,
     read_split,
     share_with_trials,
     test_split,
@@ -31,15 +33,11 @@ from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline, Reading
 from raylib import checkpoint
 from raylib.distributed import barrier
-from raylib.errors import UserError
 from raylib.loop import fit
 from raylib.models import peft
 from raylib.models.base import load_weights
 from raylib.provenance import provenance
 from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_memory
-
-if TYPE_CHECKING:
-    from finetune.analysis.parallel import Parallel
 
 
 class FinetuneJob:
@@ -150,7 +148,7 @@ class Validation:
         # images as they are: states that were cached are of training and dev images alone
         visual = open_visual_for(pipeline.config, pipeline.model) if test_too else None
         self.test_pipeline = cache_test_states(pipeline._replace(visual=visual), run)
-        self.parallel = _parallel_items(pipeline.config) if test_too else None
+        self.parallel = parallel_items(pipeline.config) if test_too else None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """{"score", "dev/LANGUAGE": the score that chooses; of a run without tests "interval/LANGUAGE/low",
@@ -183,38 +181,6 @@ class Validation:
             if self.parallel:
                 values |= {f"similarity/{k}": v for k, v in measure_parallel(pipeline, self.parallel).items()}
         return values
-
-
-def _parallel_items(config: FinetuneConfig) -> "Parallel | None":
-    """Read test items that are in all languages, whose states are compared; None: no settings ask.
-
-    Raises:
-        UserError: similarity_items asks for some, and there are none.
-    """
-    codes = languages_of(config)
-    if not config.similarity_items or len(codes) < 2:
-        return None
-    from finetune.analysis.parallel import read_parallel  # `finetune.analysis` imports this module
-
-    parallel = read_parallel(config, codes, config.similarity_items)
-    if not parallel.items:
-        raise UserError(
-            f"similarity_items={config.similarity_items}: no test item is in all of {', '.join(codes)}; set "
-            "similarity_items=0"
-        )
-    return parallel
-
-
-def measure_parallel(pipeline: Pipeline, parallel: "Parallel") -> dict[str, float]:
-    """{"mean": cosine of parallel items over all pairs of languages, "unpaired": of different items,
-    LANGUAGE: of its items and the English ones}, of what the head reads."""
-    from finetune.analysis.languages import measure_similarity, parallel_states
-
-    config, model, tokenizer, visual = pipeline
-    states = parallel_states(model, parallel, visual, tokenizer, config.length, pipeline.bf16)
-    found = measure_similarity(parallel, states, {})
-    unpaired = {} if found["unpaired"] is None else {"unpaired": found["unpaired"]}
-    return {"mean": found["mean"], **unpaired, **found["to_english"]}
 
 
 def load_dev_items(config: FinetuneConfig, language: str | None) -> dict[str, Sequence]:
