@@ -22,9 +22,13 @@ from raylib.engine import OptimConfig, TorchEngine, parameter_groups
 from raylib.engine_state import state_files
 from raylib.engine_zero import DeepSpeedEngine
 from raylib.errors import UserError
+from raylib.models import peft
+from raylib.models.finetuned import FinetuneModel, freeze
+from raylib.models.recompute import set_recomputation
+from raylib.objectives.pretraining import UnifiedObjective
 from raylib.saving import write_files
-from raylib.settings import PartRates
-from tests.factories import make_model
+from raylib.settings import ObjectiveConfig, PartRates, TermWeights
+from tests.factories import make_batch, make_model, take_rows
 from tests.workers import run_workers
 
 OPTIM = OptimConfig(lr=0.02, weight_decay=0.1, warmup=0.0, clip=1e9)
@@ -388,3 +392,113 @@ def test_strategies_declare_known_needs_and_own_types():
     """Every need is one of `NEEDS`; each strategy is a field with a type of its own."""
     assert {need for kind in STRATEGIES.values() for need in kind.needs} <= NEEDS.keys()
     assert len(set(STRATEGIES.values())) == len(STRATEGIES) == len(StrategiesConfig.model_fields)
+
+
+# ---- what is frozen is in evaluation mode
+
+
+def training_flags(model):
+    """{part: whether all of its modules are in training mode}; None: some are."""
+    flags = {}
+    for name, part in model.freezable_parts().items():
+        modes = {module.training for module in part.modules()}
+        flags[name] = modes.pop() if len(modes) == 1 else None
+    return flags
+
+
+FREEZES = {
+    "vision": {"train_vision": False},
+    "image_projection": {"train_image_projection": False},
+    "embeddings": {"train_embeddings": False},
+    "text": {"frozen_text_layers": 2},
+}
+
+
+@pytest.mark.parametrize("part", FREEZES)
+def test_frozen_part_of_pretraining_is_in_evaluation_mode(part):
+    model = make_model(dropout=0.5, vision_dropout=0.5)
+    objective = UnifiedObjective(model, ObjectiveConfig(**FREEZES[part])).train()
+    assert training_flags(model) == {name: name != part for name in model.freezable_parts()}
+    assert not objective.eval().model.fusion.training
+    # as the loop does it in each step, DDP and ZeRO around it too
+    nn.Sequential(objective).train()
+    assert training_flags(model)[part] is False and model.fusion.training
+
+
+@pytest.mark.parametrize("part", ["embeddings", "text", "vision", "image_projection", "fusion"])
+def test_frozen_part_of_fine_tuning_is_in_evaluation_mode(part):
+    model = FinetuneModel(make_model(dropout=0.5, vision_dropout=0.5), ("a", "b"), 1, 0.1)
+    freeze(model.backbone, (part,))
+    model.train()
+    flags = training_flags(model.backbone)
+    assert flags[part] is False and model.head.training
+    assert all(flags[name] for name in flags.keys() - {part, "image_projection"})
+
+
+def test_lower_layers_alone_are_in_evaluation_mode():
+    model = make_model(dropout=0.5)
+    UnifiedObjective(model, ObjectiveConfig(frozen_text_layers=1)).train()
+    assert [block.training for block in model.text.blocks] == [False, True]
+    assert not model.text.blocks[0].dropout.training and model.text.blocks[1].dropout.training
+
+
+def test_frozen_image_encoder_gives_one_answer_in_training():
+    images = make_batch()["image_text"]["images"]
+    model = make_model(vision_dropout=0.5)
+    model.train()
+    assert not model.encode_images(images).values.equal(model.encode_images(images).values)
+    model.vision.requires_grad_(False)
+    model.train()
+    assert model.encode_images(images).values.equal(model.encode_images(images).values)
+
+
+def test_model_with_small_modules_trains_with_dropout_but_of_its_image_encoder():
+    model = make_model(dropout=0.5, vision_dropout=0.5)
+    peft.insert(model, "lora", {"rank": 2, "alpha": 4.0})
+    peft.freeze_pretrained(model, True)
+    model.train()
+    flags = training_flags(model)
+    assert flags["vision"] is False and flags["embeddings"] and flags["text"] and flags["fusion"]
+
+
+def thaw(rank, world):
+    """Training mode of each layer in each of six steps, in epochs of two, one more layer an epoch."""
+    os.environ["LOCAL_RANK"], found = str(rank), []
+    for engine_class in (TorchEngine, DeepSpeedEngine):
+        for recompute in ("none", "blocks"):
+            model = make_model(dropout=0.5, dtype=torch.float32)
+            set_recomputation(model, recompute, 1)
+            objective = UnifiedObjective(model, ObjectiveConfig(weights=TermWeights()))
+            rates = methods_of(unfreezing={"layers": 1}).layer_rates(model.num_layers, 2, 4)
+            engine = engine_class(objective, OPTIM, torch.device("cpu"), False, None, rates)
+            modes = []
+            for step in range(6):
+                objective.train()  # as the loop begins a step
+                engine.step(take_rows(make_batch(step, 4, 4, 4), rank, world), step, OPTIM.lr)
+                layers = [*model.text.blocks, *model.fusion.blocks]
+                modes.append([layer.training and layer.dropout.training for layer in layers])
+            found.append(modes)
+    return found
+
+
+def test_thawed_layers_are_in_training_mode_again_in_every_engine():
+    epochs = [[False, False, False, True], [False, False, True, True], [False, True, True, True]]
+    expected = [mode for mode in epochs for _ in range(2)]
+    for results in run_workers(thaw, 2):
+        assert all(modes == expected for modes in results)
+
+
+def test_new_parameters_are_those_of_a_classifier_that_no_weights_have(tmp_path):
+    model = FinetuneModel(make_model(), ("a", "b"), 1, 0.1)
+    parts, new = model.part_names(), model.new_parameters()
+    assert new and all(name.startswith("head.") for name in new)
+    assert {parts[name] for name in new} == {"head"}
+    of = {"vision": "vision", "embedding": "text", "text": "text", "fusion": "fusion", "match_head": "head"}
+    for name in dict(model.backbone.named_parameters()):
+        assert parts[f"backbone.{name}"] == of.get(name.partition(".")[0], "head"), name
+    model.save(tmp_path)
+    assert not FinetuneModel.from_pretrained(tmp_path).new_parameters()
+    # a decoder's layers are copies of the backbone's (CCLM's code has no larger rate for them either)
+    assert not FinetuneModel(
+        make_model(), ("a", "b"), 1, 0.1, answers=[[0, 5, 2], [0, 6, 2]]
+    ).new_parameters()
