@@ -154,7 +154,7 @@ def open_plain(path: Path | str, may_wait: bool = False) -> io.BufferedReader:
         raise
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     # as `open` with a name: it refuses a folder, and errors name the file
-    file = io.FileIO(path, opener=lambda *_: descriptor)
+    file = io.FileIO(os.fspath(path), opener=lambda *_: descriptor)
     if kind != stat.S_IFREG and not may_wait:
         file.close()
         raise ValueError("a pipe or a device, where a file is needed")

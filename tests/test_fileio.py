@@ -242,7 +242,7 @@ def test_open_plain_waits_for_nothing(tmp_path):
         open_plain(tmp_path)
     (tmp_path / "file").write_bytes(b"content")
     with open_plain(tmp_path / "file") as file:
-        assert file.read() == b"content" and file.name == tmp_path / "file"
+        assert file.read() == b"content" and file.name == str(tmp_path / "file")
 
 
 @pytest.mark.parametrize(
