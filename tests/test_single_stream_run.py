@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,7 +116,8 @@ def test_rows_of_iglue_run_one_after_the_other(tmp_path, scenes, model, kind, ta
     text = text_folder(tmp_path / "text", kind)
     shots = 4 if task == "marvl" else 5
     more = [("shots", "ru"), *([("shots_dev", "ru")] if task == "xgqa" else [])]
-    path = write_regions(tmp_path, "npz", regions_of(scenes, task, more, f"shots={shots}"))
+    records = regions_of(scenes, task, more, f"shots={shots}")
+    path = write_regions(tmp_path, "npz", {Path(name).name: record for name, record in records.items()})
     own = [
         *(f"data={scenes}", f"regions={path}", f"runs={tmp_path}", "runtime=local", "epochs=1", "batch=16"),
         *("fit.bf16=false", "fit.loader_workers=0"),
