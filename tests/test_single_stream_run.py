@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -117,7 +116,7 @@ def test_rows_of_iglue_run_one_after_the_other(tmp_path, scenes, model, kind, ta
     shots = 4 if task == "marvl" else 5
     more = [("shots", "ru"), *([("shots_dev", "ru")] if task == "xgqa" else [])]
     records = regions_of(scenes, task, more, f"shots={shots}")
-    path = write_regions(tmp_path, "npz", {Path(name).name: record for name, record in records.items()})
+    path = write_regions(tmp_path, "h5", records)
     own = [
         *(f"data={scenes}", f"regions={path}", f"runs={tmp_path}", "runtime=local", "epochs=1", "batch=16"),
         *("fit.bf16=false", "fit.loader_workers=0"),
