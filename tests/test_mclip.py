@@ -344,9 +344,11 @@ def test_mclip_retrieval_runs_end_to_end(tmp_path, scenes, capsys):
         found["retrieval"]["ru"]["pairs"] == 0
         and (tmp_path / "aligned" / "ru" / "tuned.safetensors").is_file()
     )
+    ways = {name: found["preprocessing"][name] for name in ("resize", "resize_to", "resample", "crop")}
+    assert ways == {"resize": "shortest_edge", "resize_to": 16, "resample": "bicubic", "crop": 16}
     assert main(["evaluate", str(tmp_path / "aligned")]) == 0
     again = json.loads((tmp_path / "aligned" / "result.json").read_text())
-    assert again["retrieval"] == found["retrieval"]
+    assert again["retrieval"] == found["retrieval"] and again["preprocessing"] == found["preprocessing"]
     for name, more in (("more", []), ("named", ["backbone=mclip"])):  # as paper 4's recipes name it
         code, printed = run(name, f"model={tmp_path / 'aligned' / 'ru'}", *few, *more)
         assert code == 0, printed
