@@ -12,7 +12,7 @@ from finetune.config import FinetuneConfig
 from finetune.lineage import described, method_of
 from raylib.display import markdown_table, open_pyplot, percent, save_figure
 from raylib.errors import UserError, reading
-from raylib.fileio import read_json_object, write_json
+from raylib.fileio import read_json_object, write_atomically, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
 from raylib.monitoring import read_metrics
@@ -241,7 +241,7 @@ def write(run: Path, result: dict[str, Any]) -> None:
     """
     require_finite_values(f"{run}/result.json", result)
     draw(result, run / "result.png")
-    (run / "result.md").write_text(table(result) + "\n", encoding="utf-8")
+    write_atomically(run / "result.md", table(result) + "\n")
     write_json(run / "result.json", result)
 
 

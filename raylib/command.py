@@ -29,8 +29,7 @@ from raylib.config import (
     require_permission,
     suggest,
 )
-from raylib.display import hide_secrets
-from raylib.errors import UserError, error_line, printable
+from raylib.errors import UserError, error_line, hide_secrets, printable
 from raylib.help import recipe_list, settings_page, table, wrap
 from raylib.notice import Interrupted, last_notice, signals_handled
 from raylib.settings import MAX_PIXELS, LaunchConfig, update_deviations

@@ -3,7 +3,6 @@ and closed); progress where a person waits, a bar with rate and remaining time o
 then in a log."""
 
 import os
-import re
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -12,7 +11,7 @@ from typing import Any, BinaryIO, TextIO, TypeVar
 
 from tqdm import tqdm
 
-from raylib.errors import name_errors
+from raylib.fileio import atomic_file
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -37,17 +36,6 @@ LINE = "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, {elapsed} so far, {rem
 LINE_OF_UNKNOWN_TOTAL = "{desc}: {n_fmt}{unit}, {rate_fmt}, {elapsed} so far"
 _hidden = False
 DELAY = 1.0  # seconds before a terminal shows a bar: what is done by then needs none
-
-
-# user:password of an address; keys and signatures in its query, as of an S3 link that was signed
-SECRET = re.compile(
-    r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)|(?<=[?&])[\w-]*(?:token|key|password|secret|signature|sig)=[^&\s]+", re.I
-)
-
-
-def hide_secrets(text: str) -> str:
-    """Return `text` with *** in place of passwords and keys in addresses."""
-    return SECRET.sub("***", text)
 
 
 def markdown_table(rows: Sequence[Sequence[str]], words: int = 1) -> str:
@@ -117,9 +105,13 @@ def open_pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: Path, dpi: int = 120) -> None:
-    """Write a figure as an image file, and let go of its memory."""
-    with name_errors(path):
-        figure.savefig(path, dpi=dpi)
+    """Write a figure as an image file, whole or not at all, and let go of its memory.
+
+    Raises:
+        MachineError: a full disk, no permission.
+    """
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, format=path.suffix[1:])
     open_pyplot().close(figure)
 
 

@@ -16,11 +16,14 @@ from typing import Any, ClassVar
 
 from raylib.file_kinds import DOWNLOAD_AGAIN, find_unfinished, recognize
 
-HUB_NAME = re.compile(
-    r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"
-)  # xlm-roberta-base, openai/clip-vit-base-patch32
+# xlm-roberta-base, openai/clip-vit-base-patch32
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 LONGEST_REASON = 200  # characters of what a library says
 FILE_NAME = re.compile(r"\.(py|json|jsonl|txt|model|safetensors|bin|pt|pth|th|tar)$")
+# user:password of an address; keys and signatures in its query, as of an S3 link that was signed
+SECRET = re.compile(
+    r"(?<=://)[^/\s@]*:[^/\s@]+(?=@)|(?<=[?&])[\w-]*(?:token|key|password|secret|signature|sig)=[^&\s]+", re.I
+)
 
 
 class UserError(Exception):
@@ -200,6 +203,11 @@ def describe_error(error: BaseException) -> str:
         return f"not {error.encoding.upper()} text: {byte}"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return shorten_text(f"no {lines[0]} in it" if isinstance(error, KeyError) else lines[0], LONGEST_REASON)
+
+
+def hide_secrets(text: str) -> str:
+    """Return `text` with *** in place of passwords and keys in addresses."""
+    return SECRET.sub("***", text)
 
 
 def printable(text: str) -> str:

@@ -12,9 +12,8 @@ from typing import Any
 
 from raylib import checkpoint
 from raylib.config import differing_paths, dump_config, read_stored_settings, without_settings
-from raylib.display import hide_secrets
 from raylib.distributed import barrier
-from raylib.errors import UserError, name_some
+from raylib.errors import UserError, hide_secrets, name_some
 from raylib.fileio import copy_atomically, read_json_object, write_atomically
 from raylib.lock import add_ray_job, hold_run, stored_owner, watch_file, work_for
 from raylib.notice import Interrupted, stop_line

@@ -14,7 +14,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from raylib.display import hide_secrets, open_pyplot
+from raylib.display import open_pyplot
+from raylib.errors import hide_secrets
 from raylib.fileio import file_lock
 from raylib.settings import Backend
 

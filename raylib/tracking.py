@@ -16,8 +16,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from raylib.display import hide_secrets
-from raylib.errors import MachineError, UserError
+from raylib.errors import MachineError, UserError, hide_secrets
 from raylib.fileio import read_json, write_json
 from raylib.finite import finite_values
 from raylib.provenance import code_version, commit, has_local_changes

@@ -16,8 +16,7 @@ from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from raylib import ray_cluster, ray_run
 from raylib.command import entry_point
 from raylib.config import dump_config
-from raylib.display import hide_secrets
-from raylib.errors import MachineError, UserError
+from raylib.errors import MachineError, UserError, hide_secrets
 from raylib.launch import gpu_share, open_run, run_folder, warn_of_copy, worker_resources
 from raylib.notice import Interrupted, signals_handled
 from raylib.ray_cluster import connect_to_ray
