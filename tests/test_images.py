@@ -458,8 +458,9 @@ def test_orientation_is_found_in_xmp_and_in_either_byte_order(orientation):
         data = encode(PHOTO, kind, xmp=xmp_of(orientation), quality=100)
         assert np.abs(decode_image(data) - upright_by_pillow(data).astype(int)).max() <= 2
     for order, magic in ((">", b"MM\0*"), ("<", b"II*\0")):
-        for kind, code in ((3, "HH"), (4, "I")):
-            value = pack(order + code, *([orientation, 0] if code == "HH" else [orientation]))
+        # the types of whole numbers; a byte without a sign is text to Pillow, which turns nothing then
+        for kind, code in ((1, "B3x"), (3, "H2x"), (4, "I"), (6, "b3x"), (8, "h2x"), (9, "i")):
+            value = pack(order + code, orientation)
             entries = (
                 pack(order + "HHI4s", 0x10F, 2, 4, b"ab\0\0") + pack(order + "HHI", 0x112, kind, 1) + value
             )

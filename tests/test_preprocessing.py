@@ -111,6 +111,47 @@ def test_preprocessing_of_older_files_equals_that_of_transformers(tmp_path):
             )
 
 
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("CLIP", {"size": [224, 224]}),  # a list is height and width, whatever a number would be
+        ("Siglip", {"size": [224, 224], "default_to_square": False}),
+        ("DeiT", {"size": 224, "do_center_crop": None, "crop_size": None}),  # null: left out
+        ("ViT", {"do_normalize": None, "image_mean": None, "image_std": None}),
+        ("Beit", {"do_rescale": None, "rescale_factor": None, "do_center_crop": None}),
+        ("CLIP", {"size": 240, "default_to_square": None}),
+    ],
+)
+def test_preprocessing_of_lists_and_nulls_equals_that_of_transformers(tmp_path, name, values):
+    write(tmp_path, {"image_processor_type": f"{name}ImageProcessor", **values})
+    processor = getattr(transformers, f"{name}ImageProcessorPil").from_pretrained(tmp_path)
+    found = read_preprocessing(tmp_path, 224, None)
+    for image in SHAPES[:3]:
+        torch.testing.assert_close(
+            prepare(image, 224, found).double(), expected(processor, image).double(), rtol=0, atol=1e-5
+        )
+
+
+def test_preprocessing_is_that_of_the_file_which_transformers_reads_first(tmp_path):
+    """A processor of images and texts, where it says how images are prepared, before the older file."""
+    values = {"image_processor_type": "CLIPImageProcessor"}
+    write(tmp_path, {**values, "resample": 2})
+    write(tmp_path, {"processor_class": "CLIPProcessor"}, "processor_config.json")
+    assert read_preprocessing(tmp_path, 224, None).config.resample == "bilinear"
+    inside = {"processor_class": "CLIPProcessor", "image_processor": {**values, "resample": 1}}
+    write(tmp_path, inside, "processor_config.json")
+    processor = CLIPImageProcessorPil.from_pretrained(tmp_path)
+    found = read_preprocessing(tmp_path, 224, None)
+    torch.testing.assert_close(prepare(PHOTO, 224, found), expected(processor, PHOTO), rtol=0, atol=1e-5)
+    write(tmp_path, {"image_processor": [1]}, "processor_config.json")
+    with pytest.raises(UserError, match=r"processor_config\.json: image_processor is \[1\]"):
+        read_preprocessing(tmp_path, 224, None)
+    # a folder of CLIP's image tower alone, whose file names no processor
+    tower = write(tmp_path / "tower", {"size": 224, "crop_size": 224})
+    write(tower, {"model_type": "clip_vision_model"}, "config.json")
+    assert read_preprocessing(tower, 224, None).pixel_mean == pytest.approx(CLIP_MEAN)
+
+
 def test_preprocessing_of_a_processors_file_and_of_open_clip_is_read(tmp_path):
     processor = CLIPImageProcessorPil()
     inside = {"processor_class": "CLIPProcessor", "image_processor": processor.to_dict()}
@@ -149,6 +190,9 @@ def test_preprocessing_of_a_processors_file_and_of_open_clip_is_read(tmp_path):
         ({"crop_size": 336}, "it makes images of 336 pixels, .* image_size=224"),
         ({"resample": 9}, "resample is 9, where a filter of Pillow's is wanted"),
         ({"resample": "bicubic"}, "resample is 'bicubic'"),
+        ({"resample": None}, "resample is None"),
+        ({"size": None}, "size is None"),
+        ({"image_mean": None}, "image_mean is None"),
         ({"image_mean": [0.5, 0.5]}, "image_mean is .* a number for each colour"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std is .* above 0"),
         ({"rescale_factor": 0}, "rescale_factor is 0, where a number above 0"),

@@ -168,7 +168,8 @@ IMAGE_KINDS: tuple[tuple[bytes, int, Callable[[bytes], tuple[int, int]]], ...] =
 # ---- which way is up
 
 ORIENTATION = 0x112  # EXIF's tag, from 1 (upright) to 8
-INTEGERS = {1: "B", 3: "H", 4: "I"}  # types of EXIF's values
+# types of EXIF's values that are whole numbers; bytes without a sign are text to Pillow
+INTEGERS = {3: "H", 4: "I", 6: "b", 8: "h", 9: "i"}
 XMP_ORIENTATION = re.compile(rb"tiff:Orientation(?:=[\"']|>)([1-8])")
 RAW_PROFILE, PNG_XMP = b"Raw profile type exif", b"XML:com.adobe.xmp"
 JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"

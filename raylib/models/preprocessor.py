@@ -51,14 +51,15 @@ DEFAULTS = {
     "crop_size": None,
 }
 # model types of config.json -> the processor of a folder that names none
-MODEL_PROCESSORS = {"clip": "CLIP", "siglip": "Siglip", "deit": "DeiT", "beit": "Beit"}
+MODEL_PROCESSORS = {"clip": "CLIP", "clip_vision_model": "CLIP", "siglip": "Siglip"}
+MODEL_PROCESSORS |= {"deit": "DeiT", "beit": "Beit"}
 # fields that change no pixel of an RGB image
 OTHERS = frozenset(
     ("image_processor_type", "feature_extractor_type", "processor_class", "do_convert_rgb", "data_format")
     + ("_valid_processor_keys", "do_reduce_labels", "reduce_labels", "input_data_format", "device")
     + ("return_tensors", "disable_grouping", "_processor_class", "image_seq_length")
 )
-FILES = ("preprocessor_config.json", "processor_config.json")
+SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square")
 OF_YOUR_OWN = "give a backbone of your own that prepares images so: backbone=FILE.py"
 
 
@@ -78,26 +79,27 @@ ALBEF_PREPROCESSING = CLIP_PREPROCESSING._replace(config=PreprocessConfig(resamp
 
 
 def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | None) -> Preprocessing | None:
-    """Read what a folder's `preprocessor_config.json` says, or, where there is none, `processor_config.json`,
-    or return `default`.
+    """Read what a folder's `preprocessor_config.json` says, or return `default`. Before it comes a
+    `processor_config.json` that says so, too: a processor of images and texts as `transformers` 5 writes it.
 
     image_size: pixels of the sides of images that its encoder takes.
     Raises:
         UserError: a file that is no such; images of another size; what changes pixels and is not computed.
     """
-    file = next((folder / name for name in FILES if (folder / name).is_file()), None)
-    if file is None:
-        open_clip = folder / "open_clip_config.json"
-        return _read_open_clip(open_clip, image_size) if open_clip.is_file() else default
-    values = read_json_object(file)
-    # a processor of images and texts in one file, as `transformers` 5 writes it
-    if file.name == FILES[1]:
-        values = values.get("image_processor") or {}
-        if not values:
-            return default
+    file = folder / "processor_config.json"
+    values = read_json_object(file).get("image_processor") if file.is_file() else None
+    if values is None:
+        file = folder / "preprocessor_config.json"
+        if not file.is_file():
+            open_clip = folder / "open_clip_config.json"
+            return _read_open_clip(open_clip, image_size) if open_clip.is_file() else default
+        values = read_json_object(file)
+    if not isinstance(values, dict):
+        raise UserError(f"{file}: image_processor is {values!r:.60}, where settings are wanted")
     kind = _find_kind(values, folder, file)
-    found = {**DEFAULTS, **PROCESSORS[kind], **{k: v for k, v in values.items() if v is not None}}
+    found = {**DEFAULTS, **PROCESSORS[kind], **values}
     # null and false mean, in all processors, that a step is left out
+    found |= {name: False for name in SWITCHES if found[name] is None}
     for name, value in values.items():
         if name not in DEFAULTS and name not in OTHERS and name not in ("size", "resample") and value:
             raise UserError(
@@ -105,9 +107,9 @@ def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | N
                 f"{OF_YOUR_OWN}"
             )
     config = _read_sizes(found, image_size, file)
-    mean, std = (_read_colours(found, name, file) for name in ("image_mean", "image_std"))
-    if not found["do_normalize"]:
-        mean, std = (0.0,) * 3, (1.0,) * 3
+    mean, std = (0.0,) * 3, (1.0,) * 3
+    if found["do_normalize"]:
+        mean, std = (_read_colours(found, name, file) for name in ("image_mean", "image_std"))
     factor = _read_number(found, "rescale_factor", file) if found["do_rescale"] else 1.0
     # (x f - mean) / std of a pixel x is (x - mean / f) / (std / f)
     scale = 255 if math.isclose(factor, 1 / 255, rel_tol=1e-9) else 1 / factor
@@ -164,7 +166,7 @@ def _find_kind(values: Mapping[str, Any], folder: Path, file: Path) -> str:
 
 def _read_sizes(found: Mapping[str, Any], image_size: int, file: Path) -> PreprocessConfig:
     """Resizing of images, so that they come to `image_size` on both sides."""
-    for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "default_to_square"):
+    for name in SWITCHES:
         if type(found[name]) is not bool:
             raise UserError(f"{file}: {name} is {found[name]!r:.40}, where true or false is wanted")
     if not found["do_resize"]:
@@ -177,7 +179,7 @@ def _read_sizes(found: Mapping[str, Any], image_size: int, file: Path) -> Prepro
     if isinstance(size, dict) and set(size) == {"shortest_edge"}:
         is_square, side = False, size["shortest_edge"]
     else:
-        is_square = isinstance(size, dict) or found["default_to_square"]
+        is_square = isinstance(size, dict | list) or found["default_to_square"]
         side = _read_square(size, "size", file)
     if type(side) is not int or side < 1:
         raise UserError(f"{file}: size is {size!r:.60}, where pixels are wanted")
