@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from raylib.errors import MachineError, UserError, hub_hint, reading, require
 from raylib.fileio import read_json_object
+from raylib.processes import end_with_parent
 
 if TYPE_CHECKING:
     from finetune.translation import TranslateConfig
@@ -307,6 +308,7 @@ _translators: list[Translator] = []  # the one of this process, of `Devices`
 def _load_here(folder: Path, config: "TranslateConfig", numbers: Any, threads: int) -> None:
     import torch
 
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its processes
     torch.set_num_threads(threads)
     number = numbers.get()

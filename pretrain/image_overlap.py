@@ -31,6 +31,7 @@ from raylib.data.tars import TarScan
 from raylib.display import markdown_table, percent, progress
 from raylib.errors import UserError, reading
 from raylib.fileio import MAX_JSON, nfc, read_json, require_unicode, write_json
+from raylib.processes import end_with_parent
 from raylib.provenance import provenance
 from raylib.runtime import available_cpus
 from raylib.settings import MAX_PIXELS
@@ -114,7 +115,8 @@ def hash_images(
     images, results = progress(images, "hash", total, "images"), []
     waiting: deque[Future] = deque()
     # spawned, not forked: children would inherit the locks of OpenCV's and BLAS's threads
-    with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, end_with_parent) as pool:
         while chunk := list(islice(images, CHUNK)):
             waiting.append(pool.submit(_hash_chunk, chunk, max_pixels))
             # encoded images of a few chunks are in memory at a time: a corpus does not fit

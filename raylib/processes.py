@@ -2,8 +2,10 @@
 
 import errno
 import fcntl
+import multiprocessing
 import os
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -35,6 +37,19 @@ def this_command() -> str:
     words.insert(0, f"python -m {path.parent.name}" if path.name == "__main__.py" else path.name)
     text = hide_secrets(" ".join(words))
     return text if len(text) <= COMMAND_LENGTH else f"{text[:COMMAND_LENGTH]}..."
+
+
+def end_with_parent() -> None:
+    """Let this process, one of a pool, end as soon as the one that started it has ended, be it killed: it
+    would wait for work for ever, and hold its memory."""
+    parent = multiprocessing.parent_process()
+
+    def end() -> None:
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def process_lives(process: Mapping[str, Any]) -> bool | None:

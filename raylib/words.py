@@ -20,6 +20,18 @@ from raylib.text import Tokenizer
 
 ICU = ("zh", "yue", "wuu", "th", "lo", "km", "my")
 JAPANESE = ("ja", "jp")  # XTD's files are called jp
+# the same by three letters (ISO 639), and the other Chinese languages
+THREE_LETTERS = {
+    "jpn": "ja",
+    **dict.fromkeys(("zho", "chi", "cmn", "nan", "hak", "gan", "hsn", "cdo", "lzh"), "zh"),
+    "tha": "th",
+    "lao": "lo",
+    "khm": "km",
+    **dict.fromkeys(("mya", "bur"), "my"),
+    **dict.fromkeys(("bod", "tib"), "bo"),
+    "dzo": "dz",
+    "iii": "ii",
+}
 # no segmenter is known for Tibetan, Dzongkha, Shan, Mon, Tai Lue, Northern Thai, Yi
 UNCUT = ("bo", "dz", "shn", "mnw", "khb", "nod", "ii")
 IDEOGRAPHS = ("CJK", "HIRAGANA", "KATAKANA")  # how the names of letters begin that are words by themselves
@@ -82,6 +94,7 @@ def _segmenter(language: str) -> Callable[[str], list[str]] | None:
     """Return the function that cuts a text without white space into the words that make it up; None where
     spaces do."""
     code = re.split("[-_]", language.lower())[0]
+    code = THREE_LETTERS.get(code, code)
     if code in JAPANESE:
         tagger = require("fugashi", "finetune").Tagger()
         return lambda text: [word.surface for word in tagger(text)]

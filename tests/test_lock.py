@@ -380,3 +380,31 @@ def test_lock_watches_files_of_parts(tmp_path):
         (part / "config.json").unlink()
         with pytest.raises(RunLost, match=f"{part}/config.json: gone while the run was under way"):
             require_owned(tmp_path / "run")
+
+
+POOL = """
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from raylib.processes import end_with_parent
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, multiprocessing.get_context(sys.argv[1]), end_with_parent) as pool:
+        for seconds in (60, 0.01):  # one has work, the other waits for some
+            pool.submit(time.sleep, seconds)
+        print(*pool._processes, flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_processes_of_a_pool_end_with_a_parent_that_is_killed(method, tmp_path):
+    (tmp_path / "pool.py").write_text(POOL)
+    command = [sys.executable, str(tmp_path / "pool.py"), method]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ}) as parent:
+        pids = [int(pid) for pid in parent.stdout.readline().split()]
+        parent.kill()
+    assert len(pids) == 2
+    end = time.monotonic() + 20
+    while any(map(processes.process_start, pids)) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not any(map(processes.process_start, pids))

@@ -118,6 +118,16 @@ def test_split_words_cuts_languages_without_spaces(language):
     assert count_words(text, language) == sum(any(map(str.isalnum, word)) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("code", "same"),
+    [("jpn", "ja"), ("zho", "zh"), ("cmn-Hant", "zh"), ("nan", "zh"), ("tha", "th"), ("lao", "lo")]
+    + [("khm", "km"), ("mya", "my"), ("JPN", "ja")],
+)
+def test_split_words_by_codes_of_three_letters(code, same):
+    text, words = CUT[same]
+    assert has_segmenter(code) and split_words(text, code) == words
+
+
 def test_split_words_keep_every_letter_of_every_script():
     """Also of texts in another script, in pieces of white space: what is read again finds its words."""
     for text in [

@@ -43,6 +43,7 @@ from raylib.data.tars import META, FolderSummary, TarScan
 from raylib.display import hide_progress, progress
 from raylib.errors import UserError, reading
 from raylib.fileio import MAX_JSON, read_json_object, write_json
+from raylib.processes import end_with_parent
 from raylib.strict_json import check_shape
 from raylib.text import is_language_code, language_of
 
@@ -149,6 +150,7 @@ def _index_shards(
 
 def _start_indexing() -> None:
     """Let Ctrl-C and SIGTERM end a process of the pool without a word: its parent has one."""
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     hide_progress()
