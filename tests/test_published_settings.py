@@ -39,7 +39,10 @@ PRETRAINED = (
         for name in ("vision_layers", "image_size", "patch", "dropout", "embedding", "temperature")
     ),
 )
-FINETUNED = (*OPTIMIZER, "batch", "epochs", "length", "head_dropout", "loss", "freeze", "augment", "select")
+FINETUNED = (
+    *OPTIMIZER,
+    *("batch", "last_batch", "epochs", "length", "head_dropout", "loss", "freeze", "augment", "select"),
+)
 
 
 class Record(NamedTuple):

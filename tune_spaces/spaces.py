@@ -268,7 +268,7 @@ SPACES: dict[str, Space] = {
         published=(
             {
                 "data.text.alpha": 0.3,
-                "data.parallel.alpha": 0.3,
+                "data.parallel.alpha": 1.0,  # WikiMatrix as it is
                 "data.image_text.batch": 512,
                 "data.parallel.batch": 1024,
                 "data.text.batch": 32,
