@@ -476,7 +476,7 @@ P3_JA_VQA: dict[str, Any] = {
     "deviations": {
         "loss": deviates(
             published="ce",
-            reason="section V-A says cross-entropy with the one answer; its code, which the numbers come from, "
+            reason="section V-A says cross-entropy with the one answer; its code, which made the numbers, "
             "trains each class by binary cross-entropy",
         )
     },
