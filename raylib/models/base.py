@@ -100,6 +100,11 @@ class Backbone(nn.Module, ABC):
         """
 
     @property
+    def open_choice(self) -> str:
+        """Line on what weights of others leave open: what is computed, and the settings that choose; "": none."""
+        return ""
+
+    @property
     @abstractmethod
     def width(self) -> int:
         """Width of the states that a head gets."""

@@ -5,6 +5,7 @@ state goes to the head. Two images ground it twice, and the head sees both state
 appendix B.2.3). A head that generates answers (`raylib.models.decoder`) sees the states of all tokens.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
@@ -39,6 +40,8 @@ from raylib.renames import model_kind
 from raylib.saving import Files
 from raylib.settings import SQUEEZED, ClassifierConfig, FitConfig, stored_fit
 from raylib.weights import limit_model
+
+log = logging.getLogger(__name__)
 
 
 class StoredModel(Config):
@@ -279,6 +282,8 @@ def _load_backbone(path: Path | str, kind: str, vision: str | None, changes: Map
     if is_foreign(Path(path)):
         backbone = find_backbone(kind).import_weights(Path(path), Path(vision) if vision else None)
         backbone = backbone.change_config(changes)
+        if backbone.open_choice:
+            log.warning("%s: %s", path, backbone.open_choice)
         if user_files(kind):
             backbone.check_declaration()
         return backbone

@@ -282,6 +282,18 @@ class SingleStream(SingleStreamBackbone):
         return model
 
     @property
+    def open_choice(self) -> str:
+        """Line that says so where UC2's own code is followed, and VOLTA's could be."""
+        c = self.config
+        if (c.layout, c.activation, c.eps) != ("uc2", "tanh", 1e-12):
+            return ""
+        return (
+            "computed as in UC2's own code, tanh after the pooler and eps 1e-12 in the stack; IGLUE's and "
+            "the papers' runs have VOLTA's, relu and 1e-5: backbone_config.activation=relu "
+            "backbone_config.eps=1e-5"
+        )
+
+    @property
     def width(self) -> int:
         """Of the pooled states."""
         return self.config.pooled or self.config.width

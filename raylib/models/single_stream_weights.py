@@ -12,7 +12,6 @@ Token types become part of what they are added to: a text's of its positions, a 
 location.
 """
 
-import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,7 +45,6 @@ from raylib.weights import ENDINGS, read_tensors
 if TYPE_CHECKING:  # it imports this file
     from raylib.models.single_stream import SingleStream
 
-log = logging.getLogger(__name__)
 
 HEAD_WIDTH = 64  # width of an attention head in every published model
 # VOLTA has one layer norm epsilon for all, and a ReLU after UC2's pooler, which had been trained with tanh
@@ -137,12 +135,6 @@ def _find_format(
     if "roberta.img_embeddings.img_linear.weight" in weights:
         found, names = "uc2", UC2_NAMES
         changes = {"embedding_eps": eps} if eps is not None else {}
-        log.warning(
-            "%s: computed as in UC2's own code, tanh after the pooler and eps 1e-12 in the stack; IGLUE's "
-            "and the papers' runs have VOLTA's, relu and 1e-5: "
-            "backbone_config.activation=relu backbone_config.eps=1e-5",
-            path,
-        )
     elif prefix := next(
         (p for p in ("module.", "bert.encoder.") if f"{p}attentions.0.q_lin.weight" in weights), None
     ):
