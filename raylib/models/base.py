@@ -101,7 +101,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def open_choice(self) -> str:
-        """Line on what weights of others leave open: what is computed, and the settings that choose; "": none."""
+        """Line on what other people's weights leave open, with the settings that choose; "": none."""
         return ""
 
     @property
