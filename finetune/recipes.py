@@ -12,6 +12,7 @@ best accuracy, every 500 steps, but the last of step 1, which has none; P4 the b
 R@1, the last of ties.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -506,7 +507,8 @@ P4_ROWS: dict[str, dict] = {
     "routine3_image": {"alignment": {"loss": "image"}},
     "lora": {"lora": {}},
     "adapter": {"adapter": {}},
-    "compacter": {"compacter": {}},
+    # equation 11 shares A_i; of the activation and the first weights it says nothing: OpenDelta's
+    "compacter": {"compacter": {"activation": "relu", "gain": math.sqrt(2)}},
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": PROMPT_ALONE},
     "soft_prompt_20": {
         "alignment": {"weight": 0.0},
@@ -543,7 +545,8 @@ SCENES_DISTILLATION = {
     "classifier": "teacher",
 }
 TRANSFER_ROWS: dict[str, dict] = {
-    **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter", "compacter")},
+    **{row: P4_ROWS[row] for row in ("full", "mt", "lora", "adapter")},
+    "compacter": {"compacter": {}},
     "soft_prompt": {"alignment": {"weight": 0.0}, "soft_prompt": {}},
     **{
         f"routine{routine}_lora": {"alignment": {"routine": routine, "weight": 10.0}, "lora": {}}

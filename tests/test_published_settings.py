@@ -113,6 +113,14 @@ def test_recipe_has_the_published_settings_or_names_its_deviations(name):
     assert not problems, "\n".join([name, *problems])
 
 
+def test_objective_that_follows_code_has_its_values():
+    """`objective.follow=code` sets everything in which the public code is known to differ from paper 2."""
+    values = override(PRETRAIN["base"](), ["objective.follow=code"]).model_dump(mode="json")
+    for record in RECORDS:
+        if record.by == "code" and record.matches("base"):
+            assert same_value(setting_value(values, record.setting), json.loads(record.value)), record
+
+
 def test_records_are_of_recipes():
     """A pattern that no recipe has is a typing error, or of one that was renamed."""
     for record in RECORDS:
