@@ -285,3 +285,22 @@ def test_stored_settings_and_models_without_preprocessing_squeeze_images(tmp_pat
     assert old.preprocess == SQUEEZED and old.pixel_mean == CLIP_MEAN
     assert np.array_equal(preprocess_image(PHOTO, 16, old.preprocess), resize_image(PHOTO, 16))
     assert CLIP_VISION["image_size"] == old.image_size
+
+
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "open_clip_config.json"])
+def test_preprocessing_file_that_cannot_be_read_is_no_missing_one(name, tmp_path):
+    """A link to what no download has brought, a folder: the default would be other numbers without a word."""
+    (tmp_path / name).symlink_to(tmp_path / "blobs" / "0")
+    with pytest.raises(UserError, match=name):
+        read_preprocessing(tmp_path, 224, None)
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=name):
+        read_preprocessing(tmp_path, 224, None)
+
+
+def test_preprocessing_of_a_kind_whose_config_cannot_be_read_is_refused(tmp_path):
+    write(tmp_path, {"size": 224, "default_to_square": True})
+    (tmp_path / "config.json").symlink_to(tmp_path / "blobs" / "0")
+    with pytest.raises(UserError, match="/config.json"):
+        read_preprocessing(tmp_path, 224, None)

@@ -115,7 +115,7 @@ def require_computed(
         if value is not None and value not in values:
             known = f"only {' or '.join(map(repr, values))} is" if values else "no such field is"
             raise UserError(
-                f"{folder}/{file}: {name} is {value!r:.60}, which changes what the model computes, and "
+                f"{folder}/{file}: {name:.40} is {value!r:.60}, which changes what the model computes, and "
                 f"{known} computed here; give another folder, or a backbone of your own: backbone=FILE.py"
             )
 

@@ -8,6 +8,7 @@
 Tensors do not show heads, epsilon, activation, and where positions begin: nothing of these is guessed.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,7 +136,7 @@ def _base_config(path: Path, described: dict, weights: dict[str, Tensor]) -> dic
     places = [path / BASE_CONFIG, path / name / "config.json", Path(name) / "config.json"]
     if described.get("model_type") in (*TEXT_ENCODERS, "distilbert"):
         config = described
-    elif file := next((place for place in places if place.is_file()), None):
+    elif file := next((place for place in places if os.path.lexists(place)), None):
         config = read_json_object(file)
     else:
         config = BASES.get(name.rpartition("/")[2].lower(), {})
@@ -144,9 +145,8 @@ def _base_config(path: Path, described: dict, weights: dict[str, Tensor]) -> dic
     width = words.shape[-1] if words is not None else None
     known = config.get("hidden_size", config.get("dim", width))
     if not config or (width != known and "num_attention_heads" not in own):
-        what = (
-            f"is not known here ({', '.join(BASES)} are)" if not config else f"is {known} wide, this {width}"
-        )
+        few = ", ".join(list(BASES)[:3])
+        what = f"is not known here, as {few} are" if not config else f"is {known} wide, this {width}"
         raise UserError(
             f"{path}/config.json: its modelBase {name!r:.60} {what}, and tensors do not show heads, epsilon "
             f"and where positions begin: put that model's config.json beside it, as {BASE_CONFIG}"
@@ -205,7 +205,7 @@ def read_image_tower(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         UserError: no such folder, or an image tower that is no vision transformer of CLIP.
     """
-    if (folder / "open_clip_config.json").is_file():
+    if os.path.lexists(folder / "open_clip_config.json"):
         return _read_open_clip(folder)
     is_bare = folder.is_dir() and not (folder / "config.json").is_file()
     if is_bare and any(file.name.startswith("open_clip") for file in folder.iterdir()):

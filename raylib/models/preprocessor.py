@@ -6,6 +6,7 @@ and is not computed here is refused: read over, it would make other numbers with
 """
 
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -86,13 +87,14 @@ def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | N
     Raises:
         UserError: a file that is no such; images of another size; what changes pixels and is not computed.
     """
+    # what is there is read, or is an error: a link to what no download has brought, a folder
     file = folder / "processor_config.json"
-    values = read_json_object(file).get("image_processor") if file.is_file() else None
+    values = read_json_object(file).get("image_processor") if os.path.lexists(file) else None
     if values is None:
         file = folder / "preprocessor_config.json"
-        if not file.is_file():
+        if not os.path.lexists(file):
             open_clip = folder / "open_clip_config.json"
-            return _read_open_clip(open_clip, image_size) if open_clip.is_file() else default
+            return _read_open_clip(open_clip, image_size) if os.path.lexists(open_clip) else default
         values = read_json_object(file)
     if not isinstance(values, dict):
         raise UserError(f"{file}: image_processor is {values!r:.60}, where settings are wanted")
@@ -103,7 +105,7 @@ def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | N
     for name, value in values.items():
         if name not in DEFAULTS and name not in OTHERS and name not in ("size", "resample") and value:
             raise UserError(
-                f"{file}: {name} is {value!r:.60}, which may change pixels, and is not computed here; "
+                f"{file}: {name:.40} is {value!r:.60}, which may change pixels, and is not computed here; "
                 f"{OF_YOUR_OWN}"
             )
     config = _read_sizes(found, image_size, file)
@@ -130,7 +132,7 @@ def _read_open_clip(file: Path, image_size: int) -> Preprocessing:
     for name, value in values.items():
         if name not in ("mean", "std", "fill_color") and value not in computed.get(name, ()):
             raise UserError(
-                f"{file}: preprocess_cfg.{name} is {value!r:.60}, which may change pixels, and is not "
+                f"{file}: preprocess_cfg.{name:.40} is {value!r:.60}, which may change pixels, and is not "
                 f"computed here; {OF_YOUR_OWN}"
             )
     config = PreprocessConfig(
@@ -152,7 +154,7 @@ def _find_kind(values: Mapping[str, Any], folder: Path, file: Path) -> str:
     name = values.get("image_processor_type") or values.get("feature_extractor_type")
     if name is None:
         config = folder / "config.json"
-        model_type = read_json_object(config).get("model_type") if config.is_file() else None
+        model_type = read_json_object(config).get("model_type") if os.path.lexists(config) else None
         return MODEL_PROCESSORS.get(str(model_type), "ViT")
     kind = str(name)
     for ending in ("Fast", "Pil", "ImageProcessor", "FeatureExtractor"):

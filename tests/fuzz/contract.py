@@ -52,10 +52,6 @@ EXEMPT = {
         raylib.sample.rebuild:write_caption_tables raylib.sample.scenes.subset:cut_wordnet
         raylib.sample.scenes.subset:cut_vectors raylib.sample.scenes.subset:_read""",
     "it takes a path, and a way to open it": "raylib.cache:open_once",
-    "it reads by functions of other records (JSON, plain pickles, weights), and checks what it takes": """
-        raylib.models.mclip_weights:_base_config raylib.models.mclip_weights:_read_map
-        raylib.models.mclip_weights:_read_open_clip finetune.formats.answers:_images_of_part
-        finetune.translator:load_tokenizer finetune.translator:_languages""",
     "it hands on what the reader of another record returns": """
         raylib.api.predict:main raylib.convert:_load raylib.data.index:_compare_places""",
     "it reads by a function of another record, of a checkpoint that a list with hashes has sealed": """
