@@ -287,7 +287,9 @@ def test_stored_settings_and_models_without_preprocessing_squeeze_images(tmp_pat
     assert CLIP_VISION["image_size"] == old.image_size
 
 
-@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json", "open_clip_config.json"])
+@pytest.mark.parametrize(
+    "name", ["preprocessor_config.json", "processor_config.json", "open_clip_config.json"]
+)
 def test_preprocessing_file_that_cannot_be_read_is_no_missing_one(name, tmp_path):
     """A link to what no download has brought, a folder: the default would be other numbers without a word."""
     (tmp_path / name).symlink_to(tmp_path / "blobs" / "0")
