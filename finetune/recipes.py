@@ -131,8 +131,11 @@ IGLUE_MODELS = ("", "muniter", "xuniter", "uc2", "m3p")  # of its tables; "": ou
 
 def _iglue_pairs(task: str, model: str) -> dict[str, Any]:
     """Retrieval of IGLUE's models: a score for each pair; of UC2 by its own loss."""
-    if not model or task not in RETRIEVAL_TASKS:
+    if task not in RETRIEVAL_TASKS:
         return {}
+    if not model:
+        reason = "the contrast finds candidates first, as paper 2; candidates=0 reads every pair together"
+        return {"deviations": {"candidates": deviates(published=0, reason=reason)}}
     return {"head": "pairs", "loss": "triplet" if model == "uc2" else "ce"}
 
 
