@@ -118,6 +118,7 @@ def load_tokenizer(folder: Path) -> tuple[Any, Languages]:
     """
     transformers = require("transformers", "transfer")
     from raylib.models.hf_folders import library_output_off
+    from raylib.text import load_tokenizer_json
 
     if not folder.is_dir():
         raise UserError(
@@ -126,6 +127,8 @@ def load_tokenizer(folder: Path) -> tuple[Any, Languages]:
         )
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder}: no config.json; give a checkpoint folder in Hugging Face format")
+    if os.path.lexists(file := folder / "tokenizer.json"):
+        load_tokenizer_json(file)  # the library would take regular expressions that never end
     with reading(folder, FOLDER), library_output_off():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False

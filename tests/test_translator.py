@@ -286,6 +286,16 @@ def test_translator_tokenizer_that_has_no_source_language_is_refused(tmp_path, m
         load_tokenizer(folder)
 
 
+def test_translator_tokenizer_with_an_endless_pattern_is_refused(tmp_path, make):
+    folder = shutil.copytree(make("nllb"), tmp_path / "nllb")
+    values = json.loads((folder / "tokenizer.json").read_text())
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    values["pre_tokenizer"] = pattern
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(UserError, match="tokenizer.json"):
+        load_tokenizer(folder)
+
+
 def test_translator_model_smaller_than_its_tokenizer_is_refused(tmp_path, make):
     folder = make("nllb")
     codes = {"de": "deu_Latn", "en": "eng_Latn"}
