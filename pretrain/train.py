@@ -192,13 +192,17 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
 def _tell_preprocessing(model: UnifiedModel, folder: Path) -> None:
     """Say so where the image encoder's folder prepares images otherwise than the run: the run's settings
     count, as mVLP's do on a ViT that had other ones."""
-    own = read_preprocessing(folder, read_config(folder).get("image_size", 224), None)
     used = Preprocessing(model.preprocess, model.pixel_mean, model.pixel_std)
-    if own and own != used and rank() == 0:
+    try:
+        own = read_preprocessing(folder, read_config(folder).get("image_size", 224), None)
+        otherwise = f"{own.config}, mean {own.pixel_mean}, deviation {own.pixel_std}" if own else ""
+    except UserError as error:  # what the run does not use does not stop it
+        own, otherwise = None, str(error)
+    if otherwise and own != used and rank() == 0:
         print(
-            f"note: {folder}: its preprocessor_config.json prepares images otherwise ({own.config}, mean "
-            f"{own.pixel_mean}, deviation {own.pixel_std}) than this run: model.preprocess ({used.config}), "
-            f"model.pixel_mean={used.pixel_mean}, model.pixel_std={used.pixel_std}",
+            f"note: {folder}: its preprocessor_config.json prepares images otherwise ({otherwise}) than this "
+            f"run: model.preprocess ({used.config}), model.pixel_mean={used.pixel_mean}, "
+            f"model.pixel_std={used.pixel_std}",
             flush=True,
         )
 

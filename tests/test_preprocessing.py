@@ -19,13 +19,15 @@ from transformers import (
 
 from finetune.config import FinetuneConfig
 from finetune.stores.images import ImageSource, open_images
+from pretrain.config import InitConfig, PretrainConfig
+from pretrain.train import build_model
 from raylib.config import dump_config, load_config
 from raylib.data.images import preprocess_image, resize_image
 from raylib.errors import UserError
 from raylib.models.finetuned import load_backbone
 from raylib.models.preprocessor import read_preprocessing
 from raylib.models.vision import normalize_pixels
-from raylib.settings import CLIP_MEAN, IMAGENET_MEAN, SQUEEZED, PreprocessConfig
+from raylib.settings import CLIP_MEAN, IMAGENET_MEAN, SQUEEZED, ModelConfig, PreprocessConfig
 from tests.factories import CLIP_VISION, make_clip, xlmr_config
 
 PHOTO = load_sample_image("china.jpg")  # 427 x 640
@@ -306,3 +308,21 @@ def test_preprocessing_of_a_kind_whose_config_cannot_be_read_is_refused(tmp_path
     (tmp_path / "config.json").symlink_to(tmp_path / "blobs" / "0")
     with pytest.raises(UserError, match="/config.json"):
         read_preprocessing(tmp_path, 224, None)
+
+
+def test_pretraining_is_not_stopped_by_a_preprocessing_that_it_does_not_use(tmp_path, capsys):
+    sizes = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=96)
+    vit = transformers.ViTModel(
+        transformers.ViTConfig(**sizes, image_size=32, patch_size=16), add_pooling_layer=False
+    )
+    vit.save_pretrained(tmp_path)
+    write(tmp_path, {"image_processor_type": "BitImageProcessor", "size": 32})
+    small = dict(vocabulary=40, width=64, heads=1, feedforward=96, image_size=32, patch=16)
+    model = ModelConfig(**small, text_layers=1, fusion_layers=1, vision_layers=1)
+    config = PretrainConfig(
+        model=model, init=InitConfig(vision=str(tmp_path)), data={"tokenizer": "x"}, fit={"steps": 1}
+    )
+    build_model(config)
+    told = capsys.readouterr().out
+    assert f"note: {tmp_path}: its preprocessor_config.json prepares images otherwise (" in told
+    assert "'BitImageProcessor' is none of CLIP" in told and "model.pixel_mean=" in told

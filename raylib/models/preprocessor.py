@@ -109,7 +109,8 @@ def read_preprocessing(folder: Path, image_size: int, default: Preprocessing | N
                 f"{OF_YOUR_OWN}"
             )
     config = _read_sizes(found, image_size, file)
-    mean, std = (0.0,) * 3, (1.0,) * 3
+    mean: tuple[float, ...] = (0.0,) * 3
+    std: tuple[float, ...] = (1.0,) * 3
     if found["do_normalize"]:
         mean, std = (_read_colours(found, name, file) for name in ("image_mean", "image_std"))
     factor = _read_number(found, "rescale_factor", file) if found["do_rescale"] else 1.0
