@@ -297,6 +297,9 @@ ODD = [
     "が ｶﾞ ﬁ ① Å",
     "🏳️‍🌈👩‍👩‍👧 \U000e0041",
     "\x00\x07\ufeff\u2028x",
+    # marks, and final consonants, behind what rules replace, but not together with them
+    "▁\u0301 Ⅻ\u0340x ﬁ\u0308 ŉ\u0340 ℀\u0301 \ufffd\u0323",
+    "가\u11a8 호\u11a8 i\u0344 \u0344",
 ]
 
 
@@ -322,8 +325,7 @@ def test_autotokenizer_gives_our_ids_in_22_languages(exports):
 def test_autotokenizer_gives_our_ids_for_all_lines_and_characters(exports):
     theirs, ours = AutoTokenizer.from_pretrained(exports["run"]), Tokenizer.load(DATA / "tokenizer.model")
     lines = [text for texts in sample_lines().values() for text in texts]
-    # no surrogates; and no U+0344, two marks in one
-    characters = [chr(c) for c in sorted({*range(sys.maxunicode + 1)} - {*range(0xD800, 0xE000), 0x344})]
+    characters = [chr(c) for c in range(sys.maxunicode + 1) if not 0xD800 <= c < 0xE000]  # no surrogates
     for texts in (
         lines,
         [unicodedata.normalize("NFD", t) for t in lines],

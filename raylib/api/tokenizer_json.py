@@ -5,14 +5,13 @@ Converting a SentencePiece model (`raylib.text` says which kinds there are) as `
 other ids in three places, which are mended here:
 
   * Text that is not composed (NFD, as macOS writes names): `tokenizers` looks rules of normalisation up by
-    grapheme, and loses marks of Vietnamese, Bengali, Tamil, Korean, Japanese. Text is composed before, as
-    Unicode does it, but for marks that the model's own rules would not compose: Unicode would move these.
+    grapheme, and loses marks of Vietnamese, Bengali, Tamil, Korean, Japanese, or what a mark stands on. Text
+    is composed before, as Unicode does it, but for marks that the model's own rules would not compose.
   * White space at the ends, which SentencePiece drops.
   * The names of special tokens in a text, "<mask>": no text can name them (`split_special_tokens`), and
     nowhere does the vocabulary's piece of that name stand for the word.
 
-What is written is compared with ours before it is kept. One character still differs: U+0344, two marks in
-one, which nobody should write (tests/test_huggingface.py).
+What is written is compared with ours before it is kept.
 """
 
 import collections
@@ -33,6 +32,7 @@ from raylib.text import SPECIALS, PromptedTokenizer, Tokenizer, load_sentencepie
 from raylib.words import NormalizedTokenizer
 
 SEPARATOR = "\uffff"  # no character: stands for a moment where nothing may be composed
+FINALS = frozenset(map(chr, range(0x11A8, 0x11C3)))  # consonants that end a syllable of Korean
 COMPARED = 20_000  # pieces of the vocabulary at most that are encoded by both
 UNIGRAM, NORMAL, UNKNOWN, CONTROL, UNUSED = 1, 1, 2, 3, 5  # of SentencePiece's files
 
@@ -131,10 +131,12 @@ def _convert_parts(path: Path) -> tokenizers.Tokenizer:
     if spec.precompiled_charsmap:
         steps = [
             normalizers.Replace(SEPARATOR, "\ufffe"),  # no character either: unknown, whichever it is
+            # two marks in one, which nothing is composed with
+            normalizers.Replace("\u0344", f"{SEPARATOR}\u0308\u0301"),
             normalizers.Replace(Regex(_uncomposed_pairs(spec.precompiled_charsmap)), SEPARATOR),
             normalizers.NFKC(),
-            normalizers.Replace(SEPARATOR, ""),
             normalizers.Precompiled(spec.precompiled_charsmap),
+            normalizers.Replace(SEPARATOR, ""),
         ]
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex("^ | $"), "")]
@@ -159,22 +161,27 @@ def _convert_parts(path: Path) -> tokenizers.Tokenizer:
 
 
 def _uncomposed_pairs(charsmap: bytes) -> str:
-    """A regular expression that finds the place between a mark, or a letter with one, and a mark, where no
-    rule of `charsmap` composes both."""
+    """A regular expression that finds the place before a mark, or a final consonant of Korean, where no rule
+    of `charsmap` composes it with what stands before: a mark, or a character that has one, or that a rule
+    replaces, or a Korean syllable."""
+    keys = read_charsmap(charsmap)
     marked = {
         c for c in map(chr, range(sys.maxunicode + 1)) if _is_mark(unicodedata.normalize("NFKD", c)[-1])
     }
-    letters = {c for c in marked if not _is_mark(c)}
+    replaced = marked | {key for key in keys if len(key) == 1} | set(map(chr, range(0xAC00, 0xD7A4, 28)))
     after: dict[str, set[str]] = collections.defaultdict(set)
-    for key in read_charsmap(charsmap):
+    plain = {SEPARATOR}
+    for key in keys:
         for left, right in itertools.pairwise(key):
-            if left in marked and _is_mark(right):
-                after[left].add(right)
+            if _is_mark(right) or right in FINALS:
+                after[left].add(right) if left in replaced else plain.add(left)
     groups: dict[frozenset[str], set[str]] = collections.defaultdict(set)
     for left, rights in after.items():
         groups[frozenset(rights)].add(left)
     composed = "|".join(f"(?<=[{_ranges(lefts)}])(?=[{_ranges(rights)}])" for rights, lefts in groups.items())
-    return rf"(?<=[\p{{M}}{_ranges(letters)}])(?=\p{{M}})" + (f"(?!{composed})" if composed else "")
+    # letters that are composed with marks, and few; behind what is neither, a place more changes nothing
+    place = rf"(?<=[^{_ranges(plain)}])(?=[\p{{M}}{_ranges(FINALS)}])"
+    return place + (f"(?!{composed})" if composed else "")
 
 
 def _is_mark(character: str) -> bool:
