@@ -480,7 +480,7 @@ def load_note(path: Path) -> Any:
     assert load_json(path / "out.jsonl.run.json") == NOTE
 
 
-NOTE = {"settings": {"text": True}, "weights": "ab", "tokenizer": "cd", "inputs": "ef"}
+NOTE = {"settings": {"text": True}, "weights": "ab", "tokenizer": "cd", "inputs": "ef", "preprocessing": None}
 INPUTS = [{"image": f"{n}.png"} for n in range(4)]
 OUTPUT = dump_lines(*({**item, "embedding": [0.5, 1.5]} for item in INPUTS[:3]))
 
