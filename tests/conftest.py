@@ -48,14 +48,21 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ray",))
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+HANDLERS = {number: signal.getsignal(number) for number in SIGNALS}
+
+
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """Those that Ray and Tune leave in the process go: a child that another test forks would meet them, and
-    may outlive SIGTERM."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    before = {number: signal.getsignal(number) for number in numbers}
+    """Those that Ray and Tune leave in the process go, also where a module's fixture has started them: a
+    child that another test forks would meet them, and may outlive SIGTERM."""
+    _restore_handlers()
     yield
-    for number, handler in before.items():
+    _restore_handlers()
+
+
+def _restore_handlers():
+    for number, handler in HANDLERS.items():
         if handler is not None and signal.getsignal(number) != handler:
             signal.signal(number, handler)
 

@@ -332,7 +332,7 @@ def test_vqa_free_answers_get_soft_scores(tmp_path):
         list(answers.read_vqa_v2(tmp_path / "q.json", "none.json"))
     ja = [{"id": 5, "qas": [{"qa_id": 7, "question": "何?", "answer": "猫"}]}]
     assert list(answers.read_ja_vqa(write(tmp_path / "ja.json", ja))) == [
-        Example("7", ("何?",), ("5",), {"猫": 1.0})
+        Example("7", ("何?",), ("5",), {"猫": 1.0}, ("nani (what)",))
     ]
     fm = {"train": [{"question_id": 3, "image_id": 4, "Question": "什么?", "Answer": "猫"}], "val": []}
     assert list(answers.read_fm_iqa(write(tmp_path / "fm.json", fm), "train")) == [
@@ -341,6 +341,7 @@ def test_vqa_free_answers_get_soft_scores(tmp_path):
     write(tmp_path / "answers.json", ["yes", "cat"])
     line = {"en": "What?", "hi": "H", "ja": "J", "an": [1], "s": [0.9], "img_id": 4, "q_id": 6}
     path = lines(tmp_path / "c.jsonl", line)
-    assert list(answers.read_cvil(path, "hi", "answers.json")) == [Example("6", ("H",), ("4",), {"cat": 0.9})]
+    (found,) = answers.read_cvil(path, "hi", "answers.json")
+    assert found == Example("6", ("H",), ("4",), {"cat": 0.9}, "other")
     with pytest.raises(UserError, match=r"c.jsonl:1: answers \[2\]"):
         list(answers.read_cvil(lines(path, {**line, "an": [2]}), "hi", "answers.json"))

@@ -35,7 +35,7 @@ from finetune.batches import (
 )
 from finetune.formats import Captioned
 from finetune.stores.images import VisualSource, encoded_images
-from finetune.strategies.base import Captions, LossTerms, Need
+from finetune.strategies.base import Captions, LossTerms, Need, Outputs, term_shares
 from finetune.tasks.base import Pipeline, Score
 from finetune.tasks.classification import load_finetuned
 from finetune.tasks.ranking import summarise_hits
@@ -50,6 +50,7 @@ from raylib.finite import require_finite
 from raylib.metrics import hit_chances
 from raylib.models.base import FusionBackbone, RegionBackbone
 from raylib.models.finetuned import FinetuneModel, load_backbone
+from raylib.packed import upload
 from raylib.precision import autocast
 from raylib.randomness import integers
 from raylib.text import Tokenizer
@@ -101,7 +102,7 @@ class PairRetrieval(Retrieval):
         return PairBatches(items, pipeline.visual, pipeline.tokenizer, pipeline.config.length, order)
 
     def objective(self, config: "FinetuneConfig", model: Any, added: LossTerms) -> Objective:
-        return PairObjective(model, config.loss)
+        return PairObjective(model, config.loss, added)
 
     def evaluate(
         self, pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path
@@ -221,16 +222,17 @@ def option_logits(model: FinetuneModel, part: dict) -> Tensor:
 
 
 class PairObjective(Objective):
-    """`forward(batch)` -> (this worker's share of the loss, {"task": its mean over the global batch}): the
-    right option among four by cross-entropy ("ce"), or ahead of each wrong one by a margin of sigmoids
-    ("triplet", UC2's in IGLUE)."""
+    """`forward(batch)` -> (this worker's share of the loss, {"task", and by name the terms of strategies:
+    means over the global batch, unweighted}): the right option among four by cross-entropy ("ce"), or ahead
+    of each wrong one by a margin of sigmoids ("triplet", UC2's in IGLUE). The terms read nothing of the
+    model's (`PairRetrieval.provides`)."""
 
     has_unused_parameters = True  # heads of pretraining have no part in it
     model: FinetuneModel
 
-    def __init__(self, model: FinetuneModel, loss: str):
+    def __init__(self, model: FinetuneModel, loss: str, added: LossTerms | None = None):
         super().__init__()
-        self.model, self.loss = model, loss
+        self.model, self.loss, self.added = model, loss, added or LossTerms()
 
     def forward(self, batch: dict) -> tuple[Tensor, dict[str, Tensor]]:
         logits = option_logits(self.model, batch["pairs"])
@@ -241,8 +243,12 @@ class PairObjective(Objective):
         else:
             first = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
             value = F.cross_entropy(logits, first, reduction="sum")
-        share = value / examples
-        return share * world_size(), {"task": all_reduce(share)}
+        terms, _, task_weight = self.added
+        rows = examples * OPTIONS  # what a term sees of the batch
+        shares = torch.stack([value / examples, *term_shares(terms, Outputs(), batch["pairs"], rows)])
+        weights = torch.tensor([task_weight, *(term.weight for term in terms.values())])
+        loss = (upload(weights, logits.device) * shares).sum()
+        return loss * world_size(), dict(zip(["task", *terms], all_reduce(shares).unbind(), strict=True))
 
 
 @torch.inference_mode()

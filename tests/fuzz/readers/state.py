@@ -477,7 +477,8 @@ def read_note(path: Path) -> Any:
 
 
 def load_note(path: Path) -> Any:
-    assert load_json(path / "out.jsonl.run.json") == NOTE
+    # older versions did not note the preprocessing
+    assert {"preprocessing": None, **load_json(path / "out.jsonl.run.json")} == NOTE
 
 
 NOTE = {"settings": {"text": True}, "weights": "ab", "tokenizer": "cd", "inputs": "ef", "preprocessing": None}
