@@ -34,7 +34,7 @@ from raylib.command import command_parser, entry_point, local_path
 from raylib.config import Config, differing_paths, validate
 from raylib.data.images import is_image, load_image
 from raylib.display import progress
-from raylib.errors import UserError, name_errors, reading
+from raylib.errors import UserError, name_errors, name_some, reading
 from raylib.fileio import is_unicode, read_json_object, require_unicode
 from raylib.processes import try_lock
 from raylib.settings import MaxPixels
@@ -387,7 +387,7 @@ def _note(out: str, now: dict[str, Any]) -> None:
             check_shape(before, dict[str, Any])
         before.setdefault("preprocessing", now["preprocessing"])  # older versions did not note it
         if changed := differing_paths(before, now):
-            raise UserError(f"{out} was begun with other {', '.join(changed)}; give another --out")
+            raise UserError(f"{out} was begun with other {name_some(changed)}; give another --out")
         return
     if is_begun:
         raise UserError(f"{out} is there, without the {out}.run.json of this command; give another --out")

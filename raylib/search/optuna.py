@@ -12,7 +12,7 @@ from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FixedTrial, FrozenTrial, TrialState, create_trial
 
 from raylib.config import differing_paths, validate
-from raylib.errors import UserError, error_line, reading
+from raylib.errors import UserError, error_line, name_some, reading
 from raylib.fileio import read_jsonl, repair_jsonl
 from raylib.launch import MUTABLE_SETTINGS
 from raylib.search.config import SearchConfig, read_search
@@ -162,7 +162,7 @@ def load_warm_start(
         path for path in differing_paths(stored["recipe"], fingerprint["recipe"]) if path not in here
     ]
     outside = f"; {num_outside} lie outside of this space" if num_outside else ""
-    settings = f"other settings there: {', '.join(differing)}" if differing else "the same settings there"
+    settings = f"other settings there: {name_some(differing)}" if differing else "the same settings there"
     return WarmStart(
         trials, f"warm start from {len(trials)} finished trials of {folder}{outside}; {settings}"
     )
