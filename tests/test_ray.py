@@ -79,6 +79,7 @@ def test_ray_stopped_run_resumes_bit_exactly(mini):
     assert run(whole) == {}  # complete: says so and does nothing
 
 
+@pytest.mark.slow
 def test_ray_resume_with_another_number_of_workers_agrees(mini):
     runs = Path(mini().runs)
     one = mini("name=one", "workers=1")
@@ -123,6 +124,7 @@ def test_ray_run_goes_on_without_ray_and_the_reverse(mini, first):
         assert got[step] == pytest.approx(terms, rel=2e-4)
 
 
+@pytest.mark.slow
 def test_ray_killed_worker_is_replaced_without_trace(mini, capfd):
     settings = ["fit.steps=60", "fit.save_every=10", "fit.keep=2"]
     undisturbed = mini("name=undisturbed", *settings)
@@ -254,6 +256,7 @@ def signal_at(config, lines: int, *numbers: int) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code", "name"), [(signal.SIGTERM, 143, "SIGTERM")])
 def test_ray_notice_to_the_driver_is_a_checkpoint(mini, capfd, number, code, name):
     settings = ("fit.steps=60", "fit.save_every=50", "fit.keep=2")

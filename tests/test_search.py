@@ -208,6 +208,7 @@ class Deadly(FinetuneSearchJob):
         return super().run(config, reporter)
 
 
+@pytest.mark.slow
 def test_search_crashed_trials_are_retried_then_failed(search):
     choices = Space(
         "",
@@ -244,6 +245,7 @@ def _studies(folder):
     ]
 
 
+@pytest.mark.slow
 def test_search_trials_share_cached_objects(tmp_path):
     import ray
 
