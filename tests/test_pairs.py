@@ -9,6 +9,7 @@ import torch
 
 from finetune.__main__ import main
 from finetune.batches import BatchOrder, CaptionPairs, encode_texts
+from finetune.build import find_task
 from finetune.formats import Captioned
 from finetune.recipes import RECIPES
 from finetune.tasks.base import Pipeline
@@ -159,6 +160,15 @@ def test_retrieval_by_pairs_runs_end_to_end(tmp_path, scenes, model, kind):
     assert main([translated[0], *own, *translated[1:]]) == 0
     again = json.loads((tmp_path / "mt" / "result.json").read_text())
     assert again["retrieval"]["en"] == found["retrieval"]["en"] and again["steps"] == 0
+
+
+def test_pairs_start_from_weights_as_the_settings_say(tmp_path, scenes):
+    text = text_folder(tmp_path / "text", "xlmr")
+    path = write_regions(tmp_path, "npz", regions_of(scenes, "xflickrco"))
+    own = [f"data={scenes}", f"regions={path}", f"model={text}", "backbone_config.eps=0.125"]
+    config = override(RECIPES["iglue_uc2_xflickrco"](), own)
+    sizes = find_task(config).build_model(config).backbone.config
+    assert (sizes.activation, sizes.eps) == ("relu", 0.125)
 
 
 def test_head_pairs_is_of_retrieval_alone(tmp_path, scenes, model, capsys):

@@ -30,7 +30,7 @@ from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity
-from raylib.models.base import FusionBackbone, read_description
+from raylib.models.base import Backbone, FusionBackbone, read_description
 from raylib.models.decoder import encode_answers
 from raylib.models.finetuned import FinetuneModel, find_evaluated, load_backbone, tokenizer_at
 from raylib.packed import upload
@@ -135,8 +135,7 @@ class Classification(Task):
                 raise UserError(f"{config.model}: its head is a {head}; set head={head}")
             return model
         # CLIP and M-CLIP never see a text and its image together
-        changes = config.backbone_config.changes
-        backbone = load_backbone(config.model, config.backbone, config.vision, changes, config.preprocessing)
+        backbone = load_pretrained(config)
         if not isinstance(backbone, FusionBackbone):
             raise UserError(
                 f"task={config.task}: {backbone.kind} reads texts and images apart; it retrieves, "
@@ -350,6 +349,12 @@ class AnswerObjective(Objective):
         return loss * world_size(), dict(
             zip(("task", *self.terms), all_reduce(stacked).unbind(), strict=True)
         )
+
+
+def load_pretrained(config: "FinetuneConfig") -> Backbone:
+    """The pretrained model that a run starts from, as its settings say."""
+    changes = config.backbone_config.changes
+    return load_backbone(config.model, config.backbone, config.vision, changes, config.preprocessing)
 
 
 def load_finetuned(path: Path | str, labels: tuple[str, ...], name: str = "") -> FinetuneModel:

@@ -37,7 +37,7 @@ from finetune.formats import Captioned
 from finetune.stores.images import VisualSource, encoded_images
 from finetune.strategies.base import Captions, LossTerms, Need, Outputs, term_shares
 from finetune.tasks.base import Pipeline, Score
-from finetune.tasks.classification import load_finetuned
+from finetune.tasks.classification import load_finetuned, load_pretrained
 from finetune.tasks.ranking import summarise_hits
 from finetune.tasks.retrieval import Retrieval, merge_captions
 from raylib.data.images import BadImage
@@ -49,7 +49,7 @@ from raylib.errors import UserError
 from raylib.finite import require_finite
 from raylib.metrics import hit_chances
 from raylib.models.base import FusionBackbone, RegionBackbone
-from raylib.models.finetuned import FinetuneModel, load_backbone
+from raylib.models.finetuned import FinetuneModel
 from raylib.packed import upload
 from raylib.precision import autocast
 from raylib.randomness import integers
@@ -84,7 +84,7 @@ class PairRetrieval(Retrieval):
     def build_model(self, config: "FinetuneConfig") -> FinetuneModel:  # type: ignore[override]
         if config.continues:
             return load_finetuned(config.model, LABELS, config.backbone)
-        backbone = load_backbone(config.model, config.backbone, config.vision)
+        backbone = load_pretrained(config)
         if not isinstance(backbone, FusionBackbone):
             raise UserError(
                 f"head=pairs: {backbone.kind} reads texts and images apart; leave head= out, and set "

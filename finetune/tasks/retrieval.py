@@ -14,13 +14,13 @@ from finetune.formats import Captioned
 from finetune.stores.images import ImageSource, PrecomputedFeatures, encoded_images
 from finetune.strategies.base import AddedTerm, Captions, LossTerms, Need, Outputs, term_shares
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Score, Task
+from finetune.tasks.classification import load_pretrained
 from finetune.tasks.ranking import retrieve
 from raylib.distributed import all_reduce, world_size
 from raylib.engine import Objective
 from raylib.errors import UserError
 from raylib.metrics import disparity, mean_recall_at_1
 from raylib.models.base import RetrievalBackbone
-from raylib.models.finetuned import load_backbone
 from raylib.models.unified import UnifiedModel
 from raylib.objectives import align_pairs, info_nce
 from raylib.objectives.pretraining import ObjectiveConfig, TermWeights, UnifiedObjective
@@ -73,8 +73,7 @@ class Retrieval(Task):
         return read
 
     def build_model(self, config: "FinetuneConfig") -> RetrievalBackbone:
-        changes = config.backbone_config.changes
-        model = load_backbone(config.model, config.backbone, config.vision, changes, config.preprocessing)
+        model = load_pretrained(config)
         if not isinstance(model, RetrievalBackbone):
             raise UserError(
                 f"task={config.task}: retrieval encodes texts and images apart; {model.kind} reads them "
