@@ -221,7 +221,7 @@ def _continue(model: UnifiedModel, folder: str) -> None:
         before.vision.resize(model.config.image_size)
     weights = before.state_dict()
     if windowed:
-        weights["vision.place"] = torch.zeros_like(model.state_dict()["vision.place"])
+        weights["vision.place"] = model.state_dict()["vision.place"]  # random
     model.load_state_dict(weights)
 
 

@@ -354,7 +354,8 @@ class AugmentConfig(Config):
     ALBEF's public code (CCLM's, mVLP's) to the byte, a bicubic crop, then operations in turn, each on half of
     the images, at `magnitude`; pil: the same, but without that code's overflows."""
     scale: tuple[float, float] = (0.2, 1.0)
-    """Share of an image's area that a random crop keeps: least, most."""
+    """Share of an image's area that a random crop keeps: least, most. Above 1 (fused) the crop is larger than
+    the image, which then stands smaller, at a random place, on white."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Aspect (width over height) of a crop: least, most; drawn log-uniformly."""
     operations: int = Field(2, ge=0)
@@ -400,6 +401,8 @@ class AugmentConfig(Config):
 
     @model_validator(mode="after")
     def _has_operations(self) -> "AugmentConfig":
+        if self.randaugment != "fused" and self.scale[1] > 1:
+            raise ValueError(f"a scale above 1 is of randaugment=fused; with {self.randaugment} set 1 or less")
         own = set(type(self).model_fields["choices"].default)
         if self.randaugment != "fused" and (others := set(self.choices) - own):
             raise ValueError(

@@ -143,6 +143,19 @@ def test_random_crop_is_close_to_pil(shape, size):
         assert np.abs(got - np.asarray(expected).astype(int)[2:-2, 2:-2]).max() <= 6
 
 
+def test_crop_above_the_image_shrinks_it_onto_white_at_a_random_place():
+    """Four times the area: half the side, anywhere, nothing lost."""
+    black, config = np.zeros((40, 40, 3), np.uint8), plain(scale=(4, 4))
+    corners = set()
+    for draws in np.random.default_rng(1).random((20, FIXED_UNIFORMS)):
+        got = augment_image(black, 40, config, draws)
+        assert 20**2 - 60 <= (255 - got[..., 0].astype(int)).sum() / 255 <= 20**2 + 60  # borders are blurred
+        rows, columns = (got[..., 0] < 128).any(1).nonzero()[0], (got[..., 0] < 128).any(0).nonzero()[0]
+        assert 19 <= len(rows) <= 21 and 19 <= len(columns) <= 21
+        corners.add((int(rows[0]), int(columns[0])))
+    assert len(corners) > 15 and max(max(c) for c in corners) > 12 and min(min(c) for c in corners) < 4
+
+
 def only(name, strength, image, size):
     config = plain(operations=1, magnitude=10, choices=(name,))
     return augment_image(image, size, config, np.append(MIDDLE, [0.5, (strength + 1) / 2]))
@@ -235,6 +248,7 @@ def test_augment_is_deterministic_in_its_draws():
     [
         ({"choices": ["spin"]}, "spin"),
         ({"scale": [1, 0.5]}, "smaller one first"),
+        ({"randaugment": "albef", "scale": [1, 2]}, "a scale above 1 is of randaugment=fused"),
         ({"magnitude": 11}, "magnitude"),
     ],
 )

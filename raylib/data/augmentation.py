@@ -89,8 +89,10 @@ def _crop(
     low, high = (math.log(ratio) for ratio in config.ratio)
     stretch = math.sqrt(math.exp(low + (high - low) * aspect))
     side = math.sqrt(share * width * height)
-    # a crop that is longer than the image is as long as it
-    crop_width, crop_height = min(width, side * stretch), min(height, side / stretch)
+    crop_width, crop_height = side * stretch, side / stretch
+    # a crop that is longer than the image is as long as it; where the config zooms out, white surrounds it
+    if config.scale[1] <= 1:
+        crop_width, crop_height = min(width, crop_width), min(height, crop_height)
     left, top = (width - crop_width) * left, (height - crop_height) * top
     return np.array(
         [[crop_width, 0, left + crop_width / 2], [0, crop_height, top + crop_height / 2], [0, 0, 1]]

@@ -28,6 +28,9 @@ def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: t
     return (images.to(dtype) - shift) / scale
 
 
+PLACE_STD = 0.1  # of a window's place at the start
+
+
 class VisionBlock(RecomputedModule):
     """Pre-norm self-attention and feed-forward."""
 
@@ -60,7 +63,8 @@ class VisionEncoder(SplitModule):
     """Pixels to M = (size / patch)^2 patch states behind one CLS state.
 
     With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
-    the CLS state and the positions of an image of its own, and a learned place among them. The states are
+    the CLS state and the positions of an image of its own, and a learned place among them, random at first:
+    a frozen encoder whose places were alike could not tell one window from another. The states are
     then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
     encoder of single drawings so reads a scene of them.
     """
@@ -87,7 +91,7 @@ class VisionEncoder(SplitModule):
         self.patch_embedding = nn.Linear(3 * patch * patch, width)
         self.cls = nn.Parameter(torch.zeros(width))
         self.position = nn.Parameter(torch.randn(1 + ((window or size) // patch) ** 2, width) * 0.02)
-        self.place = nn.Parameter(torch.zeros((size // window) ** 2, width)) if window else None
+        self.place = nn.Parameter(torch.randn((size // window) ** 2, width) * PLACE_STD) if window else None
         self.blocks = nn.ModuleList(
             VisionBlock(width, heads, feedforward, dropout, eps) for _ in range(layers)
         )
