@@ -402,7 +402,9 @@ class AugmentConfig(Config):
     @model_validator(mode="after")
     def _has_operations(self) -> "AugmentConfig":
         if self.randaugment != "fused" and self.scale[1] > 1:
-            raise ValueError(f"a scale above 1 is of randaugment=fused; with {self.randaugment} set 1 or less")
+            raise ValueError(
+                f"a scale above 1 is of randaugment=fused; with {self.randaugment} set 1 or less"
+            )
         own = set(type(self).model_fields["choices"].default)
         if self.randaugment != "fused" and (others := set(self.choices) - own):
             raise ValueError(
