@@ -7,7 +7,10 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from finetune.recipes import SCENES_LANGUAGES
+from finetune.stores.images import open_images
 from finetune.strategies.lexical import WordNet
+from finetune.tasks.datasets import TASKS
 from raylib.sample import is_held_out
 from raylib.sample.scenes import (
     DATA,
@@ -20,8 +23,10 @@ from raylib.sample.scenes import (
     translate_name,
 )
 from raylib.sample.scenes.__main__ import main
+from raylib.sample.scenes.statements import Dice, Statement
 from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
-from raylib.sample.scenes.writer import XGQA, ScenesConfig, write_scenes
+from raylib.sample.scenes.translators import mistranslate
+from raylib.sample.scenes.writer import ERRORS, STYLE, XGQA, XVNLI, ScenesConfig, write_scenes
 
 SMALL = ScenesConfig(train=60, dev=12, test=60, shots=5)
 
@@ -51,6 +56,8 @@ def truth(scenes):
         ("es", "choose", ["cat", "bear"], "¿Qué aparece en la imagen: gato u oso?"),
         ("es", "choose", ["bear", "cat"], "¿Qué aparece en la imagen: oso o gato?"),
         ("en", "compare", ["cat", "dog"], "Which is drawn larger: cat or dog?"),
+        ("sw", "verify", ["cat"], "Je, kuna kitu hiki kwenye picha: paka?"),
+        ("sw", "two_lr", ["cat", "dog"], "Picha ya kushoto inaonyesha paka, na ya kulia inaonyesha mbwa."),
     ],
 )
 def test_scenes_names_fit_into_sentences(language, template, names, text):
@@ -176,9 +183,75 @@ def test_scenes_two_image_statements_follow_from_the_scenes(scenes, truth):
         assert record["label"] == str(true)
 
 
-def test_scenes_test_images_are_by_another_vendor(scenes):
+def test_scenes_other_style_has_the_same_tests_by_an_unseen_vendor(scenes):
+    """The same annotations and scenes in other drawings; training, dev and test sets are in the same ones."""
     vendors = Counter((("test" in s["id"]), s["vendor"]) for s in read_lines(scenes / "scenes.jsonl"))
-    assert {key for key in vendors} == {(False, "noto"), (False, "twemoji"), (True, "fluent")}
+    assert set(vendors) == {(is_test, v) for is_test in (False, True) for v in ("noto", "twemoji")}
+    usual = {s["id"]: s for s in read_lines(scenes / "scenes.jsonl")}
+    style = {s["id"]: s for s in read_lines(scenes / STYLE / "scenes.jsonl")}
+    assert style == {name: {**s, "vendor": "fluent"} for name, s in usual.items() if "test" in name}
+    stores = [open_images(scenes / folder / "images.tar") for folder in ("", STYLE)]
+    for name in list(style)[::7]:
+        one, other = (store.read(name).astype(int) for store in stores)
+        assert one.shape == other.shape and np.abs(one - other).mean() > 1
+
+
+@pytest.mark.parametrize("name", SCENES_LANGUAGES)
+def test_scenes_trees_hold_every_test_set_in_every_language(scenes, name):
+    """In the other style the same files; translations with errors beside all that is as it was."""
+    task, languages = TASKS[name], SCENES_LANGUAGES[name]
+    for language in languages:
+        usual = list(task.read(task.path(scenes, "test", language), "test", language))
+        for folder in (STYLE, *ERRORS):
+            assert usual == list(task.read(task.path(scenes / folder, "test", language), "test", language))
+        if language != "en":
+            task.path(scenes / STYLE, "translated", language).read_bytes()
+    for folder in ERRORS:
+        assert (scenes / folder / "images.tar").samefile(scenes / "images.tar")
+        assert task.path(scenes / folder, "train", "en").exists()
+
+
+@pytest.mark.parametrize(("split", "share"), [("errors10", 0.1), ("errors30", 0.3)])
+def test_scenes_translations_with_errors_are_wrong_so_often(scenes, split, share):
+    """In both directions, of every task; the wrong ones of 10 % among those of 30 %, with the same error."""
+    wrong = total = 0
+    for path in sorted((scenes / split).rglob("*")):
+        if not path.is_file() or path.is_symlink() or path.resolve() != path:
+            continue
+        name = path.relative_to(scenes / split)
+        right, here, most = (read_texts(scenes / folder / name) for folder in ("", split, "errors30"))
+        assert len(right) == len(here) == len(most)
+        wrong += sum(a != b for a, b in zip(right, here, strict=True))
+        total += len(right)
+        for a, b, c in zip(right, here, most, strict=True):
+            assert b in (a, c)
+    assert total > 3000 and abs(wrong / total - share) < 0.02
+
+
+def read_texts(path):
+    """The sentences of a file of translations, in its order."""
+    if path.suffix == ".json":
+        return [item["question"] for item in json.loads(path.read_text(encoding="utf-8")).values()]
+    lines = read_lines(path)
+    return [line.get("sentence2") or line.get("caption") or line["sentences"][0] for line in lines]
+
+
+def test_mistranslate_makes_each_kind_of_error():
+    def errors(template, names=(), position=None):
+        statement = Statement(template, names, "", position=position)
+        return {mistranslate(statement, Dice("error", i)).text("en") for i in range(200)}
+
+    denied = errors("s_not", ("poodle",))
+    assert "The picture shows this: poodle." in denied  # the negation dropped
+    assert "The picture does not show this: zebra." in denied  # another animal
+    # no relative, nothing of another category
+    assert not any(word in text for text in denied for word in (": dog", ": banana"))
+    assert errors("query_pos", position=0) == {"What is at the top right?", "What is at the bottom left?"}
+    both = errors("and", ("cat", "banana"))
+    assert "Is at least one of these in the picture: cat or banana?" in both
+    assert {"Is this in the picture: cat?", "Is this in the picture: banana?"} < both
+    assert "The left picture shows banana, the right one cat." in errors("two_lr", ("cat", "banana"))
+    assert not any("food" in text for text in errors("s_has", ("fruit",)))
 
 
 def test_scenes_languages_are_parallel_and_answers_english(scenes):
@@ -191,6 +264,11 @@ def test_scenes_languages_are_parallel_and_answers_english(scenes):
             q: (i["answer"], i["imageId"]) for q, i in sets["en"].items()
         }
         assert code == "en" or any(items[q]["question"] != sets["en"][q]["question"] for q in items)
+
+
+def test_scenes_languages_are_those_of_the_recipes():
+    assert set(SCENES_LANGUAGES["xgqa"]) == set(XGQA) and set(SCENES_LANGUAGES["xvnli"]) == set(XVNLI)
+    assert set(SCENES_LANGUAGES["marvl"]) == set(SCENES_LANGUAGES["xflickrco"]) == set(LANGUAGES)
 
 
 def test_scenes_labels_are_balanced(scenes):
@@ -213,7 +291,8 @@ def test_scenes_translations_are_english_and_imperfect(scenes):
 def test_scenes_small_set_is_small_and_reproducible(scenes, tmp_path):
     write_scenes(tmp_path / "again", SMALL)
     files = {path.relative_to(scenes): path.read_bytes() for path in scenes.rglob("*") if path.is_file()}
-    assert sum(map(len, files.values())) <= 3.3e6
+    own = sum(path.lstat().st_size for path in scenes.rglob("*") if path.is_file())
+    assert own <= 5.5e6
     assert all((tmp_path / "again" / name).read_bytes() == data for name, data in files.items())
 
 

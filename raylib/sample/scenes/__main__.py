@@ -1,6 +1,6 @@
 """Write emoji scenes, a miniature IGLUE, into a new folder:
 
-python -m raylib.sample.scenes OUT [train=3000 dev=300 test=1000 shots=100 size=64 seed=0]
+python -m raylib.sample.scenes OUT [train=30000 dev=1000 test=2000 shots=100 size=64 seed=0]
 """
 
 import sys

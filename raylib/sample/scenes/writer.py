@@ -1,8 +1,9 @@
 """Write the miniature IGLUE: the official formats, in the folders of the IGLUE repository (`README.md` lists
-them)."""
+them); beside them the test sets in another style, and translations with errors."""
 
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
@@ -17,30 +18,32 @@ from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
 from raylib.sample import LANGUAGES as ALL_LANGUAGES
-from raylib.sample import decode_drawings, draw_webp, read_concept_captions
-from raylib.sample.scenes import (
-    DATA,
-    LANGUAGES,
+from raylib.sample import UNSEEN_VENDOR, decode_drawings, draw_webp, read_concept_captions
+from raylib.sample.scenes import DATA, LANGUAGES, read_labels
+from raylib.sample.scenes.statements import (
     QUESTIONS,
     Dice,
     Scene,
     Statement,
-    Wording,
     ask_question,
     compare_pair,
     draw_counts,
-    from_english,
-    in_language,
     make_caption,
     make_claim,
     make_scene,
     pick_above_and_below,
-    read_labels,
+)
+from raylib.sample.scenes.translators import (
+    Translator,
+    Wording,
+    from_english,
+    in_language,
     to_english,
+    with_errors,
 )
 
-XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "zh")
-XVNLI = ("en", "ar", "es", "fr", "ru")
+XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "sw", "zh")
+XVNLI = ("en", "ar", "es", "fr", "ru", "sw")
 SHOTS = {
     "gqa": (1, 5, 10, 20, 25, 48),
     "nli": (1, 5, 10, 20, 25, 48),
@@ -48,16 +51,38 @@ SHOTS = {
     "marvl": (1, 2, 4, 10),
 }
 RELATIONS = ("entailment", "neutral", "contradiction")
+TRANSLATED_TRAIN = 9000  # training questions that are translated, the first ones
+ERRORS = {"errors10": 0.1, "errors30": 0.3}  # folders of translations: how many sentences are wrong
+STYLE = "test_style"  # folder of the test sets in a style that training has not
+TEST_FILES = (
+    "xGQA/annotations/few_shot/*/test.json",
+    "xGQA/annotations_machine-translate/few_shot/*/test.json",
+    "XVNLI/annotations/*/test.jsonl",
+    "XVNLI/annotations_machine-translate/*/test.jsonl",
+    "xFlickrCO/annotations/*/test.jsonl",
+    "xFlickrCO/annotations_machine-translate/*/test_gmt.jsonl",
+    "nlvr2/annotations/test.jsonl",
+    "marvl/zero_shot/annotations/*.jsonl",
+    "marvl/zero_shot/annotations_machine-translate/*.jsonl",
+)
+# what a test needs besides its own files
+SHARED_FILES = (
+    "gqa/annotations/trainval_label2ans.json",
+    "relations.json",
+    "vectors.txt",
+    "wordnet",
+    "dictionaries",
+)
 
 
 class ScenesConfig(Config):
     """Sizes of the miniature IGLUE."""
 
-    train: PositiveInt = 3000
+    train: PositiveInt = 30_000
     """Training items of each task."""
-    dev: PositiveInt = 300
+    dev: PositiveInt = 1000
     """Dev items of each task and language."""
-    test: PositiveInt = 1000
+    test: PositiveInt = 2000
     """Test items of each task and language."""
     shots: int = Field(100, ge=1)
     """Images in the largest few-shot set."""
@@ -71,26 +96,60 @@ class ScenesConfig(Config):
         return tuple(n for n in SHOTS[task] if n <= self.shots)
 
 
+class Images:
+    """Scenes and their images: `images.tar` and `scenes.jsonl` of a folder."""
+
+    def __init__(self, folder: Path, size: int):
+        folder.mkdir(exist_ok=True)
+        self.folder, self.size = folder, size
+        self.tar = tarfile.open(folder / "images.tar", "w")  # noqa: SIM115
+        self.scenes: list[Scene] = []
+
+    def add(self, scene: Scene) -> None:
+        """Draw the scene; its image is in the tar as ID.webp."""
+        placements = [placement for _, placement in scene.objects]
+        data = draw_webp(placements, decode_drawings(scene.vendor), self.size)
+        info = tarfile.TarInfo(f"{scene.id}.webp")
+        info.size = len(data)
+        self.tar.addfile(info, io.BytesIO(data))
+        self.scenes.append(scene)
+
+    def close(self) -> None:
+        """End the tar, write the ground truth."""
+        self.tar.close()
+        with (self.folder / "scenes.jsonl").open("w", encoding="utf-8") as file:
+            for scene in self.scenes:
+                objects = [
+                    {"label": label} | {k: v for k, v in placement._asdict().items() if k != "key"}
+                    for label, placement in scene.objects
+                ]
+                record = {"id": scene.id, "vendor": scene.vendor, "objects": objects}
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
 class Writer:
-    """Files under `out`: JSON, JSON lines, and every scene that is asked for, once, into `images.tar`."""
+    """Files under `out`: JSON, JSON lines, and every scene that is asked for, once, into `images.tar`; the
+    tests' in the unseen style too."""
 
     def __init__(self, out: Path, config: ScenesConfig):
         self.out, self.config = out, config
-        self.tar = tarfile.open(out / "images.tar", "w")  # noqa: SIM115
-        self.scenes: list[Scene] = []
+        self.images, self.style = Images(out, config.size), Images(out / STYLE, config.size)
 
     def scene(
         self, name: str, split: str, count: int, required: Sequence[str] = (), avoid: Sequence[str] = ()
     ) -> Scene:
-        """Make a scene as `make_scene` does; its image is in the tar as `name`.webp."""
+        """Make a scene as `make_scene` does, and draw it."""
         scene = make_scene(name, split, self.config.size, self.config.seed, count, required, avoid)
-        placements = [placement for _, placement in scene.objects]
-        data = draw_webp(placements, decode_drawings(scene.vendor), self.config.size)
-        info = tarfile.TarInfo(f"{name}.webp")
-        info.size = len(data)
-        self.tar.addfile(info, io.BytesIO(data))
-        self.scenes.append(scene)
+        self.images.add(scene)
+        if split == "test":
+            self.style.add(scene._replace(vendor=UNSEEN_VENDOR))
         return scene
+
+    def translations(self, translator: Translator, language: str) -> Iterator[tuple[str, Wording]]:
+        """(beginning of the path, wording) of each variant of the translations: without errors, and with."""
+        yield "", translator(language, self.config.seed)
+        for folder, share in ERRORS.items():
+            yield f"{folder}/", with_errors(translator, share)(language, self.config.seed)
 
     def json(self, path: str, value: Any) -> None:
         """Write a JSON file."""
@@ -112,20 +171,29 @@ class Writer:
             archive.writestr(zipfile.ZipInfo(file.stem), text, zipfile.ZIP_DEFLATED)
 
     def close(self) -> None:
-        """End the tar, write the ground truth."""
-        self.tar.close()
-        records = [
-            {
-                "id": scene.id,
-                "vendor": scene.vendor,
-                "objects": [
-                    {"label": label} | {k: v for k, v in placement._asdict().items() if k != "key"}
-                    for label, placement in scene.objects
-                ],
-            }
-            for scene in self.scenes
-        ]
-        self.lines("scenes.jsonl", records)
+        """End the tars; complete the other trees by links to the files here."""
+        self.images.close()
+        self.style.close()
+        for pattern in (*TEST_FILES, *SHARED_FILES):
+            for source in sorted(self.out.glob(pattern)):
+                _link(source, self.out / STYLE / source.relative_to(self.out))
+        for folder in ERRORS:
+            self._complete(self.out / folder, self.out)
+
+    def _complete(self, tree: Path, source: Path) -> None:
+        """Link to all in `source` that `tree` has not."""
+        for entry in sorted(source.iterdir()):
+            if entry.name in (*ERRORS, STYLE):
+                continue
+            if not (tree / entry.name).exists():
+                _link(entry, tree / entry.name)
+            elif entry.is_dir():
+                self._complete(tree / entry.name, entry)
+
+
+def _link(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(os.path.relpath(source, path.parent))
 
 
 def write_scenes(out: Path, config: ScenesConfig) -> str:
@@ -147,7 +215,7 @@ def write_scenes(out: Path, config: ScenesConfig) -> str:
             shutil.copyfile(source, partial / source.relative_to(DATA))
         writer.json("relations.json", {name: _relations(name) for name in read_labels()})
         writer.close()
-    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    size = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: 4 tasks of {config.train} + {config.dev} + {config.test} items, {size / 1e6:.1f} MB"
 
 
@@ -169,7 +237,7 @@ def _write_questions(writer: Writer, config: ScenesConfig) -> None:
             dice = Dice(config.seed, "gqa", split, i)
             questions = (ask_question(scene, kind, dice) for kind in dice.order(QUESTIONS))
             for question in [q for q in questions if q][:3]:
-                items[f"{split}{len(items):06d}"] = (scene.id, question)
+                items[f"{split}{len(items):06d}"] = (scene.id, question._replace(scene=scene.id))
                 if len(items) == count:
                     return items
         return items
@@ -202,6 +270,7 @@ def _write_questions(writer: Writer, config: ScenesConfig) -> None:
     images = list(dict.fromkeys(image for image, _ in shots.values()))
     subsets = {f"train_{n}": images[:n] for n in sizes} | {"dev": images[max(sizes) :]}
     testdev = test | shots  # as in xGQA: few-shot files and their test are parts of it
+    translated_train = dict(list(train.items())[:TRANSLATED_TRAIN])
     for language in XGQA:
         folder, wording = f"xGQA/annotations/few_shot/{language}", in_language(language)
         zero_shot = f"zero_shot/testdev_balanced_questions_{language}.json"
@@ -211,11 +280,13 @@ def _write_questions(writer: Writer, config: ScenesConfig) -> None:
             items = {key: item for key, item in shots.items() if item[0] in subset}
             writer.json(f"{folder}/{name}.json", records(items, wording))
         if language != "en":
-            folder, wording = "xGQA/annotations_machine-translate", to_english(language, config.seed)
-            writer.json(f"{folder}/few_shot/{language}/test.json", records(test, wording))
-            writer.json(f"{folder}/{zero_shot}", records(testdev, wording))
-            path = f"xGQA/annotations_translate-train/{language}/train_balanced_questions.json"
-            writer.json(path, records(train, from_english(language, config.seed)))
+            for tree, wording in writer.translations(to_english, language):
+                folder = f"{tree}xGQA/annotations_machine-translate"
+                writer.json(f"{folder}/few_shot/{language}/test.json", records(test, wording))
+                writer.json(f"{folder}/{zero_shot}", records(testdev, wording))
+            for tree, wording in writer.translations(from_english, language):
+                path = f"{tree}xGQA/annotations_translate-train/{language}/train_balanced_questions.json"
+                writer.json(path, records(translated_train, wording))
 
 
 def _write_entailment(writer: Writer, config: ScenesConfig) -> None:
@@ -231,9 +302,9 @@ def _write_entailment(writer: Writer, config: ScenesConfig) -> None:
             required = pick_above_and_below(dice) if dice.uniform() < 0.9 else ()
             scene = writer.scene(f"n{split}{i}", split, counts[i], required)
             premise = make_caption(scene, dice).text("en")
-            items += [
-                (scene, premise, make_claim(scene, relation, dice)) for relation in dice.order(RELATIONS)
-            ]
+            for relation in dice.order(RELATIONS):
+                claim = make_claim(scene, relation, dice)
+                items.append((scene, premise, claim._replace(scene=scene.id)))
         return items[:count]
 
     def records(items: Items, wording: Wording) -> Iterator[dict[str, Any]]:
@@ -258,8 +329,9 @@ def _write_entailment(writer: Writer, config: ScenesConfig) -> None:
         for n in config.shot_sizes("nli"):
             writer.lines(f"XVNLI/annotations/{language}/train_{n}.jsonl", records(shots[: 3 * n], wording))
         if language != "en":
-            path = f"XVNLI/annotations_machine-translate/{language}/test.jsonl"
-            writer.lines(path, records(test, to_english(language, config.seed)))
+            for tree, wording in writer.translations(to_english, language):
+                path = f"{tree}XVNLI/annotations_machine-translate/{language}/test.jsonl"
+                writer.lines(path, records(test, wording))
 
 
 def _write_captions(writer: Writer, config: ScenesConfig) -> None:
@@ -272,7 +344,7 @@ def _write_captions(writer: Writer, config: ScenesConfig) -> None:
         for i in progress(range(count), f"draw scenes of xFlickrCO, {split}"):
             scene = writer.scene(f"f{split}{i}", split, counts[i])
             dice = [Dice(config.seed, "flickr", split, i, k) for k in range(num_captions)]
-            items.append((scene, [make_caption(scene, die) for die in dice]))
+            items.append((scene, [make_caption(scene, die)._replace(scene=scene.id) for die in dice]))
         return items
 
     def records(items: Items, wording: Wording) -> Iterator[dict[str, Any]]:
@@ -293,13 +365,14 @@ def _write_captions(writer: Writer, config: ScenesConfig) -> None:
         if language != "en":
             writer.lines(f"{folder}/dev.jsonl", records(dev, wording))
             folder = f"xFlickrCO/annotations_machine-translate/{language}"
-            translated = to_english(language, config.seed)
-            writer.lines(f"{folder}/test_gmt.jsonl", records(test, translated))
-            writer.lines(f"{folder}/dev_gmt.jsonl", records(dev, translated))
-            for n in config.shot_sizes("flickr"):
-                writer.lines(f"{folder}/train_{n}_gmt.jsonl", records(shots[:n], translated))
-                foreign = records(shots[:n], from_english(language, config.seed))
-                writer.lines(f"{folder}/train_{n}_from_en.jsonl", foreign)
+            for tree, wording in writer.translations(to_english, language):
+                writer.lines(f"{tree}{folder}/test_gmt.jsonl", records(test, wording))
+                writer.lines(f"{tree}{folder}/dev_gmt.jsonl", records(dev, wording))
+                for n in config.shot_sizes("flickr"):
+                    writer.lines(f"{tree}{folder}/train_{n}_gmt.jsonl", records(shots[:n], wording))
+            for tree, wording in writer.translations(from_english, language):
+                for n in config.shot_sizes("flickr"):
+                    writer.lines(f"{tree}{folder}/train_{n}_from_en.jsonl", records(shots[:n], wording))
 
 
 def _write_pairs(writer: Writer, config: ScenesConfig) -> None:
@@ -315,7 +388,8 @@ def _write_pairs(writer: Writer, config: ScenesConfig) -> None:
             shared = (dice.pick(list(read_labels())),)
             left = writer.scene(f"{stem}-img0", split, counts[i], shared)
             right = writer.scene(f"{stem}-img1", split, counts[i], shared, left.names)
-            items += [(stem, compare_pair(left, right, true, dice)) for true in dice.order([True, False])]
+            for true in dice.order([True, False]):
+                items.append((stem, compare_pair(left, right, true, dice)._replace(scene=stem)))
         return items[:count]
 
     def nlvr2_records(items: Items, language: str = "en") -> Iterator[dict[str, Any]]:
@@ -344,8 +418,9 @@ def _write_pairs(writer: Writer, config: ScenesConfig) -> None:
         wording, stem = in_language(language), f"marvl-{language}"
         writer.lines(f"nlvr2/annotations/dev-{language}_gmt.jsonl", nlvr2_records(dev, language))
         writer.lines(f"marvl/zero_shot/annotations/{stem}.jsonl", marvl_records(test, language, wording))
-        translated = marvl_records(test, language, to_english(language, config.seed))
-        writer.lines(f"marvl/zero_shot/annotations_machine-translate/{stem}_gmt.jsonl", translated)
+        for tree, wording_to_english in writer.translations(to_english, language):
+            path = f"{tree}marvl/zero_shot/annotations_machine-translate/{stem}_gmt.jsonl"
+            writer.lines(path, marvl_records(test, language, wording_to_english))
         for n in config.shot_sizes("marvl"):
             items = marvl_records(shots[: 2 * n], language, wording)
             writer.lines(f"marvl/few_shot/annotations/{stem}_train{n}.jsonl", items)
