@@ -16,12 +16,11 @@ from finetune.stores.images import (
     RegionFeatures,
     VisualSource,
     open_visual,
-    precompute_features,
 )
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
 from finetune.tasks.datasets import TASKS
-from raylib.cache import fingerprint_module, get_cache
+from raylib.cache import fingerprint_module, get_cache, precompute_features
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
 from raylib.distributed import rank
 from raylib.errors import UserError

@@ -12,19 +12,24 @@ are an error.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pretrain.config import DataConfig, StreamConfig
+from raylib.cache import EncoderStates, fingerprint_module, precompute_features
 from raylib.data.augmentation import augment_image, count_uniforms, forbid_flips
 from raylib.data.images import BadImage, decode_image, preprocess_image
 from raylib.data.lanes import Lanes, list_step_draws
 from raylib.data.loading import StepDataset
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
+from raylib.fileio import sha256_file
+from raylib.models.unified import UnifiedModel
 from raylib.packed import Sentences
 from raylib.provenance import DataFile
 from raylib.randomness import integers, uniform, uniform_float32
@@ -44,10 +49,11 @@ class StepBatches(StepDataset):
 
     A batch is {"step", "samples": of all streams and workers, "tokens", "bad": samples replaced here,
     "image_text": {"size": of the global batch, "index" (b,) in it, "images" uint8 (b, H, W, 3), "image_id"
-    (b,), "text": Sentences, "negative_uniforms" (b, 2)}, "parallel": {"size", "index", "source": Sentences
+    (b,), "text": Sentences, "negative_uniforms" (b, 2)}, in place of "images" their "states", b rows, where
+    these were made before (`cache_image_states`), "parallel": {"size", "index", "source": Sentences
     (English), "target": Sentences}, "text": {"size", "index", "text": Sentences}}.
 
-    augments: False shows images as an evaluation does, prepared as `preprocess` says.
+    preprocess: preparation of images where nothing augments them.
 
     Raises UserError: what `Source`, `Lanes` and `Tokenizer` find wrong, a stream without a folder, a language
     without data, lanes that do not divide the batch, no stream at all.
@@ -60,7 +66,6 @@ class StepBatches(StepDataset):
         seed: int,
         rank: int = 0,
         world: int = 1,
-        augments: bool = True,
         preprocess: PreprocessConfig = SQUEEZED,
     ):
         tokenizer = Tokenizer.load(config.tokenizer)
@@ -76,7 +81,7 @@ class StepBatches(StepDataset):
                 )
             parts = (name, config, stream_config, tokenizer, seed, rank, world)
             stream: _ImageTextStream | _PackedStream = (
-                _ImageTextStream(image_size, None if augments else preprocess, *parts)
+                _ImageTextStream(image_size, preprocess, *parts)
                 if name == "image_text"
                 else _PackedStream(*parts)
             )
@@ -111,6 +116,17 @@ class StepBatches(StepDataset):
                 f"{count / num_read:.1%} of the samples read are unusable (data.bad_limit={limit:g}), such "
                 f"as {such}; mend the data, or give a higher data.bad_limit="
             )
+
+    def cache_image_states(self, model: UnifiedModel, folder: Path, bf16: bool) -> None:
+        """All workers together: encode every image that may be drawn, once, by `model`'s image encoder, which
+        never changes; batches have the states in the images' place. They are kept in `folder`, for other runs
+        with the same encoder and images."""
+        stream = self.streams.get("image_text")
+        if not isinstance(stream, _ImageTextStream):
+            return
+        before = stream.sample_bytes
+        stream.cache_states(model, folder, bf16)
+        self.batch_bytes += (stream.sample_bytes - before) * len(stream.global_index)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         batch: dict[str, Any] = {"step": step, "samples": self.samples, "bad": 0}
@@ -188,45 +204,81 @@ class _PackedStream(_Stream):
 class _ImageTextStream(_Stream):
     """Images with captions. Samples that cannot be used are counted, and told once each."""
 
-    def __init__(self, size: int, preprocess: PreprocessConfig | None, *parts):
-        """preprocess: how images are prepared that nothing augments; None: they are augmented."""
+    def __init__(self, size: int, preprocess: PreprocessConfig, *parts):
+        """preprocess: preparation of images where nothing augments them."""
         super().__init__(*parts)
         self.size, self.preprocess = size, preprocess
+        self.states: EncoderStates | None = None  # of all images, where they were encoded before
         self.sample_bytes += 3 * size**2
         self.num_bad = 0  # met by this process
         self.warnings: set[str] = set()
+
+    def cache_states(self, model: UnifiedModel, folder: Path, bf16: bool) -> None:
+        """As `StepBatches.cache_image_states`."""
+        (language,) = self.lanes.languages
+        manifest = self.source.files()[0].path
+        read_as = (model.describe_preprocessing(), self.config.max_pixels, language, bf16)
+        name = fingerprint_module(model.vision, sha256_file(manifest), *read_as)
+        self.states = precompute_features(model, self, self._list_images(language), folder / name, bf16)
+        values = self.states.read([next(iter(self.states.rows))]).values
+        self.sample_bytes += values.nbytes - 3 * self.size**2
+
+    def _list_images(self, language: str) -> Iterator[str]:
+        """Name every image of every sample."""
+        for number in range(self.source.size(language)):
+            for extension in self.source.sample(language, number).images:
+                yield _image_name(number, extension)
+
+    def read_usable(self, names: Sequence[str]) -> tuple[Tensor, dict[str, str]]:
+        """Images as `raylib.cache.ImageReader` has them."""
+        images, faults = np.zeros((len(names), self.size, self.size, 3), np.uint8), {}
+        (language,) = self.lanes.languages
+        for image, name in zip(images, names, strict=True):
+            number, _, extension = name.partition(".")
+            try:
+                decoded = self._decode_image(self.source.sample(language, int(number)), extension)
+                image[:] = preprocess_image(decoded, self.size, self.preprocess)
+            except BadImage as error:
+                faults[name] = str(error)
+        return torch.from_numpy(images), faults
 
     def read(self, step: int) -> dict[str, Any]:
         keys, rows = (self.seed, step, self.name), self.global_index[:, None]
         # one call for the whole batch; a replacement draws anew, from the same keys and its attempt
         picks = uniform(*keys, "pick", rows, 0, np.arange(2))
-        augmentations = uniform(*keys, "augment", rows, np.arange(count_uniforms(self.config.augment)))
-        images = np.empty((len(rows), self.size, self.size, 3), np.uint8)
-        identities, captions, bad_before = [], [], self.num_bad
+        augment = self.config.augment
+        draws = uniform(*keys, "augment", rows, np.arange(count_uniforms(augment) if augment else 0))
+        images = np.empty((0 if self.states else len(rows), self.size, self.size, 3), np.uint8)
+        identities, names, captions, bad_before = [], [], [], self.num_bad
         start = step * self.draws_per_lane
-        samples = self.source.samples(self.lanes.draw(d.lane, start + d.draw) for d in self.draws)
-        for i, sample in enumerate(samples):
-            identity, image, caption = self._read_sample(step, i, picks[i], sample)
-            forbid_flips(self.config.augment, augmentations[i : i + 1], [[caption]])
-            images[i] = (
-                augment_image(image, self.size, self.config.augment, augmentations[i])
-                if self.preprocess is None
-                else preprocess_image(image, self.size, self.preprocess)
-            )
+        numbers = [self.lanes.draw(d.lane, start + d.draw) for d in self.draws]
+        for i, sample in enumerate(self.source.samples(numbers)):
+            identity, image, caption = self._read_sample(step, i, picks[i], sample, numbers[i][1])
+            if isinstance(image, str):
+                names.append(image)
+            elif augment:
+                forbid_flips(augment, draws[i : i + 1], [[caption]])
+                images[i] = augment_image(image, self.size, augment, draws[i])
+            else:
+                images[i] = preprocess_image(image, self.size, self.preprocess)
             identities.append(identity)
             captions.append(caption)
         negatives = uniform_float32(*keys, "negative", rows, np.arange(2))
-        return self.places | {
-            "images": torch.from_numpy(images),
-            "image_id": torch.tensor(identities),
-            "text": self.mask_sentences(self.tokenizer.encode(captions), step),
-            "negative_uniforms": torch.from_numpy(negatives),
-            "bad": self.num_bad - bad_before,
-        }
+        visual = {"states": self.states.read(names)} if self.states else {"images": torch.from_numpy(images)}
+        return (
+            self.places
+            | visual
+            | {
+                "image_id": torch.tensor(identities),
+                "text": self.mask_sentences(self.tokenizer.encode(captions), step),
+                "negative_uniforms": torch.from_numpy(negatives),
+                "bad": self.num_bad - bad_before,
+            }
+        )
 
     def _read_sample(
-        self, step: int, row: int, pick: np.ndarray, sample: Sample
-    ) -> tuple[int, np.ndarray, str]:
+        self, step: int, row: int, pick: np.ndarray, sample: Sample, number: int
+    ) -> tuple[int, np.ndarray | str, str]:
         """(identity, image, caption) of one place in the batch: of `sample`, or of the first usable one that
         takes its place."""
         draw, keys, language = self.draws[row], (self.seed, step, self.name), sample.language
@@ -238,17 +290,18 @@ class _ImageTextStream(_Stream):
                 pick = uniform(*keys, "pick", draw.global_index, attempt, np.arange(2))
                 sample = self.source.sample(language, number)
             try:
-                return self._decode_sample(sample, *pick)
+                return self._choose(sample, number, *pick)
             except (BadImage, BadCaption) as error:
                 self._count_bad(str(error))
         raise UserError(
             f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}"
         )
 
-    def _decode_sample(
-        self, sample: Sample, image_pick: float, caption_pick: float
-    ) -> tuple[int, np.ndarray, str]:
-        """Identity of a sample, one of its images (H, W, 3), one of its captions."""
+    def _choose(
+        self, sample: Sample, number: int, image_pick: float, caption_pick: float
+    ) -> tuple[int, np.ndarray | str, str]:
+        """Identity of a sample, one of its images, (H, W, 3) or the name of its states, one of its
+        captions."""
         if not sample.images:
             raise BadImage(sample.describe("no image"))
         try:
@@ -261,15 +314,28 @@ class _ImageTextStream(_Stream):
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         extension = sample.images[int(image_pick * len(sample.images))]
+        if self.states is None:
+            return sample.identity, self._decode_image(sample, extension), caption
+        name = _image_name(number, extension)
+        if fault := self.states.faults.get(name):
+            raise BadImage(fault)
+        return sample.identity, name, caption
+
+    def _decode_image(self, sample: Sample, extension: str) -> np.ndarray:
+        """(H, W, 3) of one of a sample's images."""
         data = sample.read(extension)
         try:
-            image = decode_image(data, max_pixels=self.config.max_pixels)
+            return decode_image(data, max_pixels=self.config.max_pixels)
         except BadImage:  # a name for every image would cost as much as finding it
-            image = decode_image(data, f"{sample.name}, {extension}", self.config.max_pixels)
-        return sample.identity, image, caption
+            return decode_image(data, f"{sample.name}, {extension}", self.config.max_pixels)
 
     def _count_bad(self, message: str) -> None:
         self.num_bad += 1
         if message not in self.warnings:
             self.warnings.add(message)
             log.warning("%s; another sample takes its place", message)
+
+
+def _image_name(number: int, extension: str) -> str:
+    """Name of an image's states; names are in the order of samples, as their shards are."""
+    return f"{number:010d}.{extension}"

@@ -52,8 +52,11 @@ class DataConfig(Config):
     """English sentences with their translations."""
     text: StreamConfig = StreamConfig(length=64)
     """Plain sentences in all languages."""
-    augment: AugmentConfig = AugmentConfig()
-    """Augmentation of training images."""
+    augment: AugmentConfig | None = AugmentConfig()
+    """Augmentation of training images; null: none, they are prepared as in evaluation."""
+    cache_image_states: bool = True
+    """Encode every training image once, where the image encoder is frozen and nothing augments; the states
+    lie in `runs`/encoded, for all runs with this encoder and these images."""
     max_pixels: MaxPixels = MAX_PIXELS
     """Most pixels of an image; a larger one is not decoded, and cannot be used (as Pillow's limit)."""
     caption_language: str = "en"

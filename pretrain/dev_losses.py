@@ -57,9 +57,9 @@ def dev_batches(
     if not any(stream.batch for stream in streams.values()):
         trained = ", ".join(name for name, stream in data.streams.items() if stream.batch)
         raise UserError(f"data.dev={data.dev}: no folder {trained} in it; data.dev=false leaves it out")
-    held_out = data.model_copy(update=streams)
+    held_out = data.model_copy(update={**streams, "augment": None})
     try:
-        return StepBatches(held_out, image_size, seed, rank, world, augments=False, preprocess=preprocess)
+        return StepBatches(held_out, image_size, seed, rank, world, preprocess)
     except UserError as error:
         raise UserError(f"data.dev={data.dev}: {error}") from error
 

@@ -14,7 +14,7 @@ from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall,
 from raylib import checkpoint
 from raylib.command import spell_commands
 from raylib.display import open_pyplot, save_figure
-from raylib.distributed import rank
+from raylib.distributed import broadcast_from_rank0, rank
 from raylib.errors import UserError
 from raylib.fileio import copy_atomically
 from raylib.launch import (
@@ -33,6 +33,7 @@ from raylib.lock import require_owned
 from raylib.loop import fit
 from raylib.memory import GB, StepSize, find_settings, next_settings
 from raylib.models import find_model, find_tokenizer
+from raylib.models.base import load_weights
 from raylib.models.hf_folders import read_config
 from raylib.models.hf_weights import load_text, load_vision
 from raylib.models.preprocessor import Preprocessing, read_preprocessing
@@ -62,7 +63,7 @@ def run(config: PretrainConfig, reporter: Reporter | None = None) -> dict:
     config.check_workers(count_workers(config))
     data = resolve_data(config)
     shape = config.model.image_size, config.fit.seed
-    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape, preprocess=config.model.preprocess)
+    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     with hold(config):
         return _run_in(with_vocabulary(config, data), data, batches, dev, reporter)
 
@@ -228,11 +229,19 @@ def _continue(model: UnifiedModel, folder: str) -> None:
 def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     """Train on this worker; worker 0 writes `result.json` and the curve. Returns the result."""
     data = resolve_data(config)
-    shape = config.model.image_size, config.fit.seed, runtime.rank, runtime.world_size
-    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape, preprocess=config.model.preprocess)
+    shape = (
+        config.model.image_size,
+        config.fit.seed,
+        runtime.rank,
+        runtime.world_size,
+        config.model.preprocess,
+    )
+    batches, dev = StepBatches(data, *shape), dev_batches(data, *shape)
     model = build_model(config)
     set_recomputation(model, config.model.checkpointing, config.fit.micro_batches)
     objective = UnifiedObjective(model, config.objective, batches.streams)
+    if data.cache_image_states and data.augment is None and not config.objective.train_vision:
+        cache_image_states(batches, model, config, runtime)
     batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []
     sizes = config.model.image_size, config.model.positions, data.max_pixels, config.model.preprocess
@@ -281,6 +290,19 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         plot_curve(runtime.run)
         write_result(runtime.run / "result.json", result)
     return result
+
+
+def cache_image_states(
+    batches: StepBatches, model: UnifiedModel, config: PretrainConfig, runtime: Runtime
+) -> None:
+    """Let `batches` have the states of images in their place. The image encoder is the run's own also where
+    `init.model` has changed since it began."""
+    if start := broadcast_from_rank0(checkpoint.find_newest(runtime.run)):
+        load_weights(model, start)
+    model.to(runtime.device)
+    config.fit.set_precision(model, runtime.device)
+    folder = Path(config.runs).absolute() / "encoded"
+    batches.cache_image_states(model, folder, config.fit.uses_bf16(runtime.device))
 
 
 def advise_on_step(config: PretrainConfig, runtime: Runtime, batch: dict) -> str:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -32,10 +32,12 @@ from raylib.fileio import MAX_JSON, file_lock, read_json_object
 from raylib.finite import is_finite
 from raylib.lock import make_folder
 from raylib.packed import Ragged
+from raylib.precision import autocast
 from raylib.runtime import free_memory
 from raylib.strict_json import Count
 
 T = TypeVar("T")
+CHUNK = 64  # images through an image encoder at a time
 # no part of the data beside them: opening an LMDB writes the first, opening a shard the second
 WRITTEN_BY_READERS = ("lock.mdb", ".index.bin")
 
@@ -288,6 +290,38 @@ def write_encoder_states(
         ),
     )
     return EncoderStates(folder)
+
+
+class ImageReader(Protocol):
+    """Images by name, as a model takes them."""
+
+    def read_usable(self, names: Sequence[str]) -> tuple[Tensor, dict[str, str]]:
+        """(images (n, size, size, 3), black in the place of each that cannot be used, {its name: why})."""
+
+
+def precompute_features(
+    model: Any, source: ImageReader, names: Iterable[str], folder: Path, bf16: bool = False
+) -> EncoderStates:
+    """All workers together: states of the images `names` after `model`'s image encoder, kept in `folder`;
+    in float16 if they were made in bf16, which is no finer. Of images that cannot be used they say why."""
+    device, faults = next(model.parameters()).device, dict[str, str]()
+
+    def read(chunk: Sequence[str]) -> Tensor:
+        images, found = source.read_usable(chunk)
+        faults.update(found)
+        return images
+
+    def encode(images: Tensor) -> Ragged:
+        with autocast(device, bf16):
+            states = model.encode_images(to_device(images, device))
+        return states.with_values(states.values.float())
+
+    training, dtype = model.training, torch.float16 if bf16 else torch.float32
+    model.eval()
+    with torch.inference_mode():
+        states = write_encoder_states(folder, sorted(set(names)), read, encode, CHUNK, dtype, faults=faults)
+    model.train(training)
+    return states
 
 
 def write_sharded(folder: Path, write: Callable[[Path, int, int], None]) -> None:

@@ -183,9 +183,10 @@ def test_region_models_say_what_they_read(tmp_path, model):
 
 
 def test_vectors_and_rerank_equal_those_of_fine_tuned_evaluation(model, scenes, tmp_path):
-    from finetune.stores.images import ImageSource, precompute_features
+    from finetune.stores.images import ImageSource
     from finetune.tasks.datasets import TASKS
     from finetune.tasks.ranking import _Ranker
+    from raylib.cache import precompute_features
 
     split = TASKS["xflickrco"].path(scenes, "test", "ru", 5)
     items = list(TASKS["xflickrco"].read(split, "test", "ru"))[:9]

@@ -12,13 +12,14 @@ from finetune.batches import BatchOrder, CaptionBatches, ExampleBatches
 from finetune.config import FinetuneConfig
 from finetune.formats import Captioned, Example, answers
 from finetune.predict import CorpusBleu, evaluate, score
-from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images, precompute_features
+from finetune.stores.images import ImageSource, PrecomputedFeatures, open_images
 from finetune.strategies.base import AddedTerm, LossTerms
 from finetune.strategies.prior import LinguisticPrior
 from finetune.tasks.classification import ClassificationObjective
 from finetune.tasks.datasets import TASKS
 from finetune.tasks.ranking import retrieve
 from finetune.tasks.retrieval import merge_captions
+from raylib.cache import precompute_features
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.models.finetuned import FinetuneModel, freeze

@@ -13,10 +13,10 @@ from finetune.analysis.parallel import write_figure
 from finetune.batches import encode_texts
 from finetune.predict import evaluate, predict
 from finetune.report import read_result
-from finetune.stores.images import precompute_features
 from finetune.tasks.ranking import retrieve
 from pretrain.__main__ import main as pretrain_main
 from pretrain.evaluate import ZeroShotRetrieval, write_result
+from raylib.cache import precompute_features
 from raylib.checkpoint import find_best
 from raylib.display import open_pyplot
 from raylib.errors import NotFinite, UserError

@@ -9,10 +9,9 @@ import torch
 from finetune.batches import encode_texts, read_inputs
 from finetune.formats import Captioned, Example
 from finetune.predict import class_scores, evaluate
-from finetune.stores.images import precompute_features
 from finetune.tasks import ranking
 from finetune.tasks.ranking import _blocks, _Ranker, match_pairs, retrieve
-from raylib.cache import EncoderStates, ItemStates, write_encoder_states
+from raylib.cache import EncoderStates, ItemStates, precompute_features, write_encoder_states
 from raylib.models.layers import Memory
 from raylib.packed import Ragged
 from raylib.randomness import string_key

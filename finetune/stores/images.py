@@ -15,25 +15,22 @@ import torch
 from finetune.formats.items import ItemList
 from finetune.stores import BOX_DIM, SUFFIXES, Regions, folders_of, may_hold, normalise_boxes, stem
 from finetune.stores.regions import RegionStore, open_regions
-from raylib.cache import EncoderStates, open_once, remove_encoder_states, write_encoder_states
+from raylib.cache import EncoderStates, open_once, precompute_features, remove_encoder_states
 from raylib.data.augmentation import augment_image, count_uniforms
 from raylib.data.image_headers import MAX_BYTES
 from raylib.data.images import BadImage, decode_image, preprocess_image, read_image_file
 from raylib.data.index import FileBytes
-from raylib.data.loading import to_device
 from raylib.data.tars import TarScan
 from raylib.display import progress
 from raylib.errors import UserError, error_line
 from raylib.fileio import nfc
 from raylib.packed import Ragged
-from raylib.precision import autocast
 from raylib.randomness import string_key
 from raylib.settings import MAX_PIXELS, SQUEEZED, AugmentConfig, PreprocessConfig
 
 if TYPE_CHECKING:
     from finetune.config import FinetuneConfig
 
-CHUNK = 64  # images through the image encoder at a time
 log = logging.getLogger(__name__)
 
 
@@ -312,31 +309,6 @@ def open_visual(
         return RegionFeatures(open_regions(config.regions), has_tags, config.max_regions)
     images = open_images(config.images_path, config.max_pixels)
     return ImageSource(images, size, config.augment, preprocess)
-
-
-def precompute_features(
-    model: Any, source: ImageSource, names: Iterable[str], folder: Path, bf16: bool = False
-) -> EncoderStates:
-    """All workers together: states of the images `names` after `model`'s image encoder, kept in `folder`;
-    in float16 if they were made in bf16, which is no finer. Of images that cannot be used they say why."""
-    device, faults = next(model.parameters()).device, dict[str, str]()
-
-    def read(chunk: Sequence[str]) -> torch.Tensor:
-        images, found = source.read_usable(chunk)
-        faults.update(found)
-        return images
-
-    def encode(images: torch.Tensor) -> Ragged:
-        with autocast(device, bf16):
-            states = model.encode_images(to_device(images, device))
-        return states.with_values(states.values.float())
-
-    training, dtype = model.training, torch.float16 if bf16 else torch.float32
-    model.eval()
-    with torch.inference_mode():
-        states = write_encoder_states(folder, sorted(set(names)), read, encode, CHUNK, dtype, faults=faults)
-    model.train(training)
-    return states
 
 
 @contextmanager
