@@ -1,5 +1,5 @@
-"""Pretraining with a frozen image encoder: each image is encoded once, and batches hold what the encoder makes
-of the very images that they would have held."""
+"""Pretraining with a frozen image encoder: each image is encoded once, and batches hold what the encoder
+makes of the very images that they would have held."""
 
 import shutil
 from pathlib import Path
