@@ -205,28 +205,62 @@ def training_examples(config: FinetuneConfig, language: str | None, visual: Visu
     return ItemList.join(sets)
 
 
+def test_sets(config: FinetuneConfig) -> dict[str, Reading]:
+    """{language: its test set, read as a stream}."""
+    return {
+        code: read_split(config, test_split(config, code), code, config.test_limit)
+        for code in languages_of(config)
+    }
+
+
+def extra_tests(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
+    """{name: the settings that `test_sets` and the images are read by} of each of `config.extra_tests`. It
+    has the languages of the run whose test file is in the folder.
+
+    Raises:
+        UserError: no such folder, or no test file of any language in it.
+    """
+    found = {}
+    for name, place in config.extra_tests.items():
+        folder, setting = Path(config.data, place), f"extra_tests.{name}={place}"
+        if not folder.is_dir():
+            raise UserError(f"{setting}: no such folder: {folder}; give one beside or below data=, or none")
+        wordnet = str(config.wordnet_folder)
+        extra = config.model_copy(update={"data": str(folder), "images": None, "wordnet": wordnet})
+        if not extra.images_path.exists():
+            extra = extra.model_copy(update={"images": str(config.images_path)})
+        paths = {code: reading.path for code, reading in test_sets(extra).items()}
+        there = tuple(code for code, path in paths.items() if path.exists())
+        if not there:
+            raise UserError(f"{setting}: no test set in it: {next(iter(paths.values()))}: no such file")
+        found[name] = extra.model_copy(update={"languages": there})
+    return found
+
+
 class UsedSet(NamedTuple):
-    """A set of a run: "test", "dev" or "train", in which of its parts, and what reads it."""
+    """A set of a run: "test", "dev" or "train", in which of its parts, what reads it, and of which of
+    `extra_tests` it is."""
 
     role: str
     parts: frozenset[str | None]
     reading: Reading
+    extra: str = ""
 
 
 def used_sets(parts: Mapping[str | None, FinetuneConfig]) -> list[UsedSet]:
     """Every set that the parts of a run use, once."""
     places: dict[tuple, tuple[UsedSet, set]] = {}
     for language, config in parts.items():
-        used = [
-            ("test", read_split(config, test_split(config, code), code, config.test_limit))
-            for code in languages_of(config)
-        ]
+        used = [("test", reading, "") for reading in test_sets(config).values()]
+        for name, extra in extra_tests(config).items():
+            used += [("test", reading, name) for reading in test_sets(extra).values()]
         dev = dev_sets(config, language).items()
-        used += [("dev", read_split(config, split, code, config.test_limit)) for code, split in dev]
-        used += [("train", reading) for reading in training_sets(config, language)] if config.trains else []
-        for role, reading in used:
-            key = (role, reading.path, reading.split, reading.language, reading.limit)
-            places.setdefault(key, (UsedSet(role, frozenset(), reading), set()))[1].add(language)
+        used += [("dev", read_split(config, split, code, config.test_limit), "") for code, split in dev]
+        if config.trains:
+            used += [("train", reading, "") for reading in training_sets(config, language)]
+        for role, reading, name in used:
+            key = (role, reading.path, reading.split, reading.language, reading.limit, name)
+            places.setdefault(key, (UsedSet(role, frozenset(), reading, name), set()))[1].add(language)
     return [used._replace(parts=frozenset(of)) for used, of in places.values()]
 
 
@@ -242,10 +276,12 @@ def check_images(
         return
     apart = config.verify or config.trains_apart or get_cache() is not None
     sets = [used for used in used_sets(parts) if used.role in roles and (used.role != "train" or apart)]
-    visual = open_visual(config, 0)
-    if config.verify and isinstance(visual, RegionFeatures):
-        visual.store.width = find_task(config).region_dim(config)
-    yield from check_sets(visual, sets, config.bad_limit, config.verify)
+    for name, read_as in {"": config, **extra_tests(config)}.items():
+        visual = open_visual(read_as, 0)
+        if config.verify and isinstance(visual, RegionFeatures):
+            visual.store.width = find_task(config).region_dim(config)
+        of_test = [used for used in sets if used.extra == name]
+        yield from check_sets(visual, of_test, config.bad_limit, config.verify)
 
 
 def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]) -> list[DataFile]:
@@ -262,7 +298,9 @@ def run_files(config: FinetuneConfig, parts: Mapping[str | None, FinetuneConfig]
     files += [Path(config.vision)] if config.vision else []
     large = []
     if task.needs_images(config):
-        large = [Path(config.regions) if config.regions else config.images_path]
+        sources = [config, *extra_tests(config).values()]
+        large = [Path(each.regions) if each.regions else each.images_path for each in sources]
+        large = list(dict.fromkeys(large))
     # what is missing is told by its reader, who knows what it is for
     data_files = [*map(DataFile, dict.fromkeys(files)), *(DataFile(path, large=True) for path in large)]
     return [file for file in data_files if file.path.exists()]
@@ -386,7 +424,7 @@ def build_pipeline(
 def evaluate_sets(
     pipeline: Pipeline, sets: Mapping[str, Iterable[Any]], folder: Path, what: str
 ) -> dict[str, dict[str, Any]]:
-    """Figures of the dev or test sets, `what`, as of `Task.evaluate`.
+    """Figures of the sets `what`, the "dev" sets or some that are tested, as of `Task.evaluate`.
 
     Raises:
         UserError: too many items of one have an image that cannot be read.
@@ -471,9 +509,11 @@ def tokenizer_of(config: FinetuneConfig) -> Path:
 
 def open_visual_for(config: FinetuneConfig, model: Any) -> VisualSource | None:
     """Open what grounds the task's texts, as the model takes it; None where nothing does."""
-    task = find_task(config)
-    if not task.needs_images(config):
-        return None
+    return open_visual_of(config, model) if find_task(config).needs_images(config) else None
+
+
+def open_visual_of(config: FinetuneConfig, model: Any) -> VisualSource:
+    """Open the images, or the region features, of a run as the model takes them."""
     backbone = model.backbone
     tagged = "tags" in backbone.row_parts
     visual = open_visual(config, backbone.image_size, tagged, backbone.preprocess)

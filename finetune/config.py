@@ -57,6 +57,8 @@ PUBLIC_CODE = {
     "cclm_swin": "cclm",
 }
 
+SHUFFLED_IMAGES = "shuffled_images"  # the name of that evaluation among those of `extra_tests`
+
 
 def public_head(code: str, backbone: str, task: str) -> dict[str, Any]:
     """Return the settings of a classifier in public `code` ("": the backbone's) for a backbone and a task; of
@@ -194,6 +196,13 @@ class FinetuneConfig(LaunchConfig):
     similarity_items: NonNegativeInt = 0
     """Test items in all languages whose states, as the head reads them, are compared after every epoch too
     (paper 1's CLS similarity), with eval_each_epoch; 0: none."""
+    extra_tests: Mapping[FolderName, str] = {}
+    """Further test sets, by name: folders laid out as `data`, and relative to it, whose test files the final
+    model is evaluated on too, in the languages that are there. Their images: images.tar or images in the
+    folder itself, or else those of `data`."""
+    shuffled_images: bool = False
+    """Evaluate the test sets once more, each item with the images of another one: what is right then is read
+    in the texts."""
     run_test: bool = True
     """Evaluate the test sets at the end; trials of a search do not."""
     dev_languages: tuple[str, ...] = ()
@@ -239,6 +248,9 @@ class FinetuneConfig(LaunchConfig):
             raise ValueError(
                 "augment needs cache_image_states=false: images that are encoded once cannot change"
             )
+        for name in self.extra_tests:
+            if name == SHUFFLED_IMAGES or name.startswith("."):
+                raise ValueError(f"extra_tests: '{name}' is a name of the run's own; give another")
         if self.direction != "to_en" and self.setting != "translate_test":
             raise ValueError(f"direction={self.direction} is of setting=translate_test alone; leave it out")
         return self

@@ -71,7 +71,27 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "bad_images": {
             code: values["bad_images"] for code, values in figures.items() if "bad_images" in values
         },
+        **_extra_tests(parts),
         **_runtime_facts(parts),
+    }
+
+
+def _extra_tests(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """{"extra_tests": {name: {language: its figures, as the task evaluates a test set}}} of all parts; {}
+    where none was asked for."""
+    found: dict[str, dict[str, Any]] = {}
+    for part in parts:
+        for name, figures in part.get("extra_tests", {}).items():
+            found.setdefault(name, {}).update(figures)
+    return {"extra_tests": found} if found else {}
+
+
+def extra_scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{name of an extra test: {language: the one figure, as of `scores_of`}}."""
+    key = "mean_recall" if "retrieval" in result else "accuracy"
+    return {
+        name: {code: values[key] for code, values in figures.items() if values.get(key) is not None}
+        for name, figures in result.get("extra_tests", {}).items()
     }
 
 
@@ -182,10 +202,12 @@ def table(result: dict[str, Any]) -> str:
     kinds = sorted({kind for by in result["by_type"].values() for kind in by})
     columns = list(RECALLS) if "retrieval" in result else kinds
     intervals = result.get("interval", {})
+    extra = extra_scores(result)
     head = [
         "language",
         "mean recall" if "retrieval" in result else "accuracy",
         "95 % interval",
+        *(name.replace("_", " ") for name in extra),
         *(["BLEU"] if (bleu := result.get("bleu")) else []),
         *(c.replace("_r", " R@") for c in columns),
     ]
@@ -195,14 +217,19 @@ def table(result: dict[str, Any]) -> str:
         ends = ", ".join(percent(end) for end in intervals.get(code) or ())
         more = [percent(details.get(code, {}).get(c)) for c in columns]
         of_words = [percent(bleu.get(code))] if bleu else []
-        rows.append([code, percent(score), ends and f"[{ends}]", *of_words, *more])
+        others = [percent(scores.get(code)) for scores in extra.values()]
+        rows.append([code, percent(score), ends and f"[{ends}]", *others, *of_words, *more])
     if result["mean_targets"] is not None:
         targets = [code for code in scores_of(result) if code != "en"]
+        others = [
+            percent(mean_or_zero(scores[code] for code in targets)) if scores.keys() >= {*targets} else ""
+            for scores in extra.values()
+        ]
         means = [
             mean_or_zero(details[code][c] for code in targets if c in details.get(code, {})) for c in columns
         ]
         of_words = [percent(mean_or_zero(bleu[code] for code in targets if code in bleu))] if bleu else []
-        means_row = [percent(result["mean_targets"]), "", *of_words, *map(percent, means)]
+        means_row = [percent(result["mean_targets"]), "", *others, *of_words, *map(percent, means)]
         rows.append(["mean of the targets", *means_row])
     epochs = ["", epochs_table(result["epochs"])] if result.get("epochs") else []
     return "\n".join([markdown_table(rows), "", _notes(result), *epochs])
@@ -293,6 +320,13 @@ def draw_curve(run: Path) -> None:
     save_figure(figure, run / "curve.png")
 
 
+class StoredFigures(BaseModel, extra="allow"):
+    """Figures of a language, as far as others go by them."""
+
+    accuracy: float | None = None
+    mean_recall: float | None = None
+
+
 class StoredResult(BaseModel, extra="allow"):
     """`result.json` of fine-tuning, as far as others go by it."""
 
@@ -316,6 +350,7 @@ class StoredResult(BaseModel, extra="allow"):
     counts: dict[str, dict[str, float]] = {}
     bad_images: dict[str, Count] = {}
     disparity: dict[str, float] = {}
+    extra_tests: dict[str, dict[str, StoredFigures]] = {}
     epochs: dict[str, dict[str, list[float]]] = {}
 
 
@@ -333,6 +368,7 @@ class StoredPart(BaseModel, extra="allow"):
     dev: dict[str, float] = {}
     interval: dict[str, list[float] | None] = {}
     languages: dict[str, dict[str, Any]] = {}
+    extra_tests: dict[str, dict[str, dict[str, Any]]] = {}
     sparsity: dict[str, float] | None = None
     peak_memory_gb: float = 0.0
     samples_per_second: float = 0.0

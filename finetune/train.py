@@ -18,22 +18,25 @@ from finetune.build import (
     code_files,
     dev_sets,
     dev_split,
+    extra_tests,
     find_task,
     languages_of,
     read_split,
     reported_split,
     run_files,
+    test_sets,
     test_split,
     tokenizer_of,
     with_language_model,
     with_stored_code,
 )
 from finetune.config import FinetuneConfig
+from finetune.evaluation import check_shuffled, test_result
 from finetune.lineage import load_run_config, method_of, runs_behind
 from finetune.overlap import check_overlap
 from finetune.strategies import Need, Strategies, check_strategies
 from finetune.strategies.base import Stage, StageRun
-from finetune.worker import FinetuneJob, test_result, trained_config
+from finetune.worker import FinetuneJob, trained_config
 from raylib import checkpoint
 from raylib.config import load_config, user_files
 from raylib.errors import NotFinite, UserError
@@ -205,6 +208,7 @@ def check(config: FinetuneConfig) -> Checked:
                 f"{config.task} is in {', '.join(task.languages)}: languages= names '{language}' too ({e}); "
                 f"set languages={','.join(task.languages)}"
             ) from None
+    notes = _check_extra_tests(config)
     if config.trains_apart and config.resume != "newest":
         raise UserError(
             f"resume={config.resume}: setting={config.setting} trains a part for each language; "
@@ -220,9 +224,28 @@ def check(config: FinetuneConfig) -> Checked:
         return Checked(config, [], strategies)
     parts = {language: part for part, language in _parts(config)}
     overlap = check_overlap(config, parts)
-    for line in check_images(config, parts):
+    for line in (*notes, *check_images(config, parts)):
         print(line, flush=True)
     return Checked(config, overlap, strategies)
+
+
+def _check_extra_tests(config: FinetuneConfig) -> list[str]:
+    """Read the first items of the `extra_tests`, and see that images can change places where these are to be
+    shuffled. Returns what is to be told.
+
+    Raises:
+        UserError: there are none; a text is about no image; all are about the same.
+    """
+    notes = []
+    for name, extra in extra_tests(config).items():
+        for reading in test_sets(extra).values():
+            if not next(iter(reading), None):
+                raise UserError(f"{reading.path}: empty")
+        if missing := [code for code in languages_of(config) if code not in extra.languages]:
+            notes.append(f"note: extra_tests.{name}: {extra.data} has no test set in {', '.join(missing)}")
+    for reading in test_sets(config).values() if config.shuffled_images else ():
+        check_shuffled(reading, str(reading.path))
+    return notes
 
 
 def _check_language(config: FinetuneConfig, language: str) -> None:

@@ -1,13 +1,11 @@
 """The job of each worker of a run: build the model, train it, evaluate it: on its dev sets after each epoch,
 on its test sets at the end."""
 
-import time
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from finetune.batches import BatchOrder
@@ -18,26 +16,25 @@ from finetune.build import (
     dev_sets,
     evaluate_sets,
     find_task,
-    languages_of,
     measure_parallel,
     open_visual_for,
     parallel_items,
     read_split,
     share_with_trials,
-    test_split,
+    test_sets,
     training_examples,
     with_stored_code,
 )
 from finetune.config import FinetuneConfig
+from finetune.evaluation import cache_test_states, dev_result, test_result
 from finetune.strategies import Strategies, TrainingSetup
-from finetune.tasks.base import Pipeline, Reading
+from finetune.tasks.base import Pipeline
 from raylib import checkpoint
 from raylib.distributed import barrier
 from raylib.loop import fit
 from raylib.models import peft
 from raylib.models.base import load_weights
-from raylib.provenance import provenance
-from raylib.runtime import MemoryAdvice, Runtime, advise_on_memory, peak_memory
+from raylib.runtime import MemoryAdvice, Runtime
 
 
 class FinetuneJob:
@@ -187,58 +184,6 @@ def load_dev_items(config: FinetuneConfig, language: str | None) -> dict[str, Se
     """{language: items} of `dev_sets`."""
     sets = dev_sets(config, language)
     return {code: read_split(config, name, code, config.test_limit).load() for code, name in sets.items()}
-
-
-def test_sets(config: FinetuneConfig) -> dict[str, Reading]:
-    """{language: its test set, read as a stream}."""
-    return {
-        code: read_split(config, test_split(config, code), code, config.test_limit)
-        for code in languages_of(config)
-    }
-
-
-def cache_test_states(pipeline: Pipeline, run: Path) -> Pipeline:
-    """The pipeline with the states of all test images, where these are evaluated after each epoch by an image
-    encoder that never changes; else each evaluation encodes them for itself."""
-    if not pipeline.config.eval_each_epoch:
-        return pipeline
-    items = (item for of_language in test_sets(pipeline.config).values() for item in of_language)
-    return cache_image_states(pipeline, items, run)
-
-
-def dev_result(config: FinetuneConfig, source: Path, device: torch.device) -> dict[str, Any]:
-    """{"dev": {language: score of its dev set}, "interval": {language: its 95 % interval}}, of what the
-    checkpoint `source` was judged by, and what made it (`test_result`)."""
-    values = checkpoint.read_evaluation(source)
-    dev = {name.removeprefix("dev/"): value for name, value in values.items() if name.startswith("dev/")}
-    ends = [name.split("/") for name in values if name.startswith("interval/")]
-    intervals = {code: [values[f"interval/{code}/{end}"] for end in ("low", "high")] for _, code, _ in ends}
-    return {"dev": dev, "interval": intervals, **_runtime_facts(config, device)}
-
-
-def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
-    """Evaluate the model as it is. Returns {"languages": {code: figures}}, and "evaluation_seconds",
-    "evaluated_per_second" (questions or captions), "peak_memory_gb", `raylib.provenance`."""
-    config, folder = pipeline.config, run / "predictions"
-    task, start = find_task(config), time.perf_counter()
-    pipeline = cache_test_states(pipeline, run)
-    device = next(pipeline.model.parameters()).device
-    with advise_on_memory("the evaluation", device, lambda: config.less_evaluation_memory):
-        figures = evaluate_sets(pipeline, test_sets(config), folder, "test")
-    seconds = time.perf_counter() - start
-    items = sum(values.get("captions", values["n"]) for values in figures.values())
-    return {
-        "languages": task.test_details(config, figures, folder),
-        "evaluation_seconds": seconds,
-        "evaluated_per_second": items / seconds,
-        "preprocessing": pipeline.model.backbone.describe_preprocessing() if pipeline.visual else None,
-        **_runtime_facts(config, device),
-    }
-
-
-def _runtime_facts(config: FinetuneConfig, device: torch.device) -> dict[str, Any]:
-    precision = config.fit.describe_precision(device)
-    return {**provenance(device), "evaluation_precision": precision, "peak_memory_gb": peak_memory(device)}
 
 
 def trained_config(config: FinetuneConfig, run: Path) -> FinetuneConfig:

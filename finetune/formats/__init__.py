@@ -53,6 +53,10 @@ class Example(NamedTuple):
         """With `change(text, its place)` of every text."""
         return self._replace(texts=tuple(change(text, i) for i, text in enumerate(self.texts)))
 
+    def with_images_of(self, other: "Example") -> "Example":
+        """With the images of another item, and what is known of these."""
+        return self._replace(images=other.images, sources=other.sources, tags=other.tags)
+
 
 class Captioned(NamedTuple):
     """One image of a retrieval task with its captions in one language; `pivots`: what each of these is to
@@ -90,6 +94,10 @@ class Captioned(NamedTuple):
     def map_texts(self, change: Callable[[str, int], str]) -> "Captioned":
         """With `change(caption, its place)` of every caption."""
         return self._replace(captions=tuple(change(caption, i) for i, caption in enumerate(self.captions)))
+
+    def with_images_of(self, other: "Captioned") -> "Captioned":
+        """With the image of another item."""
+        return self._replace(image=other.image, source=other.source)
 
 
 def check_item(item: Any, where: str) -> None:
