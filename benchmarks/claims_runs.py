@@ -1,0 +1,320 @@
+"""One piece of the work of `benchmarks.claims`: a choice of settings, a pretraining, a run of a seed; each a
+command of ours in a process of its own, and a record of what it came to."""
+
+import csv
+import datetime
+import functools
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, UNTUNED, Experiment, space_of
+from benchmarks.results import RESULTS, commit
+from finetune.report import scores_of
+from raylib.fileio import append_jsonl, file_lock, read_json_object, read_jsonl, sha256_file
+
+FILE = RESULTS / "claims.jsonl"
+TRIALS = 4
+TRIAL_SEED = 100  # no seed of an experiment
+FAILED = "failed"  # kind of the record of a try that failed
+
+
+class Work(NamedTuple):
+    """A piece of work: a "choice" of an experiment's settings, a "pretraining" or a "run" of a seed."""
+
+    kind: str
+    name: str
+    seed: int = 0
+
+    @property
+    def label(self) -> str:
+        """Name of its folder."""
+        name = self.name.replace("/", "_")
+        return f"{name}_seed{self.seed}" if self.kind == "run" else f"{self.kind}_{name}_{self.seed}"
+
+    def needs(self) -> "list[Work]":
+        """Return the work that must be done before."""
+        if self.kind == "pretraining":
+            return []
+        experiment = EXPERIMENTS[self.name]
+        seed = TRIAL_SEED if self.kind == "choice" else self.seed
+        before = [Work("run", other, seed) for other in (experiment.after, experiment.teacher) if other]
+        if self.kind == "run" and (tuner := tuner_of(self.name)):
+            before.insert(0, Work("choice", tuner))
+        if self.kind == "run" and experiment.pretraining:
+            before.append(Work("pretraining", experiment.pretraining, seed))
+        return before
+
+    def settings(self) -> list[str]:
+        """Return what a record must say of its settings to be of this work as it is planned now."""
+        if self.kind == "pretraining":
+            return list(PRETRAININGS[self.name])
+        experiment = EXPERIMENTS[self.name]
+        knobs = (
+            [f"{path}: {knob}" for path, knob in experiment.knobs.items()] if self.kind == "choice" else []
+        )
+        return [experiment.recipe, *experiment.settings, *knobs]
+
+
+class Lab(NamedTuple):
+    """Where experiments are made: folder of the runs, scenes, model, file of records; settings that make a
+    try-out of each, and trials of a choice."""
+
+    folder: Path
+    scenes: Path
+    model: Path
+    records: Path = FILE
+    limits: tuple[str, ...] = ()
+    trials: int = TRIALS
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the records of this model and these scenes."""
+        ours = identity(self.model, self.scenes)
+        return [r for r in read_jsonl(self.records) if all(r.get(key) == ours[key] for key in ours)]
+
+    def log(self, work: Work) -> Path:
+        """Return the file that the output of a piece of work goes to."""
+        return self.folder / "logs" / f"{work.label}.log"
+
+    def result(self, name: str, seed: int) -> Path:
+        """Return where a run leaves its result."""
+        return self.folder / Work("run", name, seed).label / "result.json"
+
+
+@functools.cache
+def identity(model: Path, scenes: Path) -> dict[str, str]:
+    """Return {"weights", "scenes"}, hashes of the files: of what records are."""
+    return {"weights": hash_files(model, "*.safetensors"), "scenes": hash_files(scenes, "**/*")}
+
+
+def hash_files(folder: Path, pattern: str) -> str:
+    """Return the first 16 digits of a SHA-256 over names and contents of files."""
+    paths = sorted(path for path in folder.glob(pattern) if path.is_file())
+    lines = [f"{path.relative_to(folder)} {sha256_file(path)}" for path in paths]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def tuner_of(name: str) -> str:
+    """Return the experiment whose choice of settings one takes; "": the recipe's."""
+    source = EXPERIMENTS[name].tuned_as
+    return "" if source == UNTUNED else tuner_of(source) if source else name
+
+
+def num_seeds(name: str) -> int:
+    """Seeds of an experiment: one where nothing is trained, so that no seed is of any effect."""
+    if EXPERIMENTS[name].recipe.startswith("transfer_zero_shot"):
+        return 1
+    return 5 if name.startswith("xgqa/") and not EXPERIMENTS[name].pretraining else 3
+
+
+def find(records: Sequence[dict[str, Any]], work: Work) -> dict[str, Any] | None:
+    """Return the newest record of a piece of work."""
+    key = {"kind": work.kind, "name": work.name, "seed": work.seed, "settings": work.settings()}
+    return next((r for r in reversed(records) if all(r.get(k) == v for k, v in key.items())), None)
+
+
+def do(lab: Lab, work: Work) -> bool:
+    """Do a piece of work and record it; return whether it went well."""
+    maker = {"run": run, "choice": choose, "pretraining": pretrain}[work.kind]
+    outcome = maker(lab, work)
+    record = {
+        "kind": FAILED if outcome.status else work.kind,
+        "name": work.name,
+        "seed": work.seed,
+        "settings": work.settings(),
+        **identity(lab.model, lab.scenes),
+        **outcome.figures,
+        "cpu_seconds": round(outcome.cpu_seconds, 1),
+        "seconds": round(outcome.seconds, 1),
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+    }
+    if outcome.status:
+        lines = lab.log(work).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        record |= {"of": work.kind, "status": outcome.status, "error": lines[-1][:300] if lines else ""}
+    append_jsonl(lab.records, record, durable=True)
+    return not outcome.status
+
+
+class Outcome(NamedTuple):
+    """The end of a piece of work: exit status, CPU-seconds, seconds, what the record tells of it."""
+
+    status: int
+    cpu_seconds: float
+    seconds: float
+    figures: dict[str, Any]
+
+
+def spawn(log: Path, *arguments: object) -> Outcome:
+    """Run a module of ours on one thread; its output is appended to `log`."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    with open(log, "ab") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *map(str, arguments)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
+    return Outcome(process.returncode, cpu_seconds, time.monotonic() - began, {})
+
+
+def settings_of(lab: Lab, name: str, seed: int) -> list[str]:
+    """Return the settings of an experiment's run or trial, but for those that are chosen."""
+    experiment = EXPERIMENTS[name]
+    model = lab.model
+    if experiment.pretraining:
+        model = lab.folder / f"{Work('pretraining', experiment.pretraining, seed).label}_model"
+    if experiment.after:
+        model = lab.result(experiment.after, seed).parent
+    settings = [f"model={model}", f"data={scenes_of(lab, experiment)}", f"fit.seed={seed}"]
+    if experiment.teacher:
+        settings.append(f"strategies.distillation.teacher={lab.result(experiment.teacher, seed).parent}")
+    return [*settings, "fit.loader_workers=0", "keep_optimizer=false", *experiment.settings, *lab.limits]
+
+
+def scenes_of(lab: Lab, experiment: Experiment) -> Path:
+    """Return the scenes that an experiment reads: those with wrong translations have all other files from the
+    scenes themselves, by symbolic links."""
+    if not experiment.errors:
+        return lab.scenes
+    source, folder = (
+        lab.scenes / f"errors{experiment.errors}",
+        lab.folder / f"scenes_errors{experiment.errors}",
+    )
+    with file_lock(folder.with_suffix(".lock")):
+        for origin in (source, lab.scenes):  # what is wrong comes first
+            for path in origin.rglob("*"):
+                link = folder / path.relative_to(origin)
+                if path.is_file() and not link.is_symlink():
+                    link.parent.mkdir(parents=True, exist_ok=True)
+                    link.symlink_to(path.absolute())
+    return folder
+
+
+def share_states(lab: Lab, run_folder: Path) -> None:
+    """Let a run or a search keep the states of images where all of them find them: the same encoder reads the
+    same images."""
+    states = lab.folder.absolute() / "encoded"
+    states.mkdir(parents=True, exist_ok=True)
+    run_folder.mkdir(parents=True, exist_ok=True)
+    if not (run_folder / "encoded").exists():
+        (run_folder / "encoded").symlink_to(states)
+
+
+def make_needed(lab: Lab, work: Work) -> None:
+    """Make the runs that this one goes on from anew, if their folders are gone since they were recorded."""
+    for other in work.needs():
+        if other.kind == "run" and not lab.result(other.name, other.seed).is_file():
+            with file_lock(lab.folder / f"{other.label}.made.lock"):
+                if not lab.result(other.name, other.seed).is_file():
+                    run(lab, other)
+
+
+def run(lab: Lab, work: Work) -> Outcome:
+    """Train a seed of an experiment, and test it."""
+    make_needed(lab, work)
+    chosen: dict[str, Any] = {}
+    if tuner := tuner_of(work.name):
+        choice = find(lab.read(), Work("choice", tuner))
+        assert choice is not None, f"{work.label}: its settings are chosen before"
+        chosen = choice["chosen"]
+    settings = [*settings_of(lab, work.name, work.seed), *(f"{k}={json.dumps(v)}" for k, v in chosen.items())]
+    place = [f"name={work.label}", f"runs={lab.folder}"]
+    share_states(lab, lab.folder / work.label)
+    recipe = EXPERIMENTS[work.name].recipe
+    outcome = spawn(lab.log(work), "finetune", recipe, *place, *settings, *further_tests(lab))
+    if outcome.status:
+        return outcome._replace(figures={"chosen": chosen})
+    if not any(work.name in (e.after, e.teacher) for e in EXPERIMENTS.values()):
+        for checkpoints in list((lab.folder / work.label).rglob("checkpoints")):
+            shutil.rmtree(checkpoints)  # nothing goes on from them
+    return outcome._replace(figures={"chosen": chosen, **read_figures(lab.result(work.name, work.seed))})
+
+
+def further_tests(lab: Lab) -> list[str]:
+    """Return settings of what each run is tested on beside the test sets."""
+    styles = ['extra_tests={"test_style":"test_style"}'] if (lab.scenes / "test_style").is_dir() else []
+    return [*styles, "shuffled_images=true"]
+
+
+def choose(lab: Lab, work: Work) -> Outcome:
+    """Search for an experiment's settings, on development sets."""
+    make_needed(lab, work)
+    space, folder = lab.folder / "spaces" / f"{work.label}.py", lab.folder / work.label
+    space.parent.mkdir(parents=True, exist_ok=True)
+    module = "benchmarks.claims_table"
+    space.write_text(f"from {module} import space_of\n\nSPACE = space_of({work.name!r})\n", encoding="utf-8")
+    share_states(lab, folder)
+    experiment = EXPERIMENTS[work.name]
+    search = [
+        f"name={work.label}",
+        f"runs={lab.folder}",
+        f"recipe={experiment.recipe}",
+        f"num_trials={lab.trials}",
+        "algorithm=tpe",
+        "early_stopping=none",
+        "final_seeds=0",
+        "max_concurrent=1",
+        f"dev_sets={'english_dev' if experiment.recipe.startswith('scenes_') else 'target_dev'}",
+    ]
+    settings = settings_of(lab, work.name, TRIAL_SEED)
+    settings = [f"recipe.{s}" if s.partition("=")[0] in ("runs", "name") else s for s in settings]
+    outcome = spawn(lab.log(work), "tune_spaces", space, *search, *settings)
+    if outcome.status:
+        return outcome
+    trials, seconds = read_trials(folder, space_of(work.name).knobs)
+    best = max(trials, key=lambda trial: trial["score"])
+    # Ray's workers are no children that are waited for; each trial has one thread
+    figures = {"chosen": best["setting"], "trials": trials}
+    return outcome._replace(cpu_seconds=outcome.cpu_seconds + seconds, figures=figures)
+
+
+def read_trials(folder: Path, knobs: Sequence[str]) -> tuple[list[dict[str, Any]], float]:
+    """Return (setting and score of each trial that finished, seconds of all) of a search."""
+    with open(folder / "trials.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    goal = "english_dev" if "english_dev" in rows[0] else "target_dev"
+    trials = [
+        {"setting": {knob: json.loads(row[knob]) for knob in knobs}, "score": float(row[goal])}
+        for row in rows
+        if row["state"] == "finished"
+    ]
+    return trials, sum(float(row["seconds"]) for row in rows)
+
+
+def pretrain(lab: Lab, work: Work) -> Outcome:
+    """Pretrain an ablation, and export it."""
+    from benchmarks.claims_table import pretraining_command
+
+    place = [f"name={work.label}", f"runs={lab.folder}", f"fit.seed={work.seed}"]
+    outcome = spawn(lab.log(work), *pretraining_command(lab.model), *place, *PRETRAININGS[work.name])
+    export = lab.folder / f"{work.label}_model"
+    if not outcome.status and not export.is_dir():
+        exported = spawn(lab.log(work), "pretrain", "export", lab.folder / work.label, export)
+        return exported._replace(cpu_seconds=outcome.cpu_seconds + exported.cpu_seconds)
+    return outcome
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """Return of a result what claims are judged by, scores by language; and what it was made with."""
+    result = read_json_object(path, (), "the result of a run")
+    figures: dict[str, Any] = {"scores": scores_of(result)}
+    if "retrieval" in result:
+        figures["r1"] = result["recall_at_1"]
+    for name in ("by_type", "synonym_accuracy", "epochs", "trainable", "params"):
+        if result.get(name):
+            figures[name] = result[name]
+    for name, languages in result.get("extra_tests", {}).items():
+        figures[name] = {code: v.get("accuracy", v.get("mean_recall")) for code, v in languages.items()}
+    return figures | {"precision": result["evaluation_precision"], "code": result["code"]}
