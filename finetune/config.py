@@ -183,9 +183,10 @@ class FinetuneConfig(LaunchConfig):
     last_batch: Literal["drop", "keep"] = "drop"
     """Train on what is left of an epoch as a smaller batch (keep; IGLUE), or leave it to another epoch
     (drop)."""
-    select: Literal["best", "last"] = "best"
+    select: Literal["best", "last", "average"] = "best"
     """Checkpoint that is evaluated: best on the English dev set (few_shot: the language's own, where the task
-    has one), or last."""
+    has one); last; or the average of the newest `fit.keep` ones, weight by weight, of which there is one an
+    epoch."""
     select_metric: Literal["mean_recall", "recall_at_1"] = "mean_recall"
     """Score of retrieval by which the best is chosen."""
     select_ties: Literal["first", "last"] = "first"

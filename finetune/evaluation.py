@@ -27,7 +27,6 @@ from finetune.formats import Captioned, Example
 from finetune.overlap import image_name
 from finetune.stores.images import encoded_images
 from finetune.tasks.base import Pipeline
-from raylib import checkpoint
 from raylib.errors import UserError
 from raylib.provenance import provenance
 from raylib.randomness import permutation
@@ -47,10 +46,9 @@ def cache_test_states(pipeline: Pipeline, run: Path) -> Pipeline:
     return cache_image_states(pipeline, items, run)
 
 
-def dev_result(config: FinetuneConfig, source: Path, device: torch.device) -> dict[str, Any]:
-    """{"dev": {language: score of its dev set}, "interval": {language: its 95 % interval}}, of what the
-    checkpoint `source` was judged by, and what made it (`test_result`)."""
-    values = checkpoint.read_evaluation(source)
+def dev_result(config: FinetuneConfig, values: Mapping[str, float], device: torch.device) -> dict[str, Any]:
+    """{"dev": {language: score of its dev set}, "interval": {language: its 95 % interval}}, of the scores
+    that the evaluated checkpoint was judged by, and what made it (`test_result`)."""
     dev = {name.removeprefix("dev/"): value for name, value in values.items() if name.startswith("dev/")}
     ends = [name.split("/") for name in values if name.startswith("interval/")]
     intervals = {code: [values[f"interval/{code}/{end}"] for end in ("low", "high")] for _, code, _ in ends}

@@ -459,6 +459,8 @@ def _selection(config: FinetuneConfig) -> str:
         return "nothing is trained"
     if config.select == "last":
         return "last epoch"
+    if config.select == "average":
+        return f"average of the last {config.fit.keep} epochs"
     if config.task in TASKS_WITHOUT_DEV_SET:
         return "last epoch: there is no dev set"
     if config.head == "pairs":

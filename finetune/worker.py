@@ -30,6 +30,7 @@ from finetune.evaluation import cache_test_states, dev_result, test_result
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib import checkpoint
+from raylib.averaging import average_checkpoints
 from raylib.distributed import barrier
 from raylib.loop import fit
 from raylib.models import peft
@@ -74,12 +75,21 @@ class FinetuneJob:
             if not result["finished"] or self.epochs:
                 return result
             barrier()  # the first worker has written the checkpoint
-            trained = checkpoint.find_trained(runtime.run, config.select)
-            load_weights(model, trained)
+            if config.select == checkpoint.AVERAGE:
+                trained = average_checkpoints(model, runtime.run)
+            else:
+                trained = checkpoint.find_trained(runtime.run, config.select)
+                load_weights(model, trained)
             if model.backbone.tuning and runtime.rank == 0:
                 peft.save_tuned(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.run_test:
-                return {**result, **counts, **dev_result(config, trained, runtime.device)}
+                scores: Mapping[str, float]
+                if config.select == checkpoint.AVERAGE:  # which no epoch has been judged by
+                    dev = load_dev_items(config, self.language)
+                    scores = Validation(pipeline, dev, runtime.run, test_too=False)(model)
+                else:
+                    scores = checkpoint.read_evaluation(trained)
+                return {**result, **counts, **dev_result(config, scores, runtime.device)}
         return {**result, **counts, **test_result(pipeline, runtime.run)}
 
     def _train(self, runtime: Runtime, pipeline: Pipeline, strategies: Strategies) -> dict[str, Any]:

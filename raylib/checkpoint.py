@@ -49,6 +49,7 @@ from raylib.strict_json import Count, MemberName, PlainName, check_shape
 # what engines of earlier versions wrote, pickled
 OLD_OPTIMIZER = ("optimizer.pt", "zero", "latest", "zero_to_fp32.py", "zero_to_torch.py")
 FOLDER, REGISTRY = "checkpoints", "registry.json"
+AVERAGE = "average"  # the mean of a run's checkpoints (`raylib.averaging`)
 ADVICE = "restore the file, or start from an older checkpoint with resume=step_NNNNNN"
 SCORES = "scores.json"  # of a checkpoint that was saved without
 # of earlier versions: the best checkpoint, where `rewind` had put the checkpoint to go on from, Ray Train's
@@ -267,11 +268,13 @@ def find_best(run: Path) -> Path | None:
 
 def find_trained(run: Path, select: str) -> Path:
     """Find the checkpoint that results come from: with `select` "best", the best on the dev set if there is
-    one, else the newest.
+    one; with "average" the mean of all, once it is there; else the newest.
 
     Raises:
         UserError: there is none yet.
     """
+    if select == AVERAGE and (run / AVERAGE).is_dir():
+        return run / AVERAGE
     source = (find_best(run) if select == "best" else None) or find_newest(run)
     if source is None:
         raise UserError(f"{run}: no checkpoint to evaluate; finish the run first")

@@ -21,6 +21,7 @@ from finetune.strategies.prior import LinguisticPriorConfig
 from finetune.tasks.datasets import TASKS
 from raylib.checkpoint import find_best
 from raylib.config import override
+from raylib.models.finetuned import find_evaluated
 from raylib.monitoring import read_metrics
 from raylib.sample import DATA
 from raylib.sample.scenes import read_labels
@@ -82,6 +83,40 @@ def test_finetune_run_without_its_curve_is_not_complete(finetune, tmp_path, monk
 def fail_at_curve(figure, path):
     if path.name == "curve.png":
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_finetune_average_is_mean_of_epochs_and_start_of_other_runs(finetune, tmp_path):
+    settings = ("select=average", "epochs=3", "fit.keep=2")
+    finetune("scenes_xvnli", "name=whole", *settings, "fit.stop_after=7")
+    assert not (tmp_path / "whole" / "average").exists(), "it goes on after an interruption"
+    assert finetune("scenes_xvnli", "name=whole", *settings)[0] == 0
+    kept = sorted((tmp_path / "whole" / "checkpoints").glob("step_*"))
+    assert [folder.name for folder in kept] == ["step_000006", "step_000009"]
+    first, last, mean = (
+        load_file(folder / "model.safetensors") for folder in (*kept, tmp_path / "whole" / "average")
+    )
+    assert any(not first[name].equal(last[name]) for name in mean)
+    for name, value in mean.items():
+        expected = (first[name].double() + last[name].double()) / 2
+        assert value.equal(expected.to(value.dtype)), name
+    before = result(tmp_path, "whole")
+    assert main(["evaluate", str(tmp_path / "whole")]) == 0
+    assert result(tmp_path, "whole")["accuracy"] == before["accuracy"]
+    assert find_evaluated(tmp_path / "whole") == tmp_path / "whole" / "average"
+    translations = ("setting=translate_test", f"model={tmp_path / 'whole'}")
+    assert finetune("scenes_xvnli", "name=translated", *translations)[0] == 0
+    assert result(tmp_path, "translated")["accuracy"]["en"] == before["accuracy"]["en"]
+
+
+def test_finetune_average_is_scored_on_dev_sets_itself(finetune, tmp_path):
+    """Of one epoch it is that epoch's; of two its score is not what either was judged by."""
+    settings = ("run_test=false", "optim.lr=1e-2", "test_limit=40")
+    for name, select in (("one", "average"), ("last", "last"), ("two", "average")):
+        keep = f"fit.keep={1 + (name == 'two')}"
+        finetune("scenes_xflickrco", f"name={name}", f"select={select}", keep, *settings)
+    one, last, two = (result(tmp_path, name)["dev"]["en"] for name in ("one", "last", "two"))
+    epochs = [line["eval/dev/en"] for line in read_metrics(tmp_path / "two") if "eval/dev/en" in line]
+    assert one == last == epochs[-1] and two not in epochs
 
 
 def test_finetune_interrupted_run_equals_uninterrupted(finetune, tmp_path):

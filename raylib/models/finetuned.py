@@ -388,8 +388,10 @@ def is_foreign(path: Path) -> bool:
 def find_evaluated(path: Path | str) -> Path:
     """Return the folder of `find_model`; of a fine-tuning run, the checkpoint that its results come from."""
     path = Path(path)
-    # a run that chose its best epoch went on training after it
-    best = checkpoint.find_best(path)
+    # a run that chose its best epoch went on training after it; one that averages has its mean beside them
+    best, average = checkpoint.find_best(path), path / checkpoint.AVERAGE
+    if average.is_dir() and read_description(path).get("select") == checkpoint.AVERAGE:
+        return average
     return best if best and read_description(path).get("select") == "best" else find_model(path)
 
 
