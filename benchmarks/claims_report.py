@@ -182,7 +182,7 @@ def _by_language(claim: Claim, runs: Mapping[str, Group]) -> list[float]:
 
 def claims_table(claims: Sequence[Claim], runs: Mapping[str, Group]) -> str:
     """Return a row a claim."""
-    rows = [["claim", "paper", "where", "published", "here: 95 % interval", "pairs", "verdict"]]
+    rows = [["claim", "paper", "where", "verdict", "published", "here: 95 % interval", "pairs"]]
     for claim in claims:
         found = judge(claim, runs)
         sign = "" if claim.metric in UNITS else "+"
@@ -191,8 +191,8 @@ def claims_table(claims: Sequence[Claim], runs: Mapping[str, Group]) -> str:
         if found.mean is not None and len(claim.terms) == 2 and not _is_untrained(claim):
             ours += f" ({_level(claim, runs, -1)} to {_level(claim, runs, 1)})"
         pairs = str(len(found.values)) if found.values else ""
-        rows.append([claim.text, claim.paper, claim.where, _published(claim), ours, pairs, found.verdict])
-    return markdown_table(rows, words=3)
+        rows.append([claim.text, claim.paper, claim.where, found.verdict, _published(claim), ours, pairs])
+    return markdown_table(rows, words=4)
 
 
 def _published(claim: Claim) -> str:
@@ -263,10 +263,9 @@ def cost_line(records: Sequence[Record]) -> str:
     )
 
 
-def tables(path: Path = FILE) -> str:
-    """Return all that is generated of the page, from the records in `path`."""
+def tables(path: Path = FILE) -> tuple[str, str]:
+    """Return (the claims with what they cost, the experiments) of the records in `path`."""
     stored = read_jsonl(path)
     records = of_last_model(stored) if stored else []
     runs = current_runs(records)
-    parts = [cost_line(records), claims_table(read_claims(), runs)]
-    return "\n\n".join([*parts, *([experiments_table(runs)] if runs else [])])
+    return f"{cost_line(records)}\n\n{claims_table(read_claims(), runs)}", experiments_table(runs)

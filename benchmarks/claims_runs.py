@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, UNTUNED, Experiment, space_of
+from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, UNTUNED, space_of
 from benchmarks.results import RESULTS, commit
 from finetune.report import scores_of
 from raylib.fileio import append_jsonl, file_lock, read_json_object, read_jsonl, sha256_file
@@ -177,29 +177,11 @@ def settings_of(lab: Lab, name: str, seed: int) -> list[str]:
         model = lab.folder / f"{Work('pretraining', experiment.pretraining, seed).label}_model"
     if experiment.after:
         model = lab.result(experiment.after, seed).parent
-    settings = [f"model={model}", f"data={scenes_of(lab, experiment)}", f"fit.seed={seed}"]
+    scenes = lab.scenes / f"errors{experiment.errors}" if experiment.errors else lab.scenes
+    settings = [f"model={model}", f"data={scenes}", f"fit.seed={seed}"]
     if experiment.teacher:
         settings.append(f"strategies.distillation.teacher={lab.result(experiment.teacher, seed).parent}")
     return [*settings, "fit.loader_workers=0", "keep_optimizer=false", *experiment.settings, *lab.limits]
-
-
-def scenes_of(lab: Lab, experiment: Experiment) -> Path:
-    """Return the scenes that an experiment reads: those with wrong translations have all other files from the
-    scenes themselves, by symbolic links."""
-    if not experiment.errors:
-        return lab.scenes
-    source, folder = (
-        lab.scenes / f"errors{experiment.errors}",
-        lab.folder / f"scenes_errors{experiment.errors}",
-    )
-    with file_lock(folder.with_suffix(".lock")):
-        for origin in (source, lab.scenes):  # what is wrong comes first
-            for path in origin.rglob("*"):
-                link = folder / path.relative_to(origin)
-                if path.is_file() and not link.is_symlink():
-                    link.parent.mkdir(parents=True, exist_ok=True)
-                    link.symlink_to(path.absolute())
-    return folder
 
 
 def share_states(lab: Lab, run_folder: Path) -> None:
@@ -233,19 +215,13 @@ def run(lab: Lab, work: Work) -> Outcome:
     place = [f"name={work.label}", f"runs={lab.folder}"]
     share_states(lab, lab.folder / work.label)
     recipe = EXPERIMENTS[work.name].recipe
-    outcome = spawn(lab.log(work), "finetune", recipe, *place, *settings, *further_tests(lab))
+    outcome = spawn(lab.log(work), "finetune", recipe, *place, *settings)
     if outcome.status:
         return outcome._replace(figures={"chosen": chosen})
     if not any(work.name in (e.after, e.teacher) for e in EXPERIMENTS.values()):
         for checkpoints in list((lab.folder / work.label).rglob("checkpoints")):
             shutil.rmtree(checkpoints)  # nothing goes on from them
     return outcome._replace(figures={"chosen": chosen, **read_figures(lab.result(work.name, work.seed))})
-
-
-def further_tests(lab: Lab) -> list[str]:
-    """Return settings of what each run is tested on beside the test sets."""
-    styles = ['extra_tests={"test_style":"test_style"}'] if (lab.scenes / "test_style").is_dir() else []
-    return [*styles, "shuffled_images=true"]
 
 
 def choose(lab: Lab, work: Work) -> Outcome:

@@ -137,8 +137,8 @@ PRETRAININGS: dict[str, tuple[str, ...]] = {
 }
 P2_TASKS = ("xvnli", "xgqa")
 
-# P3: translated questions of two languages, an English teacher; all see the same 10,000 questions
-P3_DATA = ("image_size=null", "train_limit=10000", "epochs=4")
+# P3: translated questions of two languages, an English teacher; all see the same 9,000 questions
+P3_DATA = ("image_size=null", "train_limit=9000", "epochs=4")
 DISTILLATION = "strategies.distillation."
 P3 = {
     "baseline": Experiment("scenes_xgqa", (*FROZEN_IMAGES, *P3_DATA[1:], 'languages=["en","de","ru"]')),

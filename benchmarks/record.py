@@ -20,7 +20,18 @@ import statistics
 from collections import defaultdict
 from pathlib import Path
 
-from benchmarks import ablations, balance, checkpoint, gpu_tables, priors, processes, search, step, unfreezing
+from benchmarks import (
+    ablations,
+    balance,
+    checkpoint,
+    claims_report,
+    gpu_tables,
+    priors,
+    processes,
+    search,
+    step,
+    unfreezing,
+)
 from benchmarks.results import RESULTS, ROOT, newest
 from finetune.report import scores_of
 from finetune.tasks.datasets import TASKS
@@ -80,6 +91,8 @@ def write_pages(root: Path) -> None:
     searches = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
     write_parts(root / "README.md", table=folded_table(recall_table(last)), speed_line=speed_line())
     write_parts(root / "docs" / "data.md", layout=task_files())
+    claims, experiments = claims_report.tables()
+    write_parts(root / "benchmarks" / "claims.md", claims=claims, experiments=experiments)
     write_parts(
         root / "docs" / "results.md",
         table=recall_table(last),
@@ -90,6 +103,7 @@ def write_pages(root: Path) -> None:
         priors=priors.table(read_jsonl(priors.FILE)),
         trials=trial_table(),
         ablations=ablations.table(),
+        claims=claims,
     )
     write_parts(root / "docs" / "cluster.md", drills=drill_table())
     write_parts(root / "docs" / "security.md", fuzz=fuzz_table())

@@ -109,14 +109,14 @@ def test_finetune_average_is_mean_of_epochs_and_start_of_other_runs(finetune, tm
 
 
 def test_finetune_average_is_scored_on_dev_sets_itself(finetune, tmp_path):
-    """Of one epoch it is that epoch's; of two its score is not what either was judged by."""
+    """Of one epoch it is that epoch's score; of two it is not what the newest was judged by."""
     settings = ("run_test=false", "optim.lr=1e-2", "test_limit=40")
     for name, select in (("one", "average"), ("last", "last"), ("two", "average")):
         keep = f"fit.keep={1 + (name == 'two')}"
         finetune("scenes_xflickrco", f"name={name}", f"select={select}", keep, *settings)
     one, last, two = (result(tmp_path, name)["dev"]["en"] for name in ("one", "last", "two"))
     epochs = [line["eval/dev/en"] for line in read_metrics(tmp_path / "two") if "eval/dev/en" in line]
-    assert one == last == epochs[-1] and two not in epochs
+    assert one == last == epochs[-1] != two
 
 
 def test_finetune_interrupted_run_equals_uninterrupted(finetune, tmp_path):
