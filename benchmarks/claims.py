@@ -30,7 +30,6 @@ from benchmarks.claims_runs import TRIALS, Lab, Work, do, find, num_seeds, tuner
 from benchmarks.claims_table import EXPERIMENTS
 from raylib.fileio import file_lock
 
-FAILURES = 3  # in a row, after which the command ends
 WAIT = 5.0  # seconds between two looks for work, while others do what is needed for the rest
 TRY_OUT = ("epochs=1", "train_limit=64", "test_limit=16")
 
@@ -137,7 +136,6 @@ class Team:
     def __init__(self, lab: Lab, order: Sequence[Work], budget: float, processes: int):
         self.lab, self.order, self.budget, self.processes = lab, order, budget, processes
         self.failed: set[Work] = set()  # not tried again by this process
-        self.failures_in_a_row = 0
         self.lock = threading.Lock()
 
     def work(self) -> None:
@@ -151,8 +149,6 @@ class Team:
         pending = [w for w in self.order if w not in self.failed and find(records, w) is None]
         if not pending or account(records, pending).spent >= self.budget:
             return False
-        if self.failures_in_a_row >= FAILURES:
-            return False  # whatever is wrong is wrong with all
         waits = False
         for work in pending:
             needed = [other for other in work.needs() if find(records, other) is None]
@@ -175,12 +171,9 @@ class Team:
     def _do(self, work: Work, records: Sequence[dict[str, Any]]) -> None:
         progress = describe_progress(records, self.order, self.budget, self.processes)
         print(f"{progress}; now {work.label}", flush=True)
-        went_well = do(self.lab, work)
-        with self.lock:
-            self.failures_in_a_row = 0 if went_well else self.failures_in_a_row + 1
-            if not went_well:
+        if not do(self.lab, work):
+            with self.lock:
                 self.failed.add(work)
-        if not went_well:
             print(f"error: {work.label} failed: {self.lab.log(work)}", file=sys.stderr, flush=True)
 
 

@@ -118,11 +118,10 @@ def current_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
     model and the scenes that the last record is of."""
     runs: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        name, seed = record["name"], record["seed"]
-        if record["kind"] != "run" or name not in EXPERIMENTS or seed >= num_seeds(name):
-            continue  # teachers of trials have seeds of their own
-        if record["settings"] == Work("run", name, seed).settings():
-            runs[name].append(record)
+        if record["kind"] != "run" or record["name"] not in EXPERIMENTS:
+            continue
+        if record["settings"] == Work("run", record["name"], record["seed"]).settings():
+            runs[record["name"]].append(record)
     return {name: newest(list(of_name), "seed") for name, of_name in runs.items()}
 
 

@@ -18,11 +18,11 @@ from finetune.stores.images import (
     open_visual,
 )
 from finetune.strategies import Context, Strategies
-from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task
+from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task, old_scenes_hint
 from finetune.tasks.datasets import TASKS
-from raylib.cache import fingerprint_module, get_cache, precompute_features
+from raylib.cache import file_fingerprint, fingerprint_module, get_cache, precompute_features
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
-from raylib.distributed import rank
+from raylib.distributed import rank, world_size
 from raylib.errors import UserError
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
@@ -224,7 +224,10 @@ def extra_tests(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
     for name, place in config.extra_tests.items():
         folder, setting = Path(config.data, place), f"extra_tests.{name}={place}"
         if not folder.is_dir():
-            raise UserError(f"{setting}: no such folder: {folder}; give one beside or below data=, or none")
+            raise UserError(
+                f"{setting}: no such folder: {folder}; give one laid out as data=, or extra_tests={{}}"
+                f"{old_scenes_hint(Path(config.data))}"
+            )
         wordnet = str(config.wordnet_folder)
         extra = config.model_copy(update={"data": str(folder), "images": None, "wordnet": wordnet})
         if not extra.images_path.exists():
@@ -467,16 +470,21 @@ def measure_parallel(pipeline: Pipeline, parallel: Any) -> dict[str, float]:
     return {"mean": found["mean"], **unpaired, **found["to_english"]}
 
 
-def cache_image_states(pipeline: Pipeline, items: Iterable[Any], folder: Path) -> Pipeline:
+def cache_image_states(pipeline: Pipeline, items: Iterable[Any]) -> Pipeline:
     """The pipeline with the states of all images of `items` in the images' place, if the image encoder never
-    changes; they are kept in `folder` for other runs with the same one."""
+    changes; they are kept in `runs`/encoded (in a search, in its own) for all runs with the same encoder and
+    images."""
     config, model, _, visual = pipeline
     if not (isinstance(visual, ImageSource) and config.cache_image_states and "vision" in config.freeze):
         return pipeline
     names = sorted({name for item in items for name in item.images})
     backbone = model.backbone
     read_as = (backbone.describe_preprocessing(), visual.store.max_pixels)
-    key = (visual.size, str(visual.store.path), names, pipeline.bf16, read_as)
+    # of other runs too: the images may have changed in between, and other workers cut other batches
+    store = (str(visual.store.path), file_fingerprint(visual.store.path), world_size())
+    key = (visual.size, store, names, pipeline.bf16, read_as)
+    cache = get_cache()
+    folder = cache.folder if cache else Path(config.runs).absolute()
     states_folder = folder / "encoded" / fingerprint_module(backbone.image_encoder, *key)
     states = precompute_features(backbone, visual, names, states_folder, pipeline.bf16)
     return pipeline._replace(visual=PrecomputedFeatures(states, visual.store))

@@ -20,9 +20,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetune.lineage import ABSENT, RunSettings, described, read_lineage, varying_paths
-from finetune.report import read_result, scores_of
+from finetune.one_answer import MARKS, marks_of
+from finetune.report import (
+    baselines_of,
+    extra_mean,
+    extra_scores,
+    mean_of_targets,
+    read_result,
+    scores_of,
+)
 from raylib.config import suggest
-from raylib.display import latex_table, markdown_table, mean_and_interval
+from raylib.display import latex_table, markdown_table, mean_and_interval, percent
 from raylib.errors import UserError, name_errors
 from raylib.metrics import t_interval
 from raylib.provenance import list_changed_files, read_identity
@@ -59,8 +67,8 @@ class Comparison(NamedTuple):
     """The rows of one task.
 
     columns: dotted paths of the settings in which rows differ. scores: {head of a column: the share that a
-    result has there, or None}; aggregates: those that are of several languages. baseline: the row that the
-    others' differences are from.
+    result has there, or None}; languages: {head: the language} of those that are the score of one;
+    aggregates: those that are of several. baseline: the row that the others' differences are from.
     """
 
     task: str
@@ -68,6 +76,7 @@ class Comparison(NamedTuple):
     rows: list[ComparisonRow]
     columns: list[str]
     scores: dict[str, Callable[[dict[str, Any]], float | None]]
+    languages: dict[str, str]
     aggregates: frozenset[str]
     baseline: ComparisonRow
 
@@ -76,6 +85,28 @@ class Comparison(NamedTuple):
         values = [self.scores[score](run.result) for run in row.runs]
         known = [value for value in values if value is not None]
         return t_interval(known) if known else None
+
+    def marks(self, row: ComparisonRow, score: str) -> str:
+        """The marks (`finetune.one_answer`) that any of the row's runs has in a language."""
+        code = self.languages.get(score, "")
+        found = {mark for run in row.runs for mark in marks_of(run.result.get("answers", {}).get(code, {}))}
+        return "".join(mark for mark in MARKS if mark in found)
+
+    def baselines(self) -> dict[str, dict[str, float]]:
+        """{what answers without understanding: {head of a column: its share}} (`report.baselines_of`), as far
+        as all runs agree: others were tested on other items."""
+        shares: dict[str, dict[str, set[float]]] = {}
+        for result in (run.result for row in self.rows for run in row.runs):
+            for name, scores in baselines_of(result).items():
+                means = {"mean of the targets": mean_of_targets(result, scores)}
+                for head, share in {**scores, **means}.items():
+                    if share is not None:
+                        shares.setdefault(name, {}).setdefault(f"{head}, {self.metric}", set()).add(share)
+        agreed = {
+            name: {head: min(found) for head, found in heads.items() if len(found) == 1}
+            for name, heads in shares.items()
+        }
+        return {name: heads for name, heads in agreed.items() if heads}
 
     def pairs(self, row: ComparisonRow) -> list[tuple[ComparedRun, ComparedRun]]:
         """(run, the baseline's run) of each seed that both have. A run that depends on no seed, for nothing
@@ -173,9 +204,10 @@ def _compare_rows(task: str, rows: list[ComparisonRow], baseline_folder: Path | 
     results = [run.result for row in rows for run in row.runs]
     metric, first = ("mean recall", "R@1") if "retrieval" in results[0] else ("accuracy", "accuracy")
     scores: dict[str, Callable] = {}
+    languages = {}
     for code in dict.fromkeys(code for result in results for code in scores_of(result)):
         scores[f"{code}, {metric}"] = lambda result, code=code: scores_of(result).get(code)
-    languages = len(scores)
+        languages[f"{code}, {metric}"] = code
     for name, key in (("mean of the targets", "mean_targets"), ("gap", "gap")):
         scores[f"{name}, {metric}"] = lambda result, key=key: result[key]
     for key in ("std", "range"):  # how far languages are apart (`raylib.metrics.disparity`)
@@ -183,11 +215,18 @@ def _compare_rows(task: str, rows: list[ComparisonRow], baseline_folder: Path | 
         scores[f"{key} of languages, {first}"] = lambda result, key=key: (
             result.get("disparity", {}).get(key) if len(scores_of(result)) > 1 else None
         )
+    # of extra tests English and the mean of the targets: each run's own table has all languages
+    for name in dict.fromkeys(name for result in results for name in extra_scores(result)):
+        head = name.replace("_", " ")
+        if any("en" in extra_scores(result).get(name, {}) for result in results):
+            scores[f"en, {head}"] = lambda result, name=name: extra_scores(result).get(name, {}).get("en")
+        scores[f"mean of the targets, {head}"] = lambda result, name=name: extra_mean(result, name)
     base = next(
         (row for row in rows if baseline_folder in [run.folder.resolve() for run in row.runs]), rows[0]
     )
     columns = varying_paths([row.settings for row in rows])
-    return Comparison(task, metric, rows, columns, scores, frozenset(list(scores)[languages:]), base)
+    aggregates = frozenset(head for head in scores if head not in languages and not head.startswith("en, "))
+    return Comparison(task, metric, rows, columns, scores, languages, aggregates, base)
 
 
 # ---- for people: Markdown, LaTeX, CSV
@@ -199,17 +238,19 @@ CSV_COLUMNS = (
 
 
 class ComparisonTable(NamedTuple):
-    """lines: the head first. words: how many columns hold words, before those with figures."""
+    """lines: the head first. words: how many columns hold words, before those with figures. notes: below."""
 
     title: str
     lines: list[list[str]]
     words: int
+    notes: Sequence[str] = ()
 
 
 def to_markdown(comparisons: Sequence[Comparison]) -> str:
     """Every table under its title."""
     tables = _tables(comparisons)
-    return "\n\n".join(f"{title}\n\n{markdown_table(lines, words)}" for title, lines, words in tables)
+    parts = ([title, markdown_table(lines, words), *notes] for title, lines, words, notes in tables)
+    return "\n\n".join("\n\n".join(part) for part in parts)
 
 
 def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
@@ -218,7 +259,10 @@ def write_latex(comparisons: Sequence[Comparison], path: Path) -> None:
     Raises:
         UserError: `path` cannot be written.
     """
-    parts = [latex_table(lines, title, words) for title, lines, words in _tables(comparisons)]
+    parts = [
+        latex_table(lines, ". ".join([title, *notes]), words)
+        for title, lines, words, notes in _tables(comparisons)
+    ]
     _write_text(path, "\n\n".join(parts) + "\n")
 
 
@@ -266,13 +310,32 @@ def _mean_table(comparison: Comparison, scores: list[str]) -> ComparisonTable:
     lines = [["method", *comparison.columns, "seeds", *scores, "trained, % of parameters"]]
     for row in comparison.rows:
         seeds = _seed_count(len(row.runs)) if row.runs[0].seeds else "none (nothing trained)"
-        estimates = [_estimate(comparison.mean(row, score)) for score in scores]
+        estimates = [
+            " ".join(filter(None, (_estimate(comparison.mean(row, score)), comparison.marks(row, score))))
+            for score in scores
+        ]
         lines.append([*_setting_cells(comparison, row), seeds, *estimates, _trained_share(row)])
+    for name, found in comparison.baselines().items():
+        cells = [percent(found.get(score)) for score in scores]
+        lines.append([name, *("" for _ in comparison.columns), "", *cells, ""])
     settings, columns = comparison.rows[0].settings, comparison.columns
     equal = [settings.get(name) for name in ("setting", "split") if name not in columns]
     what = ", ".join([comparison.task, *map(str, equal)])
     title = f"{what}: {comparison.metric} in %, mean ± half of its 95 % interval over seeds"
-    return ComparisonTable(title, lines, 1 + len(columns))
+    return ComparisonTable(title, lines, 1 + len(columns), _mark_notes(comparison))
+
+
+def _mark_notes(comparison: Comparison) -> list[str]:
+    """A line for each mark: of which rows and languages, and of how many of their runs."""
+    notes = []
+    for mark, meaning in MARKS.items():
+        cells = []
+        for row in comparison.rows:
+            for code in comparison.languages.values():
+                count = sum(mark in marks_of(run.result.get("answers", {}).get(code, {})) for run in row.runs)
+                cells += [f"{row.method}, {code} ({count} of {len(row.runs)} runs)"] if count else []
+        notes += [f"{mark} note: {meaning}: {'; '.join(cells)}"] if cells else []
+    return notes
 
 
 def _difference_table(comparison: Comparison, scores: list[str]) -> ComparisonTable:

@@ -37,13 +37,11 @@ Names = tuple[str, ...]
 Figures = dict[str, dict[str, Any]]  # by language, as a task evaluates its set
 
 
-def cache_test_states(pipeline: Pipeline, run: Path) -> Pipeline:
-    """The pipeline with the states of all test images, where these are evaluated after each epoch by an image
-    encoder that never changes; else each evaluation encodes them for itself."""
-    if not pipeline.config.eval_each_epoch:
-        return pipeline
+def cache_test_states(pipeline: Pipeline) -> Pipeline:
+    """The pipeline with the states of all images of its test sets, where the image encoder never changes;
+    else each evaluation encodes them for itself."""
     items = (item for of_language in test_sets(pipeline.config).values() for item in of_language)
-    return cache_image_states(pipeline, items, run)
+    return cache_image_states(pipeline, items)
 
 
 def dev_result(config: FinetuneConfig, values: Mapping[str, float], device: torch.device) -> dict[str, Any]:
@@ -61,7 +59,7 @@ def test_result(pipeline: Pipeline, run: Path) -> dict[str, Any]:
     "peak_memory_gb", `raylib.provenance`."""
     config, folder = pipeline.config, run / "predictions"
     start = time.perf_counter()
-    pipeline = cache_test_states(pipeline, run)
+    pipeline = cache_test_states(pipeline)
     device = next(pipeline.model.parameters()).device
     with advise_on_memory("the evaluation", device, lambda: config.less_evaluation_memory):
         figures, extra = evaluate_tests(pipeline, folder)
@@ -105,7 +103,8 @@ def evaluate_tests(pipeline: Pipeline, folder: Path) -> tuple[Figures, dict[str,
             extra[SHUFFLED_IMAGES] = evaluate(pipeline, shuffled, SHUFFLED_IMAGES)
     for name, read_as in extra_tests(config).items():
         visual = open_visual_of(read_as, pipeline.model) if pipeline.visual else None
-        extra[name] = evaluate(pipeline._replace(config=read_as, visual=visual), test_sets(read_as), name)
+        other = cache_test_states(pipeline._replace(config=read_as, visual=visual))
+        extra[name] = evaluate(other, test_sets(read_as), name)
     return figures, extra
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from finetune.batches import read_usable_inputs
 from finetune.formats import Example, get_field, get_optional, parse_number, shorten, stream_jsonl
+from finetune.one_answer import AnswerCounts
 from finetune.stores.images import PrecomputedFeatures, SharedFeatures, VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.data.loading import batched, prefetch, to_device
@@ -251,8 +252,9 @@ def score(
     Returns:
         {"accuracy", "interval": its 95 % bootstrap interval, "n", "by_type": {kind: accuracy}, "n_by_type":
         {kind: examples}, "unlabelled": left out of it, "unknown_answers": none of whose answers are among
-        `labels`: these count as wrong, "bleu": where asked for; and where images could not be read, which
-        counts as wrong, "bad_images": how many items have one, "bad_image": what is wrong with the first}.
+        `labels`: these count as wrong, "answers": `AnswerCounts.figures`, "bleu": where asked for; and where
+        images could not be read, which counts as wrong, "bad_images": how many items have one, "bad_image":
+        what is wrong with the first}.
 
     The bootstrap, seeded by `key`, draws images with all of their questions, which are not independent (xGQA
     asks 12,578 of 398 images). Items about two images are drawn with those about the same two, items about
@@ -263,6 +265,7 @@ def score(
     unlabelled, unknown, clusters = 0, 0, ItemClusters()
     faults: list[str] = []
     corpus = CorpusBleu(bleu) if bleu else None
+    counted = AnswerCounts()
     n = whole = 0
     for number, line in enumerate(predictions):
         answers = line["labels"]
@@ -274,7 +277,10 @@ def score(
         # a question may be of several kinds
         kinds = [line["kind"]] if isinstance(line["kind"], str) else line["kind"]
         counts.update(kinds)
-        faults += [line["error"]] if "error" in line else []
+        if "error" in line:
+            faults.append(line["error"])
+        else:
+            counted.add(answers, line["prediction"])
         worth = 0 if "error" in line else round(MILLION * answers.get(line["prediction"], 0.0))
         whole += worth
         for kind in kinds:
@@ -290,6 +296,7 @@ def score(
         "n_by_type": {kind: counts[kind] for kind in sorted(counts) if kind},
         "unlabelled": unlabelled,
         "unknown_answers": unknown,
+        "answers": counted.figures(),
     }
     if faults:
         result |= {"bad_images": len(faults), "bad_image": faults[0]}

@@ -388,6 +388,8 @@ def _scenes(task: str, **more):
         name=f"scenes_{task}",
         task=task,
         languages=SCENES_LANGUAGES[task],
+        extra_tests={"test_style": "test_style"},
+        shuffled_images=True,
         **ON_SCENES,
         epochs=6,
         batch=64,

@@ -1,5 +1,6 @@
 """Results of a run for people: `result.json`, a Markdown table, a figure."""
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -8,11 +9,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from finetune.build import find_task, reported_split
-from finetune.config import FinetuneConfig
+from finetune.config import SHUFFLED_IMAGES, FinetuneConfig
 from finetune.lineage import described, method_of
+from finetune.one_answer import Answers, footnotes, marks_of
 from raylib.display import markdown_table, open_pyplot, percent, save_figure
 from raylib.errors import UserError, reading
-from raylib.fileio import read_json_object, write_atomically, write_json
+from raylib.fileio import read_json, read_json_object, write_atomically, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
 from raylib.monitoring import read_metrics
@@ -72,6 +74,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
             code: values["bad_images"] for code, values in figures.items() if "bad_images" in values
         },
         **_extra_tests(parts),
+        **read_baselines(config),
         **_runtime_facts(parts),
     }
 
@@ -86,6 +89,32 @@ def _extra_tests(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return {"extra_tests": found} if found else {}
 
 
+def read_baselines(config: FinetuneConfig) -> dict[str, Any]:
+    """{"baselines": {name: {language: share}}} of what the data folder's baselines.json, {task: this}, tells
+    of the whole test set; {} where it tells nothing of it.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = Path(config.data, "baselines.json")
+    if config.split != "test" or config.test_limit or config.setting == "translate_test":
+        return {}
+    if not os.path.lexists(path):
+        return {}
+    what, shape = "what the data can be answered by", dict[str, dict[str, dict[str, float]]]
+    found = read_json(path, what, "remove it, or make the data anew", shape=shape).get(config.task)
+    return {"baselines": found} if found else {}
+
+
+def baselines_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """{what answers without understanding: {language: its score}}: the most frequent right answer of the test
+    set, and what the data tell (`read_baselines`)."""
+    frequent = {
+        code: of["right_share"] for code, of in result.get("answers", {}).items() if "right_share" in of
+    }
+    return {**({"most frequent answer": frequent} if frequent else {}), **result.get("baselines", {})}
+
+
 def extra_scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{name of an extra test: {language: the one figure, as of `scores_of`}}."""
     key = "mean_recall" if "retrieval" in result else "accuracy"
@@ -93,6 +122,17 @@ def extra_scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
         name: {code: values[key] for code, values in figures.items() if values.get(key) is not None}
         for name, figures in result.get("extra_tests", {}).items()
     }
+
+
+def extra_mean(result: dict[str, Any], name: str) -> float | None:
+    """The mean over the targets of an extra test; None where it lacks one of them."""
+    return mean_of_targets(result, extra_scores(result).get(name, {}))
+
+
+def mean_of_targets(result: dict[str, Any], scores: Mapping[str, float]) -> float | None:
+    """The mean of `scores` over the targets of a run; None where they lack one."""
+    targets = [code for code in scores_of(result) if code != "en"]
+    return mean_or_zero(scores[code] for code in targets) if targets and scores.keys() >= {*targets} else None
 
 
 def of_dev_sets(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -202,12 +242,13 @@ def table(result: dict[str, Any]) -> str:
     kinds = sorted({kind for by in result["by_type"].values() for kind in by})
     columns = list(RECALLS) if "retrieval" in result else kinds
     intervals = result.get("interval", {})
-    extra = extra_scores(result)
+    extra, answers, baselines = extra_scores(result), answers_of(result), baselines_of(result)
     head = [
         "language",
         "mean recall" if "retrieval" in result else "accuracy",
         "95 % interval",
         *(name.replace("_", " ") for name in extra),
+        *baselines,
         *(["BLEU"] if (bleu := result.get("bleu")) else []),
         *(c.replace("_r", " R@") for c in columns),
     ]
@@ -217,14 +258,13 @@ def table(result: dict[str, Any]) -> str:
         ends = ", ".join(percent(end) for end in intervals.get(code) or ())
         more = [percent(details.get(code, {}).get(c)) for c in columns]
         of_words = [percent(bleu.get(code))] if bleu else []
-        others = [percent(scores.get(code)) for scores in extra.values()]
-        rows.append([code, percent(score), ends and f"[{ends}]", *others, *of_words, *more])
+        others = [marked(scores.get(code), answers.get(f"{code}, {name}")) for name, scores in extra.items()]
+        others += [percent(scores.get(code)) for scores in baselines.values()]
+        rows.append([code, marked(score, answers.get(code)), ends and f"[{ends}]", *others, *of_words, *more])
     if result["mean_targets"] is not None:
         targets = [code for code in scores_of(result) if code != "en"]
-        others = [
-            percent(mean_or_zero(scores[code] for code in targets)) if scores.keys() >= {*targets} else ""
-            for scores in extra.values()
-        ]
+        others = [percent(extra_mean(result, name)) for name in extra]
+        others += [percent(mean_of_targets(result, scores)) for scores in baselines.values()]
         means = [
             mean_or_zero(details[code][c] for code in targets if c in details.get(code, {})) for c in columns
         ]
@@ -232,7 +272,27 @@ def table(result: dict[str, Any]) -> str:
         means_row = [percent(result["mean_targets"]), "", *others, *of_words, *map(percent, means)]
         rows.append(["mean of the targets", *means_row])
     epochs = ["", epochs_table(result["epochs"])] if result.get("epochs") else []
-    return "\n".join([markdown_table(rows), "", _notes(result), *epochs])
+    marks = [line for note in footnotes(answers) for line in ("", note)]
+    return "\n".join([markdown_table(rows), "", _notes(result), *marks, *epochs])
+
+
+def marked(score: float | None, answers: Answers | None) -> str:
+    """A score in %, with the marks of `finetune.one_answer`."""
+    return " ".join(filter(None, (percent(score), marks_of(answers or {}))))
+
+
+def answers_of(result: dict[str, Any]) -> dict[str, Answers]:
+    """{language: its `AnswerCounts.figures`, and "LANGUAGE, NAME" of the extra tests}. Those of shuffled
+    images tell nothing: who sees no image that fits may well say no to everything."""
+    return {
+        **result.get("answers", {}),
+        **{
+            f"{code}, {name}": values["answers"]
+            for name, figures in result.get("extra_tests", {}).items()
+            for code, values in figures.items()
+            if name != SHUFFLED_IMAGES and "answers" in values
+        },
+    }
 
 
 def _notes(result: dict[str, Any]) -> str:
@@ -320,11 +380,36 @@ def draw_curve(run: Path) -> None:
     save_figure(figure, run / "curve.png")
 
 
+class StoredYesNo(BaseModel):
+    """`AnswerCounts.figures` of yes-no questions."""
+
+    n: Count
+    answer: str
+    share: float
+    right_share: float
+    answered: float
+
+
+class StoredAnswers(BaseModel):
+    """`AnswerCounts.figures`."""
+
+    n: Count
+    answer: str
+    share: float
+    right_share: float
+    yes_no: StoredYesNo | None = None
+
+
+class NoAnswers(BaseModel, extra="forbid"):
+    """Those of a set without a right answer."""
+
+
 class StoredFigures(BaseModel, extra="allow"):
     """Figures of a language, as far as others go by them."""
 
     accuracy: float | None = None
     mean_recall: float | None = None
+    answers: StoredAnswers | NoAnswers = NoAnswers()
 
 
 class StoredResult(BaseModel, extra="allow"):
@@ -348,6 +433,8 @@ class StoredResult(BaseModel, extra="allow"):
     mean_targets: float | None
     gap: float | None
     counts: dict[str, dict[str, float]] = {}
+    answers: dict[str, StoredAnswers | NoAnswers] = {}
+    baselines: dict[str, dict[str, float]] = {}
     bad_images: dict[str, Count] = {}
     disparity: dict[str, float] = {}
     extra_tests: dict[str, dict[str, StoredFigures]] = {}

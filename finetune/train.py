@@ -209,6 +209,7 @@ def check(config: FinetuneConfig) -> Checked:
                 f"set languages={','.join(task.languages)}"
             ) from None
     notes = _check_extra_tests(config)
+    report.read_baselines(config)
     if config.trains_apart and config.resume != "newest":
         raise UserError(
             f"resume={config.resume}: setting={config.setting} trains a part for each language; "

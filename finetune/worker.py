@@ -99,10 +99,10 @@ class FinetuneJob:
         )
         dev = load_dev_items(config, self.language) if self.selects or not self.epochs else {}
         sets = [examples, *dev.values()]
-        # pruning rounds and the parts of a run share image states
+        # pruning rounds and the parts of a run share what strategies compute once
         folder = Path(config.runs).absolute() if self.epochs or self.language else runtime.run
         folder = share_with_trials(pipeline.tokenizer, chain.from_iterable(sets), folder)
-        pipeline = cache_image_states(pipeline, chain.from_iterable(sets), folder)
+        pipeline = cache_image_states(pipeline, chain.from_iterable(sets))
         strategies.begin(TrainingSetup(pipeline, examples, folder))
         objective = task.objective(config, model, strategies.loss_terms(model))
         change, keep_last = strategies.example, config.last_batch == "keep"
@@ -154,7 +154,7 @@ class Validation:
         self.pipeline, self.dev, self.folder, self.test_too = pipeline, dev, run / "dev", test_too
         # images as they are: states that were cached are of training and dev images alone
         visual = open_visual_for(pipeline.config, pipeline.model) if test_too else None
-        self.test_pipeline = cache_test_states(pipeline._replace(visual=visual), run)
+        self.test_pipeline = cache_test_states(pipeline._replace(visual=visual))
         self.parallel = parallel_items(pipeline.config) if test_too else None
 
     def __call__(self, model: nn.Module) -> dict[str, float]:

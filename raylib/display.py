@@ -28,6 +28,8 @@ LATEX = {
     ">": r"\textgreater{}",
     "|": r"\textbar{}",
     "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
     "\n": " ",
 }
 T = TypeVar("T")

@@ -33,7 +33,15 @@ MINI = [
     "optim.lr=0.01",
 ]
 
-QUICK = ["batch=16", "image_size=16", "fit.bf16=false", "fit.loader_workers=0", "fit.log_every=1"]
+QUICK = [
+    "batch=16",
+    "image_size=16",
+    "fit.bf16=false",
+    "fit.loader_workers=0",
+    "fit.log_every=1",
+    "extra_tests={}",
+    "shuffled_images=false",
+]
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups

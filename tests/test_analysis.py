@@ -71,6 +71,8 @@ def train(tmp_path_factory, model, scenes):
             "fit.bf16=false",
             "fit.loader_workers=0",
             "test_limit=30",
+            "extra_tests={}",
+            "shuffled_images=false",
         ]
         assert main([f"scenes_{task}", *own, *settings]) == 0
         return runs / name

@@ -176,6 +176,8 @@ RUN = [
     "fit.log_every=1",
     "epochs=2",
     'languages=["en","ru"]',
+    "extra_tests={}",
+    "shuffled_images=false",
 ]
 
 

@@ -9,7 +9,7 @@ import pytest
 from finetune.__main__ import main
 from finetune.evaluation import ShuffledImages, derange
 from finetune.formats import Captioned, Example, stream_jsonl
-from finetune.stores import images as image_store
+from raylib import cache
 from raylib.errors import UserError
 from tests.test_finetune_run import result
 
@@ -39,10 +39,14 @@ def scenes_and_more(tmp_path_factory, scenes):
     return data
 
 
-@pytest.mark.parametrize("task", ["xgqa", "marvl", "xflickrco"])
-def test_extra_tests_are_evaluated_as_the_test_set(finetune, tmp_path, scenes_and_more, task):
+@pytest.mark.parametrize(
+    ("task", "settings"),
+    [("xgqa", ()), ("marvl", ()), ("xflickrco", ()), ("xflickrco", ("head=pairs", "test_limit=8"))],
+)
+def test_extra_tests_are_evaluated_as_the_test_set(finetune, tmp_path, scenes_and_more, task, settings):
     more = ['extra_tests={"again": "again", "textless": "textless"}', "shuffled_images=true"]
-    code, printed = finetune(f"scenes_{task}", "name=run", "epochs=1", f"data={scenes_and_more}", *more)
+    own = ["name=run", "epochs=1", f"data={scenes_and_more}", *settings]
+    code, printed = finetune(f"scenes_{task}", *own, *more)
     assert code == 0, printed
     found = result(tmp_path, "run")
     key = "mean_recall" if task == "xflickrco" else "accuracy"
@@ -64,21 +68,25 @@ def test_extra_tests_are_evaluated_as_the_test_set(finetune, tmp_path, scenes_an
 
 def test_extra_tests_images_are_encoded_once(finetune, tmp_path, scenes_and_more, monkeypatch):
     encoded = []
-    original = image_store.write_encoder_states
+    original = cache.write_encoder_states
 
     def count(folder, names, *arguments, **more):
         encoded.append((folder.name, len(names)))
         return original(folder, names, *arguments, **more)
 
-    monkeypatch.setattr(image_store, "write_encoder_states", count)
-    settings = ["epochs=1", f"data={scenes_and_more}", 'freeze=["vision"]', 'extra_tests={"again": "again"}']
-    finetune("scenes_xgqa", "name=plain", *settings)
-    plain, encoded[:] = list(encoded), []
-    finetune("scenes_xgqa", "name=shuffled", "shuffled_images=true", *settings)
-    assert [count for _, count in encoded] == [count for _, count in plain]
-    first, second = result(tmp_path, "plain"), result(tmp_path, "shuffled")
-    assert first["accuracy"] == second["accuracy"] and first["interval"] == second["interval"]
-    assert first["extra_tests"]["again"] == second["extra_tests"]["again"]
+    monkeypatch.setattr(cache, "write_encoder_states", count)
+    own = ["epochs=1", f"data={scenes_and_more}", 'extra_tests={"again": "again"}']
+    for freeze in ("freeze=[]", 'freeze=["vision"]'):  # what is frozen is encoded with the training images
+        finetune("scenes_xgqa", "name=plain", freeze, *own)
+        plain, encoded[:] = list(encoded), []
+        finetune("scenes_xgqa", "name=shuffled", freeze, "shuffled_images=true", *own)
+        assert len(plain) == 3 and [count for _, count in encoded] == [count for _, count in plain]
+        found = [result(tmp_path, name) for name in ("plain", "shuffled")]
+        assert found[0]["accuracy"] == found[1]["accuracy"] and found[0]["interval"] == found[1]["interval"]
+        assert found[0]["extra_tests"]["again"] == found[1]["extra_tests"]["again"]
+        encoded.clear()
+        for name in ("plain", "shuffled"):
+            shutil.rmtree(tmp_path / name)
 
 
 def test_shuffled_images_predictions_name_other_images_the_same_in_all_languages(finetune, tmp_path):

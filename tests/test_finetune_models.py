@@ -32,6 +32,8 @@ QUICK = [
     'languages=["en","ru"]',
     "fit.bf16=false",
     "fit.loader_workers=0",
+    "extra_tests={}",
+    "shuffled_images=false",
 ]
 WIDTH = 6  # of region features
 

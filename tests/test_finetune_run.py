@@ -179,7 +179,11 @@ def test_finetune_frozen_encoder_is_unchanged_and_encodes_once(finetune, tmp_pat
         for name, value in before.items()
         if name.startswith("fusion.")
     )
-    assert list((tmp_path / "frozen" / "encoded").iterdir())
+    states = {path: path.stat().st_mtime_ns for path in (tmp_path / "encoded").iterdir()}
+    assert len(states) == 2 and not (tmp_path / "frozen" / "encoded").exists()  # of training, and of the test
+    code, printed = finetune("scenes_xgqa", "name=other", 'freeze=["vision"]', "fit.seed=1")
+    assert code == 0, printed
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "encoded").iterdir()} == states
 
 
 def test_finetune_compare_groups_seeds(finetune, tmp_path, capsys):

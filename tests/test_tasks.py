@@ -207,6 +207,8 @@ RUN = [
     "fit.loader_workers=0",
     "languages=[]",
     "freeze=[]",
+    "extra_tests={}",
+    "shuffled_images=false",
 ]
 
 

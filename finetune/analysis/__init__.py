@@ -36,7 +36,8 @@ from finetune.build import (
 )
 from finetune.config import FinetuneConfig
 from finetune.lineage import load_run_config
-from finetune.report import read_result, scores_of
+from finetune.one_answer import footnotes
+from finetune.report import answers_of, marked, read_result, scores_of
 from finetune.stores.images import ImageSource, RegionFeatures
 from finetune.worker import trained_config
 from raylib import checkpoint
@@ -143,6 +144,7 @@ def analyse(folder: Path, options: Options) -> str:
         "Words and regions": words_and_regions,
     }
     lines = [f"# Analysis of {run.title}"]
+    lines += [line for note in footnotes(answers_of(run.result)) for line in ("", note)]
     for title, section in progress(sections.items(), "analyse", unit="figures"):
         try:
             paragraphs = section(run)
@@ -187,9 +189,9 @@ def _similarity(run: FinishedRun) -> list[str]:
     values = languages.measure_similarity(parallel, states, scores_of(run.result))
     languages.draw_similarity(values, run.title, run.measure, kind, run.out / "similarity")
     num_missing = ", ".join(f"{code} {n}" for code, n in parallel.num_missing.items() if n)
-    rows = [["language", "similarity to English", run.measure]]
+    rows, answers = [["language", "similarity to English", run.measure]], answers_of(run.result)
     for code, cosine in values["to_english"].items():
-        rows.append([code, percent(cosine), percent(values["score"][code])])
+        rows.append([code, percent(cosine), marked(values["score"][code], answers.get(code))])
     unpaired, pearson = values["unpaired"], values["pearson"]
     control = "" if unpaired is None else f", of unpaired ones {100 * unpaired:.1f}"
     correlation = "" if pearson is None else f"; Pearson's r with {run.measure} over languages {pearson:.2f}"
@@ -213,7 +215,7 @@ def _confusions(run: FinishedRun) -> list[str]:
     files = {code: folder / "predictions" / f"{code}.jsonl" for code, folder in run.folders.items()}
     values = languages.count_confusions(files, run.config.wordnet_folder)
     languages.draw_confusions(values, run.title, run.out / "confusions")
-    return [languages.confusion_table(values)]
+    return [languages.confusion_table(values, answers_of(run.result))]
 
 
 def _attention(run: FinishedRun) -> list[str]:

@@ -10,7 +10,7 @@ Shape legend: L languages, n items, D width of a state.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from torch import Tensor
 
 from finetune.analysis.parallel import Inapplicable, Parallel, write_figure
 from finetune.batches import encode_texts, read_inputs
+from finetune.one_answer import Answers
 from finetune.predict import CONFUSED_PAIRS, confusions, read_predictions
+from finetune.report import marked
 from finetune.stores.images import VisualSource
 from finetune.strategies.lexical import HYPERNYM, HYPONYM, NONE, SYNONYM, WordNet
 from raylib.data.loading import to_device
@@ -295,8 +297,8 @@ def draw_confusions(values: dict[str, Any], title: str, path: Path) -> None:
     write_figure(figure, values, path)
 
 
-def confusion_table(values: dict[str, Any]) -> str:
-    """Markdown: paper 0's tables 2 and 3."""
+def confusion_table(values: dict[str, Any], answers: Mapping[str, Answers]) -> str:
+    """Markdown: paper 0's tables 2 and 3; accuracy with the marks of `finetune.one_answer`."""
     kinds = (SYNONYM, HYPERNYM, HYPONYM, NONE)
     first = [["language", "accuracy", "with synonyms", "more", *(f"wrong: {kind}" for kind in kinds)]]
     second = [
@@ -311,7 +313,7 @@ def confusion_table(values: dict[str, Any]) -> str:
         first.append(
             [
                 code,
-                percent(strict),
+                marked(strict, answers.get(code)),
                 percent(kind),
                 f"+{percent(kind - strict)}",
                 *(str(counts["wrong"].get(relation, 0)) for relation in kinds),

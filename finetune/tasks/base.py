@@ -126,6 +126,16 @@ class Score(NamedTuple):
     interval: list[float] | None
 
 
+def old_scenes_hint(folder: Path) -> str:
+    """Return advice about what emoji scenes that were made before lack; "" where `folder` holds none."""
+    if not (folder / "scenes.jsonl").is_file():
+        return ""
+    return (
+        "; emoji scenes that were made before may lack it: make them anew (python -m "
+        "raylib.sample.scenes OUT)"
+    )
+
+
 def _read(reader: Callable[..., Iterator], path: Path, options: Mapping[str, str]) -> Iterator[Any]:
     """The items of `reader`; what fails in one of a user's own file is named by its line there."""
     number = 0
@@ -386,10 +396,6 @@ class Task(ABC):
         ]
         if found:
             return f"{advice}; it is there in {', '.join(found)}"
-        if (folder / "scenes.jsonl").is_file():
-            advice += (
-                "; emoji scenes that were made before may lack it: make them anew (python -m "
-                "raylib.sample.scenes OUT)"
-            )
+        advice += old_scenes_hint(folder)
         similar = sorted(p.name for p in path.parent.iterdir())[:8] if path.parent.is_dir() else []
         return advice + (f"; beside it are {', '.join(similar)}" if similar else "")

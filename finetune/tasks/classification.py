@@ -229,7 +229,7 @@ class Classification(Task):
             "counts": counts,
             "coverage": coverage,
         }
-        for name in ("synonym_accuracy", "confusions", "bleu"):
+        for name in ("answers", "synonym_accuracy", "confusions", "bleu"):
             if found := {code: values[name] for code, values in figures.items() if name in values}:
                 result[name] = found
         return result

@@ -35,6 +35,8 @@ RESULT = {
     "mean_targets": 0.25,
     "gap": 0.25,
     "counts": {"en": {"n": 4, "unlabelled": 0, "unknown_answers": 0}},
+    "answers": {"en": {"n": 4, "answer": "no", "share": 0.5, "right_share": 0.25}, "de": {}},
+    "extra_tests": {"far": {"en": {"accuracy": 0.5, "interval": None, "answers": {}}}},
     "params": 100,
     "trainable": 50,
     "disparity": {"std": 0.0, "range": 0.0},
