@@ -3,56 +3,173 @@ one of the image alone.
 
     python -m benchmarks.balance FOLDER      FOLDER: emoji scenes (python -m raylib.sample.scenes FOLDER)
 
-Both are multinomial logistic regressions, trained on the English training set and scored on the English test
-set: over the words and word pairs of the text, or over what is known of the image, namely which things are
-in it, where and how large (better than any image encoder could know it).
+Both are multinomial logistic regressions, trained on the English training set, their weight decay chosen on
+the English dev set: over the words and word pairs of the text, or over what is known of the image, namely
+which things are in it, where and how large (better than any image encoder could know it).
+
+The tests of all languages, and those in the other style, are the same questions with the same answers about
+the same scenes: what the text alone or the image alone gives is the same in each, for a model to which the
+language is as good as English. `text_zero_shot` is what the English regression makes of the targets' words.
 """
 
 import argparse
 import itertools
 import json
+import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.results import commit
 from finetune.formats import Example
+from finetune.recipes import SCENES_LANGUAGES
 from finetune.tasks.datasets import TASKS
 from raylib.display import markdown_table, percent
+from raylib.errors import UserError
+from raylib.sample.scenes.frozen import check_frozen
 
-STEPS, RATE, DECAY = 400, 0.05, 1e-3
+EPOCHS, BATCH, RATE = 4, 512, 0.05
+DECAYS = (1e-4, 1e-3)  # a step
+RECALLS = (1, 5, 10)
+KINDS = "xGQA/annotations/few_shot/en/test.json"
+
+Features = Callable[[Example], list[str]]
 
 
-def measure(folder: Path) -> dict[str, dict[str, float]]:
-    """{task: {"majority", "text", "picture"}}: accuracy of the majority class, of the text alone, of the
-    image alone."""
-    scenes = {
-        s["id"]: s
-        for s in map(json.loads, (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines())
-    }
-    accuracies = {}
+def measure(folder: Path) -> dict[str, Any]:
+    """Measure every task of the benchmark in `folder`.
+
+    Returns:
+        {"benchmark": frozen or not, "git": commit, "sizes": {"train", "dev", "test"}: items of xgqa,
+        "kinds": {type of question: {"share", "majority", "text"}},
+        "baselines": {task: {"en" or "targets": {"majority", "text", "image": accuracies}}}, of the targets
+        "text_zero_shot" too (their mean); of retrieval {"chance": mean recall}}.
+    """
+    lines = (folder / "scenes.jsonl").read_text(encoding="utf-8").splitlines()
+    scenes = {scene["id"]: scene for scene in map(json.loads, lines)}
+    baselines: dict[str, dict[str, dict[str, float]]] = {}
+    try:
+        check_frozen(folder)
+        tests = "frozen"
+    except UserError:
+        tests = "others than the frozen ones"
+    measured: dict[str, Any] = {"benchmark": tests, "git": commit(), "baselines": baselines}
     for name in ("xgqa", "xvnli", "marvl"):
-        task = TASKS[name]
-        train, test = (
-            list(task.read(task.path(folder, split, "en"), split, "en")) for split in ("train", "test")
-        )
-        answers = [max(e.labels, key=e.labels.get) for e in train]
-        best = Counter(answers).most_common(1)[0][0]
-        accuracies[name] = {
-            "majority": sum(best in e.labels for e in test) / len(test),
-            "text": _accuracy(train, test, lambda e: _words(e.texts[-1])),
-            "picture": _accuracy(train, test, lambda e: _facts([scenes[i] for i in e.images])),
+        train, dev, test = (_read(folder, name, split, "en") for split in ("train", "dev", "test"))
+        best = Counter(map(_answer, train)).most_common(1)[0][0]
+        text = Regression(train, dev, lambda e: _words(e.texts[-1]))
+        image = Regression(train, dev, lambda e: _facts([scenes[i] for i in e.images]))
+        text_scores = text.scores(test)
+        shared = {
+            "majority": statistics.fmean(best in e.labels for e in test),
+            "text": statistics.fmean(text_scores),
+            "image": statistics.fmean(image.scores(test)),
         }
-    return accuracies
+        targets = [code for code in SCENES_LANGUAGES[name] if code != "en"]
+        zero_shot = [statistics.fmean(text.scores(_read(folder, name, "test", code))) for code in targets]
+        baselines[name] = {"en": shared, "targets": {**shared, "text_zero_shot": statistics.fmean(zero_shot)}}
+        if name == "xgqa":
+            measured["sizes"] = {"train": len(train), "dev": len(dev), "test": len(test)}
+            measured["kinds"] = _kinds(folder, test, text_scores)
+    images = len(_read(folder, "xflickrco", "test", "en"))
+    chance = {"chance": statistics.fmean(min(k / images, 1.0) for k in RECALLS)}
+    baselines["xflickrco"] = {"en": chance, "targets": chance}
+    return measured
 
 
-def table(measured: dict[str, dict[str, float]]) -> str:
-    """Markdown of what `measure` returns, in %, by task."""
-    rows = [["task", "majority", "text alone", "image alone"]]
-    rows += [[task, *map(percent, figures.values())] for task, figures in measured.items()]
+def table(measured: dict[str, Any]) -> str:
+    """Markdown of the baselines of classifications that `measure` returns, in %, by task."""
+    rows = [["task", "majority", "text alone", "text alone, zero-shot", "image alone"]]
+    for task, groups in measured["baselines"].items():
+        if "text" in groups["en"]:
+            targets = groups["targets"]
+            names = ("majority", "text", "text_zero_shot", "image")
+            rows.append([task, *(percent(targets[name]) for name in names)])
     return markdown_table(rows)
+
+
+def kinds_table(measured: dict[str, Any], before: dict[str, dict[str, float]]) -> str:
+    """Markdown of the types of xgqa's questions, in %; `before`: the "kinds" of an older benchmark."""
+    rows = [["questions", "share before", "share", "majority", "text alone"]]
+    for kind, figures in measured["kinds"].items():
+        old = percent(before[kind]["share"]) if kind in before else ""
+        rows.append([kind, old, *(percent(figures[name]) for name in ("share", "majority", "text"))])
+    return markdown_table(rows)
+
+
+class Regression:
+    """Multinomial logistic regression from the features of an example to its answer."""
+
+    def __init__(self, train: Sequence[Example], dev: Sequence[Example], features: Features):
+        """Train once for each weight decay; the best on the dev set is kept."""
+        self.features = features
+        self.known = {f: i for i, f in enumerate(sorted({f for e in train for f in features(e)}), 1)}
+        self.answers = {a: i for i, a in enumerate(sorted({_answer(e) for e in train}))}
+        rows, y = self._rows(train), torch.tensor([self.answers[_answer(e)] for e in train])
+        weights = [self._fit(rows, y, decay) for decay in DECAYS]
+        self.weight = max(weights, key=lambda weight: statistics.fmean(self.scores(dev, weight)))
+
+    def scores(self, examples: Sequence[Example], weight: torch.Tensor | None = None) -> list[float]:
+        """Score of the answer to each example."""
+        names = list(self.answers)
+        logits = F.embedding_bag(self._rows(examples), self.weight if weight is None else weight, mode="sum")
+        return [e.labels.get(names[c], 0.0) for e, c in zip(examples, logits.argmax(1).tolist(), strict=True)]
+
+    def _rows(self, examples: Sequence[Example]) -> torch.Tensor:
+        """Numbers of each example's features, padded with the one that all have."""
+        rows = [[0, *{self.known[f] for f in self.features(e) if f in self.known}] for e in examples]
+        longest = max(map(len, rows))
+        return torch.tensor([row + [len(self.known) + 1] * (longest - len(row)) for row in rows])
+
+    def _fit(self, rows: torch.Tensor, y: torch.Tensor, decay: float) -> torch.Tensor:
+        # the last row of the weights stands for padding and stays zero
+        weight = torch.zeros(len(self.known) + 2, len(self.answers), requires_grad=True)
+        optimizer = torch.optim.AdamW([weight], RATE, weight_decay=decay / RATE)
+        steps = EPOCHS * -(-len(rows) // BATCH)
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(EPOCHS):
+            for part in torch.randperm(len(rows), generator=generator).split(BATCH):
+                optimizer.zero_grad()
+                logits = F.embedding_bag(rows[part], weight, mode="sum", padding_idx=len(self.known) + 1)
+                F.cross_entropy(logits, y[part]).backward()
+                optimizer.step()
+                schedule.step()
+        return weight.detach()
+
+
+def _read(folder: Path, name: str, split: str, language: str) -> list[Example]:
+    task = TASKS[name]
+    return list(task.read(task.path(folder, split, language), split, language))
+
+
+def _answer(example: Example) -> str:
+    return max(example.labels, key=example.labels.get)  # type: ignore[arg-type]  # of a dict that is not empty
+
+
+def _kinds(folder: Path, test: Sequence[Example], scores: Sequence[float]) -> dict[str, dict[str, float]]:
+    """{type of question: its share, the accuracies of its most frequent answer and of the text alone}."""
+    items = json.loads((folder / KINDS).read_text(encoding="utf-8"))
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for example, score in zip(test, scores, strict=True):
+        types = items[example.id]["types"]
+        kind = types["structural"]
+        # GQA's types, and what is special of ours
+        if types["detailed"] != kind:
+            kind += f": {types['detailed']}"
+        groups.setdefault(kind, []).append((_answer(example), score))
+    return {
+        kind: {
+            "share": len(group) / len(test),
+            "majority": Counter(answer for answer, _ in group).most_common(1)[0][1] / len(group),
+            "text": statistics.fmean(score for _, score in group),
+        }
+        for kind, group in sorted(groups.items())
+    }
 
 
 def _words(text: str) -> list[str]:
@@ -69,35 +186,13 @@ def _facts(scenes: Sequence[dict]) -> list[str]:
     return facts
 
 
-def _accuracy(train: Sequence[Example], test: Sequence[Example], features) -> float:
-    known = {f: i for i, f in enumerate(sorted({f for e in train for f in features(e)}))}
-    answers = {a: i for i, a in enumerate(sorted({a for e in train for a in e.labels}))}
-
-    def matrix(examples: Sequence[Example]) -> torch.Tensor:
-        x = torch.zeros(len(examples), len(known) + 1)
-        x[:, -1] = 1
-        for row, e in enumerate(examples):
-            x[row, [known[f] for f in features(e) if f in known]] = 1
-        return x
-
-    x, y = matrix(train), torch.tensor([answers[max(e.labels, key=e.labels.get)] for e in train])
-    weight = torch.zeros(x.shape[1], len(answers), requires_grad=True)
-    optimizer = torch.optim.Adam([weight], RATE, weight_decay=DECAY)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        F.cross_entropy(x @ weight, y).backward()
-        optimizer.step()
-    names = list(answers)
-    predicted = (matrix(test) @ weight).argmax(1).tolist()
-    return sum(e.labels.get(names[c], 0.0) for e, c in zip(test, predicted, strict=True)) / len(test)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a folder of emoji scenes")
-    print(table(measure(parser.parse_args(arguments).folder)))
+    measured = measure(parser.parse_args(arguments).folder)
+    print(table(measured), kinds_table(measured, {}), sep="\n\n")
 
 
 if __name__ == "__main__":

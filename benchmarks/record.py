@@ -4,8 +4,8 @@ python -m benchmarks.record RUN              append RUN/result.json to results/r
 python -m benchmarks.record --trial RUN ...  append settings and R@1 of each to results/trials.jsonl: the
                                              experiments behind the recipe `tiny`
 python -m benchmarks.record --finetune RUN ...  append RUN/result.json of each to results/finetune.jsonl
-python -m benchmarks.record --scenes FOLDER  append what is reached there without images to
-                                             results/scenes.jsonl
+python -m benchmarks.record --scenes FOLDER  append what the text alone and the image alone reach there
+                                             to results/scenes.jsonl
 python -m benchmarks.record --search RUN     append what RUN/report.md says of the best to
                                              results/searches.jsonl
 python -m benchmarks.record --gpu FILE       append gpu.json of `benchmarks.gpu` to results/gpu.jsonl
@@ -86,13 +86,19 @@ def main(arguments: list[str] | None = None) -> None:
 def write_pages(root: Path) -> None:
     """Write the generated parts of README.md and docs/ below `root` from the records."""
     last = read_jsonl(RESULTS / "runs.jsonl")[-1]
-    baselines = (read_jsonl(RESULTS / "scenes.jsonl") or [{}])[-1]
+    scenes = read_jsonl(RESULTS / "scenes.jsonl")
+    baselines = {task: groups["en"] for task, groups in scenes[0]["baselines"].items()}
     runs = newest(read_jsonl(RESULTS / "finetune.jsonl"), "run")
     searches = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
     write_parts(root / "README.md", table=folded_table(recall_table(last)), speed_line=speed_line())
     write_parts(root / "docs" / "data.md", layout=task_files())
     claims, experiments = claims_report.tables()
     write_parts(root / "benchmarks" / "claims.md", claims=claims, experiments=experiments)
+    write_parts(
+        root / "raylib" / "sample" / "scenes" / "README.md",
+        balance=balance.table(scenes[-1]),
+        kinds=balance.kinds_table(scenes[-1], scenes[0]["kinds"]),
+    )
     write_parts(
         root / "docs" / "results.md",
         table=recall_table(last),

@@ -1,6 +1,8 @@
 """The miniature IGLUE: sentences, answers against the scenes' ground truth, balance, formats."""
 
 import json
+import re
+import shutil
 import zipfile
 from collections import Counter
 
@@ -23,10 +25,13 @@ from raylib.sample.scenes import (
     translate_name,
 )
 from raylib.sample.scenes.__main__ import main
+from raylib.sample.scenes.frozen import check_frozen
+from raylib.sample.scenes.frozen import main as check
 from raylib.sample.scenes.statements import Dice, Statement
 from raylib.sample.scenes.subset import cut_vectors, cut_wordnet
 from raylib.sample.scenes.translators import mistranslate
-from raylib.sample.scenes.writer import ERRORS, STYLE, XGQA, XVNLI, ScenesConfig, write_scenes
+from raylib.sample.scenes.tree import ERRORS, STYLE
+from raylib.sample.scenes.writer import XGQA, XVNLI, ScenesConfig, write_scenes
 
 SMALL = ScenesConfig(train=60, dev=12, test=60, shots=5)
 
@@ -40,9 +45,26 @@ def read_zip(path):
         return json.loads(archive.read(path.stem))
 
 
+def read_truth(folder):
+    """{scene: {label: its objects}}."""
+    found = {}
+    for scene in read_lines(folder / "scenes.jsonl"):
+        labels = {o["label"] for o in scene["objects"]}
+        found[scene["id"]] = {name: [o for o in scene["objects"] if o["label"] == name] for name in labels}
+    return found
+
+
 @pytest.fixture(scope="module")
 def truth(scenes):
-    return {s["id"]: {o["label"]: o for o in s["objects"]} for s in read_lines(scenes / "scenes.jsonl")}
+    return read_truth(scenes)
+
+
+@pytest.fixture(scope="module")
+def hardest(tmp_path_factory):
+    """A miniature IGLUE, as difficult as it gets."""
+    folder = tmp_path_factory.mktemp("hardest") / "scenes"
+    write_scenes(folder, ScenesConfig(train=90, dev=3, test=30, shots=1, difficulty=1))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -92,47 +114,60 @@ def test_scenes_relations_equal_worked_example():
     assert {"purse", "handbag", "clutch bag"} <= related_labels("purse")  # a synonym, and what is below both
 
 
-def test_scenes_answers_follow_from_the_scenes(scenes, truth):
-    """Each question again, by what its English sentence says."""
-    items = json.loads(
-        (scenes / "xGQA/annotations/zero_shot/testdev_balanced_questions_en.json").read_text(encoding="utf-8")
-    )
-    assert len(items) == 60 + 20  # the test's, and those of the few-shot files
-    items |= {
-        item["question_id"]: {
-            "question": item["sent"],
-            "answer": next(iter(item["label"])),
-            "imageId": item["img_id"],
-            "types": {"structural": ""},
-        }
-        for item in read_zip(scenes / "gqa/annotations/train.json.zip")
-    }
-    assert len(items) == 140
-    kinds = Counter()
-    for item in items.values():
-        there, text, answer = truth[item["imageId"]], item["question"], item["answer"]
-        kinds[item["types"]["structural"]] += 1
+def read_questions(folder):
+    """(image, question, answer, type) of the English test and training sets, and of the few-shot sets."""
+    text = (folder / "xGQA/annotations/zero_shot/testdev_balanced_questions_en.json").read_text("utf-8")
+    for item in json.loads(text).values():
+        yield item["imageId"], item["question"], item["answer"], item["types"]["structural"]
+    for item in read_zip(folder / "gqa/annotations/train.json.zip"):
+        yield item["img_id"], item["sent"], next(iter(item["label"])), ""
+
+
+@pytest.mark.parametrize(("folder", "count"), [("scenes", 60 + 20 + 60), ("hardest", 30 + 4 + 90)])
+def test_scenes_answers_follow_from_the_scenes(request, folder, count):
+    """Each question again, by what its English sentence says: of the test, training and few-shot sets."""
+    scenes = request.getfixturevalue(folder)
+    truth, kinds, texts = read_truth(scenes), Counter(), []
+    for image, text, answer, kind in read_questions(scenes):
+        objects = truth[image]
+        kinds[kind] += 1
+        texts.append(text)
         named = text.rstrip("?").split(": ")[-1]
+        yes = {True: "yes", False: "no"}
+
+        def only(name, objects=objects):
+            (one,) = objects[name]  # what is spoken of by its size or place is there once
+            return one
+
         if text.startswith("Is this"):
-            assert answer == ("yes" if named in there else "no")
+            assert answer == yes[named in objects]
         elif text.startswith("Are both"):
-            assert answer == ("yes" if all(n in there for n in named.split(" and ")) else "no")
+            assert answer == yes[all(n in objects for n in named.split(" and "))]
         elif text.startswith("Is at least"):
-            assert answer == ("yes" if any(n in there for n in named.split(" or ")) else "no")
+            assert answer == yes[any(n in objects for n in named.split(" or "))]
         elif text.startswith("What is in the picture"):
-            assert [n for n in named.split(" or ") if n in there] == [answer]
+            assert [n for n in named.split(" or ") if n in objects] == [answer]
+        elif text.startswith("How many times"):
+            assert answer == str(len(objects.get(named, [])))
         elif text.startswith("Which is drawn larger"):
             one, other = named.split(" or ")
-            assert answer == (one if there[one]["size"] > there[other]["size"] else other)
+            assert answer == (one if only(one)["size"] > only(other)["size"] else other)
         elif text.startswith("What is at the"):
-            quadrant = read_templates()["positions"]["en"].index(
-                text.removeprefix("What is at the ").rstrip("?")
-            )
-            assert there[answer]["quadrant"] == quadrant
+            phrase = text.removeprefix("What is at the ").rstrip("?")
+            quadrant = read_templates()["positions"]["en"].index(phrase)
+            assert quadrant in [o["quadrant"] for o in objects[answer]]
+        elif text.startswith("What is to the right"):
+            left = only(text.split("“")[1].split("”")[0])
+            assert left["quadrant"] % 2 == 0
+            assert left["quadrant"] + 1 in [o["quadrant"] for o in objects[answer]]
         else:
-            left = there[text.split("“")[1].split("”")[0]]
-            assert there[answer]["quadrant"] == left["quadrant"] + 1 and left["quadrant"] % 2 == 0
-    assert set(kinds) - {""} == {"verify", "query", "choose", "logical", "compare"}
+            right, left = (only(part.split("”")[0]) for part in text.split("“")[1:])
+            assert right["quadrant"] // 2 == left["quadrant"] // 2 and text.startswith("Is the “")
+            assert answer == yes[right["quadrant"] > left["quadrant"]]
+    assert len(texts) == count
+    assert set(kinds) - {""} == {"verify", "query", "choose", "logical", "compare", "count"}
+    assert any(text.startswith("Is the “") for text in texts) == (folder == "hardest")
+    assert folder == "scenes" or max(map(len, truth.values())) == 4
 
 
 def test_scenes_relations_never_mention_absent_objects(scenes, truth):
@@ -166,21 +201,22 @@ def test_scenes_entailment_follows_from_the_scenes(scenes, truth):
 
 
 def test_scenes_two_image_statements_follow_from_the_scenes(scenes, truth):
+    numbers = set()
     for record in read_lines(scenes / "nlvr2/annotations/test.jsonl"):
         stem = record["identifier"].rsplit("-", 1)[0]
         left, right = truth[f"{stem}-img0"], truth[f"{stem}-img1"]
         if record["sentence"].startswith("Both"):
             named = record["sentence"].rstrip(".").split(": ")[1]
             true = named in left and named in right
+        elif found := re.fullmatch(r"The two .* show this (\d) times: (.*)\.", record["sentence"]):
+            numbers.add(int(found[1]))
+            true = int(found[1]) == sum(len(side.get(found[2], [])) for side in (left, right))
         else:
-            first, second = (
-                record["sentence"]
-                .removeprefix("The left picture shows ")
-                .rstrip(".")
-                .split(", the right one ")
-            )
+            sides = record["sentence"].removeprefix("The left picture shows ").rstrip(".")
+            first, second = sides.split(", the right one ")
             true = first in left and second in right
         assert record["label"] == str(true)
+    assert numbers == {2, 3, 4}
 
 
 def test_scenes_other_style_has_the_same_tests_by_an_unseen_vendor(scenes):
@@ -271,6 +307,14 @@ def test_scenes_languages_are_those_of_the_recipes():
     assert set(SCENES_LANGUAGES["marvl"]) == set(SCENES_LANGUAGES["xflickrco"]) == set(LANGUAGES)
 
 
+def test_scenes_test_captions_are_true_of_one_image_alone(scenes, truth):
+    test = read_lines(scenes / "xFlickrCO/annotations/en/test.jsonl")
+    for item in test:
+        named = item["sentences"][0].rstrip(".").split(": ")[1].split(" and ")
+        shown = [other["img_path"] for other in test if set(named) <= set(truth[other["img_path"][:-5]])]
+        assert shown == [item["img_path"]]
+
+
 def test_scenes_labels_are_balanced(scenes):
     golds = Counter(r["gold_label"] for r in read_lines(scenes / "XVNLI/annotations/en/test.jsonl"))
     assert golds == {"entailment": 20, "neutral": 20, "contradiction": 20}
@@ -294,6 +338,29 @@ def test_scenes_small_set_is_small_and_reproducible(scenes, tmp_path):
     own = sum(path.lstat().st_size for path in scenes.rglob("*") if path.is_file())
     assert own <= 5.5e6
     assert all((tmp_path / "again" / name).read_bytes() == data for name, data in files.items())
+
+
+def test_scenes_are_those_that_were_frozen(scenes):
+    check_frozen(scenes)
+
+
+@pytest.mark.slow  # as large as the benchmark is
+def test_scenes_benchmark_is_the_one_that_was_frozen(tmp_path):
+    write_scenes(tmp_path / "scenes", ScenesConfig())
+    check_frozen(tmp_path / "scenes")
+
+
+def test_scenes_that_differ_from_the_frozen_ones_are_an_error(scenes, tmp_path, capsys):
+    assert check([str(scenes)]) == 0 and "are those that were frozen" in capsys.readouterr().out
+    folder = tmp_path / "scenes"
+    shutil.copytree(scenes, folder, symlinks=True, ignore=shutil.ignore_patterns("*.tar"))
+    path = folder / "errors30/XVNLI/annotations_machine-translate/ru/test.jsonl"
+    path.write_text(path.read_text(encoding="utf-8").replace("picture", "image", 1), encoding="utf-8")
+    assert check([str(folder)]) == 2
+    assert "not the benchmark's tests (errors30/XVNLI)" in capsys.readouterr().err
+    (folder / "settings.json").write_text('{"train": 5}')
+    assert check([str(folder)]) == 2 and "leave them at the default" in capsys.readouterr().err
+    assert check([str(tmp_path)]) == 2 and "no emoji scenes" in capsys.readouterr().err
 
 
 def test_scenes_cut_wordnet_and_vectors_can_be_cut_again(tmp_path):

@@ -26,6 +26,7 @@ EXEMPT = {
         raylib.fileio:sync_file raylib.checkpoint:hold_checkpoint""",
     "any bytes will do": """
         raylib.data.index:hash_index raylib.fileio:open_plain
+        raylib.sample.scenes.frozen:hash_tests raylib.sample.scenes.frozen:_read_settings
         raylib.fileio:sha256_file raylib.file_kinds:recognize raylib.file_kinds:_lfs_advice
         raylib.search.search:_search_in raylib.search.tuner:RecordTrials.on_trial_error
         raylib.provenance:code_version""",
@@ -45,6 +46,7 @@ EXEMPT = {
     "it reads what this package ships": """
         raylib.sample:read_images raylib.sample:_read_text raylib.sample.scenes:read_labels
         raylib.sample.scenes:read_templates raylib.sample.scenes:read_categories
+        raylib.sample.scenes.frozen:check_frozen raylib.sample.scenes.frozen:freeze
         raylib.api.source:Module.__init__ raylib.command:module_doc""",
     "only who rebuilds what this package ships runs it": """
         raylib.sample.rebuild:fetch_package raylib.sample.rebuild:list_concepts

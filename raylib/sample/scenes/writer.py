@@ -1,13 +1,9 @@
 """Write the miniature IGLUE: the official formats, in the folders of the IGLUE repository (`README.md` lists
 them); beside them the test sets in another style, and translations with errors."""
 
-import io
-import json
-import os
+import itertools
 import shutil
-import tarfile
-import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +14,8 @@ from raylib.display import progress
 from raylib.errors import UserError
 from raylib.fileio import atomic_folder
 from raylib.sample import LANGUAGES as ALL_LANGUAGES
-from raylib.sample import UNSEEN_VENDOR, decode_drawings, draw_webp, read_concept_captions
-from raylib.sample.scenes import DATA, LANGUAGES, read_labels
+from raylib.sample import read_concept_captions
+from raylib.sample.scenes import ANSWERS, DATA, LANGUAGES, read_labels
 from raylib.sample.scenes.statements import (
     QUESTIONS,
     Dice,
@@ -31,16 +27,11 @@ from raylib.sample.scenes.statements import (
     make_caption,
     make_claim,
     make_scene,
-    pick_above_and_below,
+    pick_claimed,
+    split_copies,
 )
-from raylib.sample.scenes.translators import (
-    Translator,
-    Wording,
-    from_english,
-    in_language,
-    to_english,
-    with_errors,
-)
+from raylib.sample.scenes.translators import Wording, from_english, in_language, to_english
+from raylib.sample.scenes.tree import Writer
 
 XGQA = ("en", "de", "bn", "id", "ko", "pt", "ru", "sw", "zh")
 XVNLI = ("en", "ar", "es", "fr", "ru", "sw")
@@ -51,28 +42,9 @@ SHOTS = {
     "marvl": (1, 2, 4, 10),
 }
 RELATIONS = ("entailment", "neutral", "contradiction")
+COUNTED = 0.3  # share of the scenes whose things are counted, half of them with something several times
+COUNTED_PAIRS = 0.2
 TRANSLATED_TRAIN = 9000  # training questions that are translated, the first ones
-ERRORS = {"errors10": 0.1, "errors30": 0.3}  # folders of translations: how many sentences are wrong
-STYLE = "test_style"  # folder of the test sets in a style that training has not
-TEST_FILES = (
-    "xGQA/annotations/few_shot/*/test.json",
-    "xGQA/annotations_machine-translate/few_shot/*/test.json",
-    "XVNLI/annotations/*/test.jsonl",
-    "XVNLI/annotations_machine-translate/*/test.jsonl",
-    "xFlickrCO/annotations/*/test.jsonl",
-    "xFlickrCO/annotations_machine-translate/*/test_gmt.jsonl",
-    "nlvr2/annotations/test.jsonl",
-    "marvl/zero_shot/annotations/*.jsonl",
-    "marvl/zero_shot/annotations_machine-translate/*.jsonl",
-)
-# what a test needs besides its own files
-SHARED_FILES = (
-    "gqa/annotations/trainval_label2ans.json",
-    "relations.json",
-    "vectors.txt",
-    "wordnet",
-    "dictionaries",
-)
 
 
 class ScenesConfig(Config):
@@ -90,110 +62,13 @@ class ScenesConfig(Config):
     """Side of an image in pixels."""
     seed: int = 0
     """Seed of everything that is drawn."""
+    difficulty: float = Field(0.5, ge=0, le=1)
+    """How often a thing that is not there is of the category of one that is. From 0.5 to 1, rising to all of
+    them: scenes of four things, and yes-no questions about the relation of two things."""
 
     def shot_sizes(self, task: str) -> tuple[int, ...]:
         """Numbers of images of the few-shot sets of a task."""
         return tuple(n for n in SHOTS[task] if n <= self.shots)
-
-
-class Images:
-    """Scenes and their images: `images.tar` and `scenes.jsonl` of a folder."""
-
-    def __init__(self, folder: Path, size: int):
-        folder.mkdir(exist_ok=True)
-        self.folder, self.size = folder, size
-        self.tar = tarfile.open(folder / "images.tar", "w")  # noqa: SIM115
-        self.scenes: list[Scene] = []
-
-    def add(self, scene: Scene) -> None:
-        """Draw the scene; its image is in the tar as ID.webp."""
-        placements = [placement for _, placement in scene.objects]
-        data = draw_webp(placements, decode_drawings(scene.vendor), self.size)
-        info = tarfile.TarInfo(f"{scene.id}.webp")
-        info.size = len(data)
-        self.tar.addfile(info, io.BytesIO(data))
-        self.scenes.append(scene)
-
-    def close(self) -> None:
-        """End the tar, write the ground truth."""
-        self.tar.close()
-        with (self.folder / "scenes.jsonl").open("w", encoding="utf-8") as file:
-            for scene in self.scenes:
-                objects = [
-                    {"label": label} | {k: v for k, v in placement._asdict().items() if k != "key"}
-                    for label, placement in scene.objects
-                ]
-                record = {"id": scene.id, "vendor": scene.vendor, "objects": objects}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-
-
-class Writer:
-    """Files under `out`: JSON, JSON lines, and every scene that is asked for, once, into `images.tar`; the
-    tests' in the unseen style too."""
-
-    def __init__(self, out: Path, config: ScenesConfig):
-        self.out, self.config = out, config
-        self.images, self.style = Images(out, config.size), Images(out / STYLE, config.size)
-
-    def scene(
-        self, name: str, split: str, count: int, required: Sequence[str] = (), avoid: Sequence[str] = ()
-    ) -> Scene:
-        """Make a scene as `make_scene` does, and draw it."""
-        scene = make_scene(name, split, self.config.size, self.config.seed, count, required, avoid)
-        self.images.add(scene)
-        if split == "test":
-            self.style.add(scene._replace(vendor=UNSEEN_VENDOR))
-        return scene
-
-    def translations(self, translator: Translator, language: str) -> Iterator[tuple[str, Wording]]:
-        """(beginning of the path, wording) of each variant of the translations: without errors, and with."""
-        yield "", translator(language, self.config.seed)
-        for folder, share in ERRORS.items():
-            yield f"{folder}/", with_errors(translator, share)(language, self.config.seed)
-
-    def json(self, path: str, value: Any) -> None:
-        """Write a JSON file."""
-        self.text(path, json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
-
-    def lines(self, path: str, records: Iterable[dict[str, Any]]) -> None:
-        """Write a file of JSON lines."""
-        self.text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-    def text(self, path: str, text: str) -> None:
-        """Write a file, or the one member of a .zip, where IGLUE has one."""
-        file = self.out / path
-        file.parent.mkdir(parents=True, exist_ok=True)
-        if file.suffix != ".zip":
-            file.write_text(text, encoding="utf-8")
-            return
-        with zipfile.ZipFile(file, "w") as archive:
-            # a ZipInfo is of 1980: the same bytes each time
-            archive.writestr(zipfile.ZipInfo(file.stem), text, zipfile.ZIP_DEFLATED)
-
-    def close(self) -> None:
-        """End the tars; complete the other trees by links to the files here."""
-        self.images.close()
-        self.style.close()
-        for pattern in (*TEST_FILES, *SHARED_FILES):
-            for source in sorted(self.out.glob(pattern)):
-                _link(source, self.out / STYLE / source.relative_to(self.out))
-        for folder in ERRORS:
-            self._complete(self.out / folder, self.out)
-
-    def _complete(self, tree: Path, source: Path) -> None:
-        """Link to all in `source` that `tree` has not."""
-        for entry in sorted(source.iterdir()):
-            if entry.name in (*ERRORS, STYLE):
-                continue
-            if not (tree / entry.name).exists():
-                _link(entry, tree / entry.name)
-            elif entry.is_dir():
-                self._complete(tree / entry.name, entry)
-
-
-def _link(source: Path, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.symlink_to(os.path.relpath(source, path.parent))
 
 
 def write_scenes(out: Path, config: ScenesConfig) -> str:
@@ -205,7 +80,7 @@ def write_scenes(out: Path, config: ScenesConfig) -> str:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: not empty; give a new folder")
     with atomic_folder(out) as partial:
-        writer = Writer(partial, config)
+        writer = Writer(partial, config.size, config.seed)
         # the order of the tasks is the order of the images in the tar
         for write_task in (_write_questions, _write_entailment, _write_captions, _write_pairs):
             write_task(writer, config)
@@ -214,6 +89,7 @@ def write_scenes(out: Path, config: ScenesConfig) -> str:
         for source in (DATA / "vectors.txt", *sorted((DATA / "wordnet").iterdir())):
             shutil.copyfile(source, partial / source.relative_to(DATA))
         writer.json("relations.json", {name: _relations(name) for name in read_labels()})
+        writer.json("settings.json", config.model_dump())
         writer.close()
     size = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: 4 tasks of {config.train} + {config.dev} + {config.test} items, {size / 1e6:.1f} MB"
@@ -231,11 +107,17 @@ def _write_questions(writer: Writer, config: ScenesConfig) -> None:
 
     def make(split: str, count: int) -> Items:
         items: Items = {}
-        counts = progress(draw_counts(count, config.seed, "gqa", split), f"draw scenes of xGQA, {split}")
-        for i, things in enumerate(counts):
-            scene = writer.scene(f"g{split}{i}", split, things)
+        counts = draw_counts(count, config.difficulty, config.seed, "gqa", split)
+        for i, things in enumerate(progress(counts, f"draw scenes of xGQA, {split}")):
             dice = Dice(config.seed, "gqa", split, i)
-            questions = (ask_question(scene, kind, dice) for kind in dice.order(QUESTIONS))
+            part = dice.uniform()
+            copies = dice.pick((2, 3)) if part < COUNTED / 2 else 0
+            often = (dice.pick(list(read_labels())),) * copies
+            scene = writer.scene(f"g{split}{i}", split, max(things, copies + 1), often)
+            kinds = dice.order(QUESTIONS)
+            if part < COUNTED:
+                kinds.insert(dice.pick(range(3)), "count")
+            questions = (ask_question(scene, kind, dice, config.difficulty) for kind in kinds)
             for question in [q for q in questions if q][:3]:
                 items[f"{split}{len(items):06d}"] = (scene.id, question._replace(scene=scene.id))
                 if len(items) == count:
@@ -264,7 +146,7 @@ def _write_questions(writer: Writer, config: ScenesConfig) -> None:
     train = make("train", config.train)
     writer.json("gqa/annotations/train.json.zip", lxmert_records(train))
     writer.json("gqa/annotations/valid.json", lxmert_records(make("dev", config.dev)))
-    writer.json("gqa/annotations/trainval_label2ans.json", ["no", "yes", *sorted(read_labels())])
+    writer.json("gqa/annotations/trainval_label2ans.json", [*ANSWERS, *sorted(read_labels())])
     test, shots = make("test", config.test), make("shots", 4 * max(sizes))
     # few-shot sets are of the first images; the development set of those that the largest has not
     images = list(dict.fromkeys(image for image, _ in shots.values()))
@@ -294,16 +176,17 @@ def _write_entailment(writer: Writer, config: ScenesConfig) -> None:
 
     def make(split: str, count: int) -> Items:
         items: Items = []
-        counts = draw_counts(count, config.seed, "nli", split)
-        for i in progress(
-            range(-(-count // 3)), f"draw scenes of XVNLI, {split}"
-        ):  # a scene, a hypothesis of each kind
+        # a scene, a hypothesis of each kind
+        counts = draw_counts(-(-count // 3), config.difficulty, config.seed, "nli", split)
+        for i, things in enumerate(progress(counts, f"draw scenes of XVNLI, {split}")):
             dice = Dice(config.seed, "nli", split, i)
-            required = pick_above_and_below(dice) if dice.uniform() < 0.9 else ()
-            scene = writer.scene(f"n{split}{i}", split, counts[i], required)
+            claimed = pick_claimed(dice)
+            required = (dice.pick(read_labels()[claimed.below].ancestors), claimed.present)
+            avoid = (claimed.below, claimed.absent)
+            scene = writer.scene(f"n{split}{i}", split, things, required, avoid)
             premise = make_caption(scene, dice).text("en")
             for relation in dice.order(RELATIONS):
-                claim = make_claim(scene, relation, dice)
+                claim = make_claim(scene, claimed, relation, dice)
                 items.append((scene, premise, claim._replace(scene=scene.id)))
         return items[:count]
 
@@ -338,13 +221,37 @@ def _write_captions(writer: Writer, config: ScenesConfig) -> None:
     Items = list[tuple[Scene, list[Statement]]]
 
     def make(split: str, count: int) -> Items:
-        counts = draw_counts(count, config.seed, "flickr", split)
+        counts = draw_counts(count, config.difficulty, config.seed, "flickr", split)
         num_captions = 1 if split in ("test", "shots") else 3
         items: Items = []
-        for i in progress(range(count), f"draw scenes of xFlickrCO, {split}"):
-            scene = writer.scene(f"f{split}{i}", split, counts[i])
+        for i, things in enumerate(progress(counts, f"draw scenes of xFlickrCO, {split}")):
+            scene = writer.scene(f"f{split}{i}", split, things)
             dice = [Dice(config.seed, "flickr", split, i, k) for k in range(num_captions)]
             items.append((scene, [make_caption(scene, die)._replace(scene=scene.id) for die in dice]))
+        return items
+
+    def make_test(count: int) -> Items:
+        """Scenes and captions, each true of one image alone: of a search one answer is right."""
+        items: Items = []
+        shown: set[frozenset[str]] = set()  # pairs of things that stand together somewhere
+        named: set[frozenset[str]] = set()  # those that a caption names
+        counts = draw_counts(count, config.difficulty, config.seed, "flickr", "test")
+        for i, things in enumerate(progress(counts, "draw scenes of xFlickrCO, test")):
+            for attempt in itertools.count():
+                name = f"ftest{i}" + (f" {attempt}" if attempt else "")
+                scene = make_scene(name, "test", config.size, config.seed, things)
+                pairs = {frozenset(pair) for pair in itertools.combinations(scene.names, 2)}
+                if pairs - shown and not pairs & named:
+                    break
+            scene = scene._replace(id=f"ftest{i}")
+            writer.draw(scene, "test")
+            dice = Dice(config.seed, "flickr", "test", i)
+            caption = make_caption(scene, dice)
+            while frozenset(caption.names) in shown:
+                caption = make_caption(scene, dice)
+            shown |= pairs
+            named.add(frozenset(caption.names))
+            items.append((scene, [caption._replace(scene=scene.id)]))
         return items
 
     def records(items: Items, wording: Wording) -> Iterator[dict[str, Any]]:
@@ -356,7 +263,7 @@ def _write_captions(writer: Writer, config: ScenesConfig) -> None:
     writer.lines("flickr30k/annotations/train_ann.jsonl", records(make("train", config.train), english))
     dev = make("dev", config.dev)
     writer.lines("flickr30k/annotations/valid_ann.jsonl", records(dev, english))
-    test, shots = make("test", config.test), make("shots", max(config.shot_sizes("flickr")))
+    test, shots = make_test(config.test), make("shots", max(config.shot_sizes("flickr")))
     for language in LANGUAGES:
         folder, wording = f"xFlickrCO/annotations/{language}", in_language(language)
         writer.lines(f"{folder}/test.jsonl", records(test, wording))
@@ -380,16 +287,20 @@ def _write_pairs(writer: Writer, config: ScenesConfig) -> None:
 
     def make(split: str, count: int) -> Items:
         items: Items = []
-        counts = draw_counts(count, config.seed, "nlvr", split)
-        for i in progress(
-            range(-(-count // 2)), f"draw scenes of MaRVL, {split}"
-        ):  # two images, a true statement and a false one
+        # two images, a true statement and a false one
+        counts = draw_counts(-(-count // 2), config.difficulty, config.seed, "nlvr", split)
+        for i, things in enumerate(progress(counts, f"draw scenes of MaRVL, {split}")):
             dice, stem = Dice(config.seed, "nlvr", split, i), f"{split}-{i}-0"
             shared = (dice.pick(list(read_labels())),)
-            left = writer.scene(f"{stem}-img0", split, counts[i], shared)
-            right = writer.scene(f"{stem}-img1", split, counts[i], shared, left.names)
+            counted = dice.uniform() < COUNTED_PAIRS
+            copies = split_copies(dice) if counted else (1, 1)
+            left, right = (shared * number for number in copies)
+            left_scene = writer.scene(f"{stem}-img0", split, max(things, len(left) + 1), left)
+            avoid = left_scene.names
+            right_scene = writer.scene(f"{stem}-img1", split, max(things, len(right) + 1), right, avoid)
             for true in dice.order([True, False]):
-                items.append((stem, compare_pair(left, right, true, dice)._replace(scene=stem)))
+                statement = compare_pair(left_scene, right_scene, counted, true, dice)
+                items.append((stem, statement._replace(scene=stem)))
         return items[:count]
 
     def nlvr2_records(items: Items, language: str = "en") -> Iterator[dict[str, Any]]:
