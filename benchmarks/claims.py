@@ -8,6 +8,7 @@
    one; of methods that train weights for each language apart (P3, P4) the languages' own, as these papers do.
    A variant that differs from a method in one thing alone takes the method's settings.
 2. Its seeds are run with these settings, and tested: 5 of xgqa, 3 elsewhere.
+3. Last come the searches of `benchmarks.claims_search`.
 
 Whatever is finished is appended to results/claims.jsonl at once, failed tries too, and not made again of the
 same weights, the same scenes (by their hashes) and the same settings. Each experiment is a process of one
@@ -25,11 +26,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import claims_search
 from benchmarks.claims_report import Claim, read_claims
 from benchmarks.claims_runs import TRIALS, Lab, Work, do, find, num_seeds, tuner_of
 from benchmarks.claims_table import EXPERIMENTS
 from raylib.fileio import file_lock
 
+FAILURES = 3  # in a row, after which the command ends
+EXPECTED = {"pretraining": 1800.0, "search": 1200.0}  # CPU-seconds, until one is measured
 WAIT = 5.0  # seconds between two looks for work, while others do what is needed for the rest
 TRY_OUT = ("epochs=1", "train_limit=64", "test_limit=16")
 
@@ -83,6 +87,9 @@ def plan(claims: Sequence[Claim], only: str = "") -> list[Work]:
             for name in names:
                 if seed < num_seeds(name):
                     add(Work("run", name, seed))
+    for seed in range(claims_search.SEEDS):
+        for name in filter(lambda name: only in name, claims_search.contestants()):
+            add(Work("search", name, seed))
     return list(order)
 
 
@@ -107,8 +114,8 @@ def account(records: Sequence[dict[str, Any]], pending: Sequence[Work]) -> Accou
         same = [r["cpu_seconds"] for r in records if (r["kind"], r["name"]) == (work.kind, work.name)]
         if same:
             return statistics.fmean(same)
-        if work.kind == "pretraining":
-            return 1800.0
+        if work.kind in EXPECTED:
+            return EXPECTED[work.kind]
         one = measured.get(work.name, pace * EXPERIMENTS[work.name].cost)
         return one * (TRIALS if work.kind == "choice" else 1)
 
@@ -136,6 +143,7 @@ class Team:
     def __init__(self, lab: Lab, order: Sequence[Work], budget: float, processes: int):
         self.lab, self.order, self.budget, self.processes = lab, order, budget, processes
         self.failed: set[Work] = set()  # not tried again by this process
+        self.failures_in_a_row = 0
         self.lock = threading.Lock()
 
     def work(self) -> None:
@@ -149,6 +157,8 @@ class Team:
         pending = [w for w in self.order if w not in self.failed and find(records, w) is None]
         if not pending or account(records, pending).spent >= self.budget:
             return False
+        if self.failures_in_a_row >= FAILURES:
+            return False  # whatever is wrong is wrong with all
         waits = False
         for work in pending:
             needed = [other for other in work.needs() if find(records, other) is None]
@@ -171,9 +181,12 @@ class Team:
     def _do(self, work: Work, records: Sequence[dict[str, Any]]) -> None:
         progress = describe_progress(records, self.order, self.budget, self.processes)
         print(f"{progress}; now {work.label}", flush=True)
-        if not do(self.lab, work):
-            with self.lock:
+        went_well = do(self.lab, work)
+        with self.lock:
+            self.failures_in_a_row = 0 if went_well else self.failures_in_a_row + 1
+            if not went_well:
                 self.failed.add(work)
+        if not went_well:
             print(f"error: {work.label} failed: {self.lab.log(work)}", file=sys.stderr, flush=True)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks import claims_search
 from benchmarks.claims_runs import FAILED, FILE, Work, num_seeds
 from benchmarks.claims_table import EXPERIMENTS
 from benchmarks.results import newest
@@ -118,10 +119,11 @@ def current_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
     model and the scenes that the last record is of."""
     runs: dict[str, list[Record]] = defaultdict(list)
     for record in records:
-        if record["kind"] != "run" or record["name"] not in EXPERIMENTS:
-            continue
-        if record["settings"] == Work("run", record["name"], record["seed"]).settings():
-            runs[record["name"]].append(record)
+        name, seed = record["name"], record["seed"]
+        if record["kind"] != "run" or name not in EXPERIMENTS or seed >= num_seeds(name):
+            continue  # teachers of trials have seeds of their own
+        if record["settings"] == Work("run", name, seed).settings():
+            runs[name].append(record)
     return {name: newest(list(of_name), "seed") for name, of_name in runs.items()}
 
 
@@ -255,17 +257,22 @@ def cost_line(records: Sequence[Record]) -> str:
     counts = Counter(record["kind"] for record in records)
     formats = sorted({record["precision"] for record in records if "precision" in record})
     last = records[-1]
+    kinds = {"run": "runs", "choice": "choices of settings", "pretraining": "pretrainings"}
+    kinds |= {"search": "searches of all methods", FAILED: "tries that failed"}
+    done = ", ".join(f"{counts[kind]} {words}" for kind, words in kinds.items())
     return (
-        f"{counts['run']} runs, {counts['choice']} searches, {counts['pretraining']} pretrainings, "
-        f"{counts[FAILED]} tries that failed: {hours:.1f} core-hours. Model {last['weights']}, scenes "
-        f"{last['scenes']}; computed in {', '.join(formats) or '-'}; last commit {last['commit']}, "
-        f"{last['date']}."
+        f"{done}: {hours:.1f} core-hours. Model {last['weights']}, scenes {last['scenes']}; computed in "
+        f"{', '.join(formats) or 'nothing yet'}; last commit {last['commit']}, {last['date']}."
     )
 
 
-def tables(path: Path = FILE) -> tuple[str, str]:
-    """Return (the claims with what they cost, the experiments) of the records in `path`."""
+def tables(path: Path = FILE) -> dict[str, str]:
+    """Return {"claims": with what they cost, "experiments", "worth" of a search} of the records in `path`."""
     stored = read_jsonl(path)
     records = of_last_model(stored) if stored else []
     runs = current_runs(records)
-    return f"{cost_line(records)}\n\n{claims_table(read_claims(), runs)}", experiments_table(runs)
+    return {
+        "claims": f"{cost_line(records)}\n\n{claims_table(read_claims(), runs)}",
+        "experiments": experiments_table(runs),
+        "worth": claims_search.table(records),
+    }

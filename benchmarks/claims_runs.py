@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.claims_search import contest_settings, read_contest
 from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, UNTUNED, space_of
 from benchmarks.results import RESULTS, commit
 from finetune.report import scores_of
@@ -27,7 +29,8 @@ FAILED = "failed"  # kind of the record of a try that failed
 
 
 class Work(NamedTuple):
-    """A piece of work: a "choice" of an experiment's settings, a "pretraining" or a "run" of a seed."""
+    """A piece of work: a "choice" of an experiment's settings, a "pretraining" or a "run" of a seed, or a
+    "search" of `benchmarks.claims_search`."""
 
     kind: str
     name: str
@@ -36,12 +39,12 @@ class Work(NamedTuple):
     @property
     def label(self) -> str:
         """Name of its folder."""
-        name = self.name.replace("/", "_")
+        name = re.sub(r"\W+", "_", self.name)
         return f"{name}_seed{self.seed}" if self.kind == "run" else f"{self.kind}_{name}_{self.seed}"
 
     def needs(self) -> "list[Work]":
         """Return the work that must be done before."""
-        if self.kind == "pretraining":
+        if self.kind in ("pretraining", "search"):
             return []
         experiment = EXPERIMENTS[self.name]
         seed = TRIAL_SEED if self.kind == "choice" else self.seed
@@ -56,6 +59,8 @@ class Work(NamedTuple):
         """Return what a record must say of its settings to be of this work as it is planned now."""
         if self.kind == "pretraining":
             return list(PRETRAININGS[self.name])
+        if self.kind == "search":
+            return contest_settings(self.name)
         experiment = EXPERIMENTS[self.name]
         knobs = (
             [f"{path}: {knob}" for path, knob in experiment.knobs.items()] if self.kind == "choice" else []
@@ -122,7 +127,7 @@ def find(records: Sequence[dict[str, Any]], work: Work) -> dict[str, Any] | None
 
 def do(lab: Lab, work: Work) -> bool:
     """Do a piece of work and record it; return whether it went well."""
-    maker = {"run": run, "choice": choose, "pretraining": pretrain}[work.kind]
+    maker = {"run": run, "choice": choose, "pretraining": pretrain, "search": search}[work.kind]
     outcome = maker(lab, work)
     record = {
         "kind": FAILED if outcome.status else work.kind,
@@ -227,32 +232,51 @@ def run(lab: Lab, work: Work) -> Outcome:
 def choose(lab: Lab, work: Work) -> Outcome:
     """Search for an experiment's settings, on development sets."""
     make_needed(lab, work)
-    space, folder = lab.folder / "spaces" / f"{work.label}.py", lab.folder / work.label
-    space.parent.mkdir(parents=True, exist_ok=True)
-    module = "benchmarks.claims_table"
-    space.write_text(f"from {module} import space_of\n\nSPACE = space_of({work.name!r})\n", encoding="utf-8")
-    share_states(lab, folder)
     experiment = EXPERIMENTS[work.name]
-    search = [
-        f"name={work.label}",
-        f"runs={lab.folder}",
+    outcome = spawn_search(
+        lab,
+        work,
+        "claims_table",
+        "space_of",
         f"recipe={experiment.recipe}",
         f"num_trials={lab.trials}",
         "algorithm=tpe",
         "early_stopping=none",
         "final_seeds=0",
-        "max_concurrent=1",
         f"dev_sets={'english_dev' if experiment.recipe.startswith('scenes_') else 'target_dev'}",
-    ]
-    settings = settings_of(lab, work.name, TRIAL_SEED)
-    settings = [f"recipe.{s}" if s.partition("=")[0] in ("runs", "name") else s for s in settings]
-    outcome = spawn(lab.log(work), "tune_spaces", space, *search, *settings)
+        *settings_of(lab, work.name, TRIAL_SEED),
+    )
     if outcome.status:
         return outcome
-    trials, seconds = read_trials(folder, space_of(work.name).knobs)
+    trials, seconds = read_trials(lab.folder / work.label, list(space_of(work.name).knobs))
     best = max(trials, key=lambda trial: trial["score"])
     # Ray's workers are no children that are waited for; each trial has one thread
     figures = {"chosen": best["setting"], "trials": trials}
+    return outcome._replace(cpu_seconds=outcome.cpu_seconds + seconds, figures=figures)
+
+
+def spawn_search(lab: Lab, work: Work, module: str, maker: str, *settings: str) -> Outcome:
+    """Run a search, one trial at a time, of the space that `benchmarks.module.maker` makes for the work."""
+    path = lab.folder / "spaces" / f"{work.label}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = f"from benchmarks.{module} import {maker}\n\nSPACE = {maker}({work.name!r})\n"
+    path.write_text(text, encoding="utf-8")
+    share_states(lab, lab.folder / work.label)
+    place = [f"name={work.label}", f"runs={lab.folder}", "max_concurrent=1"]
+    return spawn(lab.log(work), "tune_spaces", path, *place, *settings)
+
+
+def search(lab: Lab, work: Work) -> Outcome:
+    """Run a contestant of `benchmarks.claims_search`."""
+    task, seed = work.name.split("/")[0], work.seed
+    # the seeds of trials and those of final runs, which are the next ones, are nobody else's
+    own = [f"model={lab.model}", f"data={lab.scenes}", f"seed={seed}", f"fit.seed={10 * (TRIAL_SEED + seed)}"]
+    recipe = [f"recipe=scenes_{task}", *contest_settings(work.name), "fit.loader_workers=0", *lab.limits]
+    outcome = spawn_search(lab, work, "claims_search", "contest_space", *own, *recipe)
+    if outcome.status:
+        return outcome
+    figures = read_contest(lab.folder / work.label)
+    seconds = figures.pop("trial_seconds")
     return outcome._replace(cpu_seconds=outcome.cpu_seconds + seconds, figures=figures)
 
 

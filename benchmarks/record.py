@@ -92,8 +92,8 @@ def write_pages(root: Path) -> None:
     searches = [line["found"] for line in read_jsonl(RESULTS / "searches.jsonl")[-1:]]
     write_parts(root / "README.md", table=folded_table(recall_table(last)), speed_line=speed_line())
     write_parts(root / "docs" / "data.md", layout=task_files())
-    claims, experiments = claims_report.tables()
-    write_parts(root / "benchmarks" / "claims.md", claims=claims, experiments=experiments)
+    claims = claims_report.tables()
+    write_parts(root / "benchmarks" / "claims.md", **claims)
     write_parts(
         root / "raylib" / "sample" / "scenes" / "README.md",
         balance=balance.table(scenes[-1]),
@@ -109,7 +109,8 @@ def write_pages(root: Path) -> None:
         priors=priors.table(read_jsonl(priors.FILE)),
         trials=trial_table(),
         ablations=ablations.table(),
-        claims=claims,
+        claims=claims["claims"],
+        worth=claims["worth"],
     )
     write_parts(root / "docs" / "cluster.md", drills=drill_table())
     write_parts(root / "docs" / "security.md", fuzz=fuzz_table())

@@ -17,7 +17,7 @@ from raylib.text import Tokenizer
 
 FOLDER = results.ROOT / "benchmarks"
 LIBRARIES = {"__init__", "device", "dry", "results", "twin"}
-LIBRARIES |= {"claims_report", "claims_runs", "claims_table"}
+LIBRARIES |= {f"claims_{part}" for part in ("report", "runs", "search", "table")}
 LIBRARIES |= {f"gpu_{part}" for part in ("parts", "peers", "steps", "tables")}  # what scripts share; not run
 
 

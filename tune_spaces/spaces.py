@@ -5,6 +5,9 @@ P0 is Nooralahzadeh and Sennrich 2023, P1 Reinhardt et al. 2024, P2 Li et al. 20
 translation-based alignment. Grids are the papers', where they print one.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 from finetune.config import UNIMODAL
 from finetune.recipes import FEW_SHOT_RATES, P4_FULL_RATES, P4_SMALL_RATES
 from raylib.search.space import Choice, Each, Float, Int, OneOf, Space
@@ -33,8 +36,17 @@ def _p4_grid(what: str, recipe: str, rates: tuple[float, ...], has_lambda: bool)
     )
 
 
-def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
-    """Methods that go together; `layers`: at most so many are unfrozen in an epoch."""
+def _best_of_all(
+    recipe: str, summary: str, layers: int, training: Mapping[str, Any] = {}, usual: Mapping[str, Any] = {}
+) -> Space:
+    """Methods that go together; `layers`: at most so many are unfrozen in an epoch. training: knobs beside
+    the methods; usual: their values in what is published."""
+    space = _methods(recipe, summary, layers)
+    published = tuple({**usual, **setting} for setting in space.published)
+    return space._replace(knobs={**training, **space.knobs}, published=published)
+
+
+def _methods(recipe: str, summary: str, layers: int) -> Space:
     return Space(
         summary,
         recipe,
@@ -55,6 +67,7 @@ def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
                 all={},
                 unfreezing={"strategies.unfreezing.layers": Int(1, layers)},
                 decay={"strategies.layer_decay.factor": Float(0.5, 1.0)},
+                top={"strategies.top_layers.layers": Int(1, layers)},
             ),
         },
         published=(
@@ -83,7 +96,7 @@ def _best_of_all(recipe: str, summary: str, layers: int) -> Space:
                 "code_mixing": "no",
                 "sparse": "no",
                 "layers": "unfreezing",
-                "strategies.unfreezing.layers": min(3, layers),
+                "strategies.unfreezing.layers": (layers + 1) // 2,
             },  # P1's
         ),
     )
@@ -284,5 +297,16 @@ SPACES: dict[str, Space] = {
         grid={"data.text.alpha": (0.3, 0.5, 0.7, 1.0), "data.parallel.alpha": (0.3, 0.5, 0.7, 1.0)},
     ),
     "best_of_all": _best_of_all("p0_uc2_baseline", "which methods together, and how much of each", 6),
-    "best_of_scenes": _best_of_all("scenes_xgqa", "the same for models of two layers, as `make run`'s", 2),
+    "best_of_scenes": _best_of_all(
+        "scenes_xgqa",
+        "the same for models of two layers, as `make run`'s, with rate, decay, dropout and batch",
+        2,
+        {
+            "optim.lr": Float(1e-4, 2e-3, log=True),
+            "optim.weight_decay": Float(1e-3, 0.3, log=True),
+            "head_dropout": Float(0.0, 0.4),
+            "batch": Choice(32, 64, 128),
+        },
+        {"optim.lr": 5e-4, "optim.weight_decay": 0.05, "head_dropout": 0.1, "batch": 64},
+    ),
 }

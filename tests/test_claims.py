@@ -1,0 +1,253 @@
+"""The papers' claims on emoji scenes: experiments that exist, work in order, budget, verdicts."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from benchmarks import claims, claims_report
+from benchmarks.claims_report import Claim, judge, read_claims
+from benchmarks.claims_runs import TRIAL_SEED, Lab, Work, find, identity, num_seeds, settings_of, tuner_of
+from benchmarks.claims_table import EXPERIMENTS, space_of
+from finetune.recipes import RECIPES
+from raylib.config import override
+from raylib.fileio import append_jsonl, read_jsonl
+from raylib.search.space import apply_changes, check_space, config_changes
+
+ABOVE = Claim(
+    "P", "a lies above b", "", "1.0 > 2.5", "targets", 1, ((1, "xgqa/prior"), (-1, "xgqa/baseline"))
+)
+
+
+@pytest.fixture
+def lab(tmp_path):
+    for name in ("scenes", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights.safetensors").write_text(name)
+    identity.cache_clear()
+    return Lab(tmp_path / "runs", tmp_path / "scenes", tmp_path / "model", tmp_path / "records.jsonl")
+
+
+def record(lab, work, seconds=3600.0, **more):
+    return {
+        **{"kind": work.kind, "name": work.name, "seed": work.seed, "settings": work.settings()},
+        **identity(lab.model, lab.scenes),
+        **{"cpu_seconds": seconds, "commit": "", "date": "", "precision": "float32", "chosen": {}, **more},
+    }
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_claims_experiment_settings_fit_its_recipe_and_its_space(name):
+    experiment = EXPERIMENTS[name]
+    lab = Lab(Path("runs"), Path("scenes"), Path("model"))
+    config = override(RECIPES[experiment.recipe](), settings_of(lab, name, 3))
+    assert config.fit.seed == 3
+    if tuner_of(name) == name:
+        space = space_of(name)
+        check_space(name, space, config)
+        apply_changes(config, config_changes(space.knobs, space.published[0]))
+
+
+def test_claims_terms_are_experiments_and_metrics():
+    claimed = read_claims()
+    assert {claim.paper for claim in claimed} == {"P0", "P1", "P2", "P3", "P4", "ours"}
+    for claim in claimed:
+        assert claim.untestable or claim.metric in claims_report.METRICS, claim.text
+        assert all(name in EXPERIMENTS for _, name in claim.terms), claim.text
+    assert all(space_of(name).recipe for name in EXPERIMENTS)
+    used = {work.name for work in claims.plan(claimed) if work.kind == "run"}
+    assert used == set(EXPERIMENTS), "an experiment decides nothing"
+
+
+def test_claims_plan_does_what_is_needed_first_and_nothing_twice():
+    order = claims.plan(read_claims())
+    assert len(set(order)) == len(order)
+    assert all(order.index(needed) < order.index(work) for work in order for needed in work.needs())
+    # the first claim is decided before anything of another begins
+    first = [Work("choice", "xgqa/prior"), Work("choice", "xgqa/baseline")]
+    first += [Work("run", name, seed) for seed in range(5) for name in ("xgqa/prior", "xgqa/baseline")]
+    assert order[: len(first)] == first
+    papers = [claim.paper for claim in read_claims()]
+    assert list(dict.fromkeys(papers)) == ["P0", "P1", "P4", "P2", "P3", "ours"]  # the issue's order
+
+
+def test_claims_record_of_other_model_scenes_or_settings_is_not_done(lab):
+    work = Work("run", "xgqa/baseline", 1)
+    append_jsonl(lab.records, record(lab, work))
+    assert find(lab.read(), work)
+    assert find(lab.read(), Work("run", "xgqa/baseline", 2)) is None
+    assert find([record(lab, work) | {"settings": ["scenes_xgqa"]}], work) is None
+    (lab.model / "weights.safetensors").write_text("another")
+    identity.cache_clear()
+    assert find(lab.read(), work) is None
+
+
+def do_quickly(done, fails=()):
+    """`do` that records its work at an hour each; that of `fails` as failed."""
+    lock = threading.Lock()
+
+    def do(lab, work):
+        with lock:
+            done.append(work)
+            kind = "failed" if work in fails else work.kind
+            append_jsonl(lab.records, record(lab, work) | {"kind": kind})
+        return work not in fails
+
+    return do
+
+
+def test_claims_go_on_where_they_stopped_within_their_budget(lab, monkeypatch):
+    claimed = read_claims()[:2]
+    order, done = claims.plan(claimed), []
+    monkeypatch.setattr(claims, "do", do_quickly(done))
+    claims.Team(lab, order, 3.0, 1).work()
+    assert done == order[:3], "an hour each, of a budget of three"
+    claims.Team(lab, order, 5.0, 1).work()
+    assert done == order[:5], "three were done before"
+    team = claims.Team(lab, order, 100.0, 2)
+    threads = [threading.Thread(target=team.work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(done) == sorted(order), "two at a time do nothing twice"
+    line = claims.describe_progress(lab.read(), order, 100.0, 2)
+    assert f"{len(order)} of {len(order)}" in line and "about 0.0 left" in line
+
+
+def test_claims_failed_work_is_recorded_and_what_needs_it_left_out(lab, monkeypatch):
+    order, done = claims.plan(read_claims()[:1]), []
+    failing = Work("choice", "xgqa/prior")
+    monkeypatch.setattr(claims, "do", do_quickly(done, [failing]))
+    team = claims.Team(lab, order, 100.0, 1)
+    team.work()
+    assert team.failed == {failing}
+    assert [w for w in done if w.name == "xgqa/prior"] == [failing], "its runs have no settings"
+    assert len([w for w in done if w.name == "xgqa/baseline"]) == 6, "others go on"
+    assert [r["kind"] for r in read_jsonl(lab.records)].count("failed") == 1
+
+
+def test_claims_three_failures_in_a_row_end_the_command(lab, monkeypatch):
+    """As of a full disk: whatever comes next fails too."""
+    order, done = claims.plan(read_claims()), []
+    monkeypatch.setattr(claims, "do", do_quickly(done, order))
+    claims.Team(lab, order, 100.0, 1).work()
+    assert len(done) == 3
+
+
+def test_claims_estimate_follows_what_was_measured(lab):
+    pending = [Work("run", "xgqa/baseline", 1), Work("run", "xgqa/prior_sparse", 0)]
+    expected = [EXPERIMENTS[work.name].cost for work in pending]
+    assert claims.account([], pending).left == pytest.approx(sum(expected) / 3600)
+    measured = [record(lab, Work("run", "xgqa/baseline", 0), 2 * expected[0])]
+    assert claims.account(measured, pending).left == pytest.approx(2 * sum(expected) / 3600)
+
+
+def runs_with(lab, name, targets, **more):
+    return [
+        record(lab, Work("run", name, seed), scores={"en": 0.9, "de": score, "ru": score, "sw": 0.0}, **more)
+        for seed, score in enumerate(targets)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "verdict"),
+    [
+        ([0.41, 0.52, 0.63], [0.40, 0.50, 0.60], "not seen (3 of 5 seeds)"),
+        ([0.41, 0.51, 0.61], [0.40, 0.50, 0.60], "holds (3 of 5 seeds)"),
+        ([0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.31, 0.4, 0.5, 0.6], "reversed"),
+        ([0.41], [0.40, 0.50], "not run"),
+    ],
+)
+def test_claims_verdict_is_by_interval_of_pairs(lab, a, b, verdict):
+    runs = {
+        "xgqa/prior": runs_with(lab, "xgqa/prior", a),
+        "xgqa/baseline": runs_with(lab, "xgqa/baseline", b),
+    }
+    assert judge(ABOVE, runs).verdict == verdict
+    assert judge(ABOVE._replace(terms=(), untestable="no tags"), runs).verdict == "not testable here: no tags"
+
+
+def test_claims_pairs_are_of_one_number_format(lab):
+    half = runs_with(lab, "xgqa/baseline", [0.4, 0.5], precision="bfloat16")
+    runs = {"xgqa/prior": runs_with(lab, "xgqa/prior", [0.41, 0.51]), "xgqa/baseline": half}
+    assert judge(ABOVE, runs).verdict == "not run"
+
+
+def test_claims_not_below_is_within_a_point(lab):
+    claim = ABOVE._replace(direction=0)
+
+    def verdict(loss):
+        lower = [score - loss for score in (0.5, 0.6, 0.7, 0.8, 0.9)]
+        runs = {
+            "xgqa/prior": runs_with(lab, "xgqa/prior", lower),
+            "xgqa/baseline": runs_with(lab, "xgqa/baseline", [0.5, 0.6, 0.7, 0.8, 0.9]),
+        }
+        return judge(claim, runs).verdict
+
+    assert verdict(0.005) == "holds" and verdict(0.02) == "reversed"
+
+
+def test_claims_metrics_by_hand():
+    run = {
+        "scores": {"en": 0.9, "de": 0.5, "ru": 0.3, "zh": 0.1, "sw": 0.0},
+        "r1": {"de": 0.5, "ru": 0.3, "sw": 0.1},
+        "synonym_accuracy": {"en": 0.9, "de": 0.6, "ru": 0.3, "zh": 0.1, "sw": 0.5},
+        "epochs": {
+            "similarity": {"mean": [0.1, 0.2], "de": [0, 0.9], "ru": [0, 0.7], "zh": [0, 0.5], "sw": [0, 0]},
+            "score": {"en": [0.5, 0.6, 0.9], "de": [0.1, 0.6, 0.5], "ru": [0.1, 0.4, 0.3], "sw": [0, 1, 0]},
+        },
+    }
+    metrics = {name: metric(run, [run]) for name, metric in claims_report.METRICS.items()}
+    assert metrics == {
+        "targets": pytest.approx(0.3),
+        "english": 0.9,
+        "r1": pytest.approx(0.4),
+        "r1_sw": 0.1,
+        "std": pytest.approx(0.2),
+        "synonyms": pytest.approx(0.1 / 3),
+        "spread": 0.0,
+        "similarity": pytest.approx(0.7),
+        "similarity_r": pytest.approx(1.0),
+        "early": pytest.approx(0.1),
+    }
+    others = [{"scores": {"en": 0, "de": de, "sw": 0}} for de in (0.1, 0.2, 0.6)]
+    assert claims_report.METRICS["spread"](others[2], others) == pytest.approx(0.4)
+
+
+def test_claims_table_tells_of_what_is_there(lab):
+    runs = {
+        "xgqa/prior": runs_with(lab, "xgqa/prior", [0.41, 0.51, 0.61, 0.71, 0.81]),
+        "xgqa/baseline": runs_with(lab, "xgqa/baseline", [0.40, 0.50, 0.60, 0.70, 0.80]),
+    }
+    table = claims_report.claims_table([ABOVE], runs)
+    assert "| a lies above b | P |  | holds | +1.50 (1.0 to 2.5) | +1.0 ± 0.0 (60.0 to 61.0) | 5 |" in table
+    assert "| xgqa/prior |  | 5 | 90.0 ± 0.0 | 61.0 ± 15.8 | 0.0 ± 0.0 |" in claims_report.experiments_table(
+        runs
+    )
+    old = [record(lab, Work("run", "xgqa/prior", 0)) | {"settings": ["another"]}]
+    old.append(record(lab, Work("run", "xgqa/prior", TRIAL_SEED)))
+    assert not claims_report.current_runs(old), "changed since, or the teacher of a trial"
+
+
+def test_claims_seeds_are_five_of_xgqa():
+    assert num_seeds("xgqa/prior") == 5 and num_seeds("xvnli/mixing") == 3
+    assert num_seeds("p4/zero_shot") == 1 and num_seeds("xgqa/pretrained_all") == 3
+
+
+@pytest.mark.slow
+def test_claims_run_end_to_end_and_go_on(model, scenes, tmp_path, capsys):
+    """A choice by two trials, three seeds, tested; a second start finds all done."""
+    place = [f"--model={model}", f"--scenes={scenes}", f"--folder={tmp_path}", "--quick", "--processes=1"]
+    assert claims.main([*place, "--only=xvnli/baseline"]) == 0
+    records = read_jsonl(tmp_path / "quick.jsonl")
+    assert [r["kind"] for r in records] == ["choice", "run", "run", "run"]
+    assert len(records[0]["trials"]) == 2
+    for run in records[1:]:
+        assert run["chosen"] == records[0]["chosen"] and set(run["scores"]) > {"en", "ru"}
+        assert run["cpu_seconds"] > 0 and run["precision"] and run["code"]
+    assert claims.main([*place, "--only=xvnli/baseline"]) == 0
+    assert len(read_jsonl(tmp_path / "quick.jsonl")) == 4
+    assert "4 of 4 pieces of work done" in capsys.readouterr().out
+    assert json.loads((tmp_path / "xvnli_baseline_seed0" / "result.json").read_text())["finished"]
