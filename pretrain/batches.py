@@ -14,7 +14,7 @@ are an error.
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from raylib.data.lanes import Lanes, list_step_draws
 from raylib.data.loading import StepDataset
 from raylib.data.sources import Sample, Source
 from raylib.errors import UserError
+from raylib.facts import encode_facts
 from raylib.fileio import sha256_file
 from raylib.models.unified import UnifiedModel
 from raylib.packed import Sentences
@@ -49,7 +50,8 @@ class StepBatches(StepDataset):
 
     A batch is {"step", "samples": of all streams and workers, "tokens", "bad": samples replaced here,
     "image_text": {"size": of the global batch, "index" (b,) in it, "images" uint8 (b, H, W, 3), "image_id"
-    (b,), "text": Sentences, "negative_uniforms" (b, 2)}, in place of "images" their "states", b rows, where
+    (b,), "text": Sentences, "negative_uniforms" (b, 2), with `facts` "truths" of the images and "claims" of
+    the captions (b, WORDS)}, in place of "images" their "states", b rows, where
     these were made before (`cache_image_states`), "parallel": {"size", "index", "source": Sentences
     (English), "target": Sentences}, "text": {"size", "index", "text": Sentences}}.
 
@@ -201,6 +203,17 @@ class _PackedStream(_Stream):
         return self.places | masked
 
 
+class _Chosen(NamedTuple):
+    """What a sample brings to a batch: its identity; an image (H, W, 3), or the name of its states; a
+    caption; facts that are true of the image, and those that the caption claims."""
+
+    identity: int
+    image: np.ndarray | str
+    caption: str
+    truths: list[str]
+    claims: list[str]
+
+
 class _ImageTextStream(_Stream):
     """Images with captions. Samples that cannot be used are counted, and told once each."""
 
@@ -212,6 +225,16 @@ class _ImageTextStream(_Stream):
         self.sample_bytes += 3 * size**2
         self.num_bad = 0  # met by this process
         self.warnings: set[str] = set()
+        if self.config.facts:
+            self._require_facts()
+
+    def _require_facts(self) -> None:
+        """Raise UserError where the first sample says nothing of facts: others would be as silent."""
+        sample = self.source.sample(self.lanes.languages[0], 0)
+        if "facts" not in sample.record():
+            raise UserError(
+                f"{sample.name}: no facts in its .json, which data.facts=true reads; leave it out"
+            )
 
     def cache_states(self, model: UnifiedModel, folder: Path, bf16: bool) -> None:
         """As `StepBatches.cache_image_states`."""
@@ -252,8 +275,10 @@ class _ImageTextStream(_Stream):
         identities, names, captions, bad_before = [], [], [], self.num_bad
         start = step * self.draws_per_lane
         numbers = [self.lanes.draw(d.lane, start + d.draw) for d in self.draws]
+        facts: list[tuple[list[str], list[str]]] = []
         for i, sample in enumerate(self.source.samples(numbers)):
-            identity, image, caption = self._read_sample(step, i, picks[i], sample, numbers[i][1])
+            chosen = self._read_sample(step, i, picks[i], sample, numbers[i][1])
+            identity, image, caption = chosen.identity, chosen.image, chosen.caption
             if isinstance(image, str):
                 names.append(image)
             elif augment:
@@ -263,8 +288,14 @@ class _ImageTextStream(_Stream):
                 images[i] = preprocess_image(image, self.size, self.preprocess)
             identities.append(identity)
             captions.append(caption)
+            facts.append((chosen.truths, chosen.claims))
         negatives = uniform_float32(*keys, "negative", rows, np.arange(2))
-        visual = {"states": self.states.read(names)} if self.states else {"images": torch.from_numpy(images)}
+        visual: dict[str, Any] = {"images": torch.from_numpy(images)}
+        if self.states:
+            visual = {"states": self.states.read(names)}
+        if self.config.facts:
+            truths, claims = zip(*facts, strict=True)
+            visual |= {"truths": encode_facts(truths), "claims": encode_facts(claims)}
         return (
             self.places
             | visual
@@ -276,11 +307,8 @@ class _ImageTextStream(_Stream):
             }
         )
 
-    def _read_sample(
-        self, step: int, row: int, pick: np.ndarray, sample: Sample, number: int
-    ) -> tuple[int, np.ndarray | str, str]:
-        """(identity, image, caption) of one place in the batch: of `sample`, or of the first usable one that
-        takes its place."""
+    def _read_sample(self, step: int, row: int, pick: np.ndarray, sample: Sample, number: int) -> "_Chosen":
+        """Fill one place in the batch: with `sample`, or with the first usable one that takes its place."""
         draw, keys, language = self.draws[row], (self.seed, step, self.name), sample.language
         for attempt in range(ATTEMPTS):
             if attempt:
@@ -297,11 +325,8 @@ class _ImageTextStream(_Stream):
             f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}"
         )
 
-    def _choose(
-        self, sample: Sample, number: int, image_pick: float, caption_pick: float
-    ) -> tuple[int, np.ndarray | str, str]:
-        """Identity of a sample, one of its images, (H, W, 3) or the name of its states, one of its
-        captions."""
+    def _choose(self, sample: Sample, number: int, image_pick: float, caption_pick: float) -> "_Chosen":
+        """Choose one of a sample's images, and one of its captions."""
         if not sample.images:
             raise BadImage(sample.describe("no image"))
         try:
@@ -314,12 +339,13 @@ class _ImageTextStream(_Stream):
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         extension = sample.images[int(image_pick * len(sample.images))]
+        facts = sample.facts(caption) if self.config.facts else ([], [])
         if self.states is None:
-            return sample.identity, self._decode_image(sample, extension), caption
+            return _Chosen(sample.identity, self._decode_image(sample, extension), caption, *facts)
         name = _image_name(number, extension)
         if fault := self.states.faults.get(name):
             raise BadImage(fault)
-        return sample.identity, name, caption
+        return _Chosen(sample.identity, name, caption, *facts)
 
     def _decode_image(self, sample: Sample, extension: str) -> np.ndarray:
         """(H, W, 3) of one of a sample's images."""

@@ -61,6 +61,9 @@ class DataConfig(Config):
     """Most pixels of an image; a larger one is not decoded, and cannot be used (as Pillow's limit)."""
     caption_language: str = "en"
     """Language of the captions that are trained on."""
+    facts: bool = False
+    """Read what is true of each image and what each caption claims, which the corpus must tell: a caption
+    that is true of another image is no negative of it in contrast and matching."""
     mask_probability: float = Field(0.15, ge=0, le=1)
     """Share of the words that are masked (BERT: 15 %; of these 80 % become the mask, 10 % another word)."""
     mask_separator: bool = False

@@ -18,20 +18,12 @@ from pretrain.batches import DataConfig, StepBatches
 from raylib.data.loading import to_device
 from raylib.distributed import all_reduce
 from raylib.errors import UserError
-from raylib.objectives import LossPart, Parts, PretrainingTerm, term
-from raylib.objectives.pretraining import ImageTextStep, UnifiedObjective, match_log_chances
+from raylib.objectives import PretrainingTerm
+from raylib.objectives.pretraining import UnifiedObjective
 from raylib.precision import autocast
 from raylib.settings import SQUEEZED, PreprocessConfig
 
 NUM_BATCHES = 4
-
-
-@term("image_text", reads=("matches",), trains=())
-def matching_accuracy(step: ImageTextStep) -> Parts:
-    """Accuracy of ITM: half of it of right pairs, half of the hard wrong ones, so that guessing gives 0.5."""
-    right, wrong, has_wrong = match_log_chances(step)
-    is_right, is_wrong = right.argmax(-1) == 1, (wrong.argmax(-1) == 0) & has_wrong
-    return [LossPart(0.5 * is_right.sum(), len(right)), LossPart(0.5 * is_wrong.sum(), has_wrong.sum())]
 
 
 def dev_batches(
@@ -76,8 +68,6 @@ class DevLosses:
         terms = {k: entry for k, entry in objective.terms.items() if entry.stream in batches.streams}
         # VLM's losses are of all captions, which costs little without the other terms
         vlm = {name: terms.pop(name) for name in ("vlm",) if name in terms}
-        if "itm" in terms:
-            terms["itm_accuracy"] = matching_accuracy
         self.vlm, self.others = _with_terms(objective, vlm, fuse_every=1), _with_terms(objective, terms)
 
     def __call__(self) -> dict[str, float]:

@@ -18,6 +18,10 @@ Captions, the first of these that a sample has:
 
 What does not say its language is in the shard's. Text is UTF-8, with or without a byte order mark. Blank
 captions are left out; where nothing is left, the sample is unusable.
+
+Facts, in KEY.json: {"facts": {"image": [FACT, ...], "captions": {CAPTION: [FACT, ...]}}}, where a fact is any
+text: what is true of the image, and what a caption says of it. A caption is true of an image that has all of
+its facts.
 """
 
 import itertools
@@ -32,6 +36,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, ValidationError
 
 from raylib.data.fetch import ShardEntry, cache_folder, fetch, fetch_manifest, is_remote
 from raylib.data.images import BadImage, find_images
@@ -53,6 +58,13 @@ from raylib.randomness import string_key
 from raylib.text import CAPTION_MEMBERS, BadCaption, clean_captions, escape, is_language_code, parse_captions
 
 MAX_TEXT_BYTES = 1 << 24  # of a member of captions
+
+
+class StoredFacts(BaseModel):
+    """What is true of an image, and what each caption claims."""
+
+    image: list[str]
+    captions: dict[str, list[str]]
 
 
 class Sample(NamedTuple):
@@ -126,6 +138,19 @@ class Sample(NamedTuple):
         except (ValueError, RecursionError) as error:
             raise BadCaption(f"a .json that is no UTF-8 JSON ({describe_error(error)})") from error
         return record if isinstance(record, dict) else {}
+
+    def facts(self, caption: str) -> tuple[list[str], list[str]]:
+        """Facts that are true of its image, and those that one of its captions claims: none of a caption of
+        which nothing is said.
+
+        Raises:
+            BadCaption: it has none, or other values in their place.
+        """
+        try:
+            facts = StoredFacts.model_validate(self.record().get("facts"), strict=True)
+        except ValidationError as error:
+            raise BadCaption('no "facts" in its .json, or damaged ones') from error
+        return facts.image, facts.captions.get(caption, [])
 
     def _read_text(self, extension: str) -> str:
         if (size := self.members[extension][1]) > MAX_TEXT_BYTES:

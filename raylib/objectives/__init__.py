@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.distributed import all_gather, count_rows, exchange_rows, plan_exchange, rank
+from raylib.facts import WORDS, find_true
 from raylib.packed import Ragged, upload
 from raylib.precision import exact_addmm, exact_products
 
@@ -121,22 +122,36 @@ class GlobalPairs:
     """The pairs of the global batch, whose rows are in one order on any number of workers (`worker_rows`).
 
     index: (b,) position of each local row in the global batch, and so the column of its own pair. size: B.
-    excluded: (b, B) True where a pair is no negative of the local row: it has a left or right side equal to
-        the row's, its own pair too, or is of another group.
+    excluded: (b, B) True where a pair's right side is no negative of the local row's left side: the pair has
+        a left or right side equal to the row's, its own pair too, or is of another group; or its right side
+        is known to be true of the row's left.
+    excluded_left: (b, B) where a pair's left side is no negative of the local row's right side: the same,
+        `excluded` itself, but for what is known to be true.
     """
 
     index: Tensor
     size: int
     excluded: Tensor
+    excluded_left: Tensor
 
     def gather(self, rows: Tensor) -> Tensor:
         """(b, ...) on each worker -> (B, ...), with gradient."""
         return all_gather(rows, count_rows(self.size))
 
     def logit_mask(self, dtype: torch.dtype) -> Tensor:
-        """(b, B) to be added to logits: -inf at false negatives, else 0."""
-        mask = torch.zeros(self.excluded.shape, dtype=dtype, device=self.excluded.device)
-        return mask.masked_fill_(self.excluded, -torch.inf).scatter_(1, self.index[:, None], 0.0)
+        """(b, B) to be added to logits of left sides with all right ones: -inf at false negatives, else 0."""
+        return self._mask(self.excluded, dtype)
+
+    def logit_masks(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`logit_mask`, and that of right sides with all left ones."""
+        mask = self.logit_mask(dtype)
+        if self.excluded_left is self.excluded:
+            return mask, mask
+        return mask, self._mask(self.excluded_left, dtype)
+
+    def _mask(self, excluded: Tensor, dtype: torch.dtype) -> Tensor:
+        mask = torch.zeros(excluded.shape, dtype=dtype, device=excluded.device)
+        return mask.masked_fill_(excluded, -torch.inf).scatter_(1, self.index[:, None], 0.0)
 
 
 def align_pairs(pairs: Tensor, size: int, groups: int = 1) -> GlobalPairs:
@@ -144,17 +159,27 @@ def align_pairs(pairs: Tensor, size: int, groups: int = 1) -> GlobalPairs:
 
     Args:
         pairs: (b, 3) of each local pair its index in the global batch, and the ids of its left and its right
-            side, equal for equal content.
+            side, equal for equal content; or (b, 3 + 2 WORDS), with what is true of its left side and what
+            its right side claims (`raylib.facts`).
         size: of the global batch. groups: equal parts of it, whose pairs know nothing of each other.
     """
-    index, left_id, right_id = pairs.unbind(1)
+    index, left_id, right_id = pairs[:, :3].unbind(1)
     # one gather, not two: each waits for the slowest worker
-    left_ids, right_ids = all_gather(pairs[:, 1:], count_rows(size)).unbind(1)
+    all_pairs = all_gather(pairs[:, 1:], count_rows(size))
+    left_ids, right_ids = all_pairs[:, :2].unbind(1)
     excluded = (left_id[:, None] == left_ids) | (right_id[:, None] == right_ids)
     if groups > 1:
         columns = torch.arange(size, device=index.device)
         excluded |= (index * groups // size)[:, None] != columns * groups // size
-    return GlobalPairs(index, size, excluded)
+    if pairs.shape[1] == 3:
+        return GlobalPairs(index, size, excluded, excluded)
+    (truths, claims), (all_truths, all_claims) = (
+        facts.split(WORDS, 1) for facts in (pairs[:, 3:], all_pairs[:, 2:])
+    )
+    # "dog" is no wrong caption of an image of dog and cat, but the image of a dog is a wrong one, and a hard
+    # one, of "dog and cat": each direction has its own mask
+    excluded_left = excluded | find_true(all_truths, claims).T
+    return GlobalPairs(index, size, excluded | find_true(truths, all_claims), excluded_left)
 
 
 def info_nce(
@@ -183,12 +208,14 @@ class NegativeScores:
     """Scores by which hard negatives are drawn, among pairs of a left and a right side.
 
     left_to_right, right_to_left: (b, B) similarities of local rows to all keys, over the temperature.
-    forbidden: (b, B) the pair itself, and false negatives. counts: rows of each worker, of the B.
+    forbidden, forbidden_left: (b, B) the pair itself, and false negatives, among right and among left sides.
+    counts: rows of each worker, of the B.
     """
 
     left_to_right: Tensor
     right_to_left: Tensor
     forbidden: Tensor
+    forbidden_left: Tensor
     counts: list[int]
 
     def subset(self, rows: Tensor, every: int) -> "NegativeScores":
@@ -197,11 +224,11 @@ class NegativeScores:
             return self
         size = self.forbidden.shape[1]
         columns = torch.arange(0, size, every, device=rows.device)
-        left_to_right, right_to_left, forbidden = (
-            table.index_select(0, rows).index_select(1, columns)
-            for table in (self.left_to_right, self.right_to_left, self.forbidden)
+        tables = (self.left_to_right, self.right_to_left, self.forbidden, self.forbidden_left)
+        to_right, to_left, forbidden, forbidden_left = (
+            table.index_select(0, rows).index_select(1, columns) for table in tables
         )
-        return NegativeScores(left_to_right, right_to_left, forbidden, count_rows(size, every))
+        return NegativeScores(to_right, to_left, forbidden, forbidden_left, count_rows(size, every))
 
 
 @dataclass(frozen=True)
@@ -220,10 +247,11 @@ def contrast_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature:
     # both sides in one gather, which waits for the slowest worker
     both = pairs.gather(torch.cat([left, right], 1))
     all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
-    mask = pairs.logit_mask(temperature.dtype)
+    mask, left_mask = pairs.logit_masks(temperature.dtype)
     left_loss, left_logits = info_nce(left, all_right, pairs.index, mask, temperature)
-    right_loss, right_logits = info_nce(right, all_left, pairs.index, mask, temperature)
-    scores = NegativeScores(left_logits, right_logits, pairs.excluded, count_rows(pairs.size))
+    right_loss, right_logits = info_nce(right, all_left, pairs.index, left_mask, temperature)
+    excluded, counts = (pairs.excluded, pairs.excluded_left), count_rows(pairs.size)
+    scores = NegativeScores(left_logits, right_logits, *excluded, counts)
     return PairContrast(left_loss, right_loss, len(left), scores)
 
 
@@ -235,7 +263,8 @@ def score_pairs(left: Tensor, right: Tensor, pairs: GlobalPairs, temperature: Te
         both = pairs.gather(torch.cat([left, right], 1))
         all_left, all_right = both.split([left.shape[1], right.shape[1]], 1)
         to_right, to_left = left / temperature @ all_right.T, right / temperature @ all_left.T
-    return NegativeScores(to_right, to_left, pairs.excluded, count_rows(pairs.size))
+    excluded, counts = (pairs.excluded, pairs.excluded_left), count_rows(pairs.size)
+    return NegativeScores(to_right, to_left, *excluded, counts)
 
 
 @dataclass(frozen=True)
@@ -270,7 +299,7 @@ def find_negatives(
     """
     device = images.values.device
     wrong_caption, has_caption = draw_hard_negatives(scores.left_to_right, scores.forbidden, uniforms[:, 0])
-    wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden, uniforms[:, 1])
+    wrong_image, has_image = draw_hard_negatives(scores.right_to_left, scores.forbidden_left, uniforms[:, 1])
     # what all workers need and have, in one gather, and the one wait for the device in a step: every host
     # must know which rows travel, and wrong captions' lengths decide how attention runs
     table = all_gather(torch.stack([wrong_caption, wrong_image, lengths], 1), scores.counts).cpu()

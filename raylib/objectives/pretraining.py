@@ -103,7 +103,10 @@ class StreamStep:
 
     def plan_pairs(self, left_id: Tensor, right_id: Tensor) -> Upload:
         """Pairs for the contrast, as `align_pairs` takes them."""
-        return self.uploads.add(torch.stack([self.batch["index"], left_id, right_id], 1))
+        pairs = torch.stack([self.batch["index"], left_id, right_id], 1)
+        if "truths" in self.batch:
+            pairs = torch.cat([pairs, self.batch["truths"], self.batch["claims"]], 1)
+        return self.uploads.add(pairs)
 
     def plan_fusion(
         self, groups: Mapping[str, EncoderRows], memory: MemoryLayout | None = None
@@ -198,6 +201,17 @@ class ImageTextStep(StreamStep):
         call.run(torch.cat(texts), images.values)
         return groups
 
+    @cached_property
+    def match_log_chances(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Log-probabilities of (no match, match) for the right pairs (b, 2), and for those with a wrong image
+        and with a wrong caption (2, b, 2); whether these have one (2, b)."""
+        groups = [self.fused[name] for name in (self.config.itm_text, "wrong_image", "wrong_caption")]
+        states = torch.cat([group.output("cls") for group in groups])
+        logits = self.model.match_logits(states).float()
+        log_chances = F.log_softmax(logits, -1).view(len(groups), -1, 2)
+        has_wrong = torch.stack([self.negatives.has_image, self.negatives.has_caption])
+        return log_chances[0], log_chances[1:], has_wrong
+
 
 class TranslationStep(StreamStep):
     """Sentences with their translations."""
@@ -281,7 +295,7 @@ def image_contrast(step: ImageTextStep) -> Parts:
 @term("image_text", reads=("matches",), trains=("vision", "fusion", "cross", "match_head"))
 def image_text_matching(step: ImageTextStep) -> Parts:
     """ITM: does a caption belong to an image? One right pair, two hard wrong ones (equation 3)."""
-    right, wrong, has_wrong = match_log_chances(step)
+    right, wrong, has_wrong = step.match_log_chances
     if step.config.itm_weighting == "pairs":
         losses = right[:, 1].sum() + (wrong[..., 0] * has_wrong).sum()
         return [LossPart(-losses, len(right) + has_wrong.sum())]
@@ -291,15 +305,12 @@ def image_text_matching(step: ImageTextStep) -> Parts:
     ]
 
 
-def match_log_chances(step: ImageTextStep) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-probabilities of (no match, match) for the right pairs (b, 2), and for those with a wrong
-    image and with a wrong caption (2, b, 2); whether these have one (2, b)."""
-    fused, negatives = step.fused, step.negatives
-    groups = [fused[name] for name in (step.config.itm_text, "wrong_image", "wrong_caption")]
-    states = torch.cat([group.output("cls") for group in groups])
-    logits = step.model.match_logits(states).float()
-    log_chances = F.log_softmax(logits, -1).view(len(groups), -1, 2)
-    return log_chances[0], log_chances[1:], torch.stack([negatives.has_image, negatives.has_caption])
+def matching_accuracy(step: ImageTextStep) -> Parts:
+    """Accuracy of ITM, no term: half of it of right pairs, half of the hard wrong ones, so that guessing
+    gives 0.5."""
+    right, wrong, has_wrong = step.match_log_chances
+    is_right, is_wrong = right.argmax(-1) == 1, (wrong.argmax(-1) == 0) & has_wrong
+    return [LossPart(0.5 * is_right.sum(), len(right)), LossPart(0.5 * is_wrong.sum(), has_wrong.sum())]
 
 
 @term("image_text", reads=("masked",), trains=("vision", "fusion", "cross", "masked_head"))
@@ -348,7 +359,7 @@ assert list(TERMS) == list(TermWeights.model_fields)
 
 class UnifiedObjective(Objective):
     """`forward(batch)` -> (total loss of this worker to call backward on, {term: its mean over the global
-    batch})."""
+    batch}); beside ITM its accuracy, "itm_accuracy"."""
 
     model: UnifiedModel
 
@@ -396,7 +407,7 @@ class UnifiedObjective(Objective):
         exact = torch.promote_types(self.model.temperature.dtype, torch.float32)
         temperature = clamp_parameter(self.model.temperature.to(exact), *self.config.temperature)
         on = {name: entry for name, entry in self.terms.items() if entry.stream in batch}
-        uploads, steps = Uploads(self.model.temperature.device), {}
+        uploads, steps = Uploads(self.model.temperature.device), dict[str, Any]()
         for stream, make_step in STEPS.items():
             if reads := {read for entry in on.values() if entry.stream == stream for read in entry.reads}:
                 steps[stream] = make_step(self, batch[stream], reads, temperature, uploads)
@@ -404,6 +415,8 @@ class UnifiedObjective(Objective):
         parts = {name: entry.loss(steps[entry.stream]) for name, entry in on.items()}
         for name in self.users & parts.keys():
             check_parts(name, parts[name])
+        if "itm" in parts:
+            parts["itm_accuracy"] = matching_accuracy(steps["image_text"])
         return self._weigh(parts, uploads)
 
     def _encode_texts(self, encodings: list[StreamEncoding], uploads: Uploads) -> None:
@@ -460,7 +473,9 @@ class UnifiedObjective(Objective):
         halved = {
             name
             for name in parts
-            if self.terms[name].two_way and directions.get(name, self.config.directions) == "mean"
+            if name in self.terms
+            and self.terms[name].two_way
+            and directions.get(name, self.config.directions) == "mean"
         }
         shares: dict[str, Any] = dict.fromkeys(parts, 0.0)
         masked: list[tuple[str, MaskedPart, Tensor]] = []
@@ -470,7 +485,7 @@ class UnifiedObjective(Objective):
                 shares[name] = shares[name] + scale * part.value
             else:
                 masked.append((name, part, scale.expand(len(part.labels))))
-        loss = sum(self.weights[name] * share for name, share in shares.items())
+        loss = sum(self.weights[name] * share for name, share in shares.items() if name in self.terms)
         if masked:
             # all of them at once: the vocabulary is the largest matrix to read, and to write a gradient for
             head, word = self.model.masked_head, self.model.embedding.word

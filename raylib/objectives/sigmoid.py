@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from raylib.distributed import all_gather, pass_on, rank, ring, world_size
+from raylib.facts import WORDS, find_true
 from raylib.precision import exact_products
 
 ROWS = 4096  # of a block; with few workers b may be large
@@ -28,7 +29,8 @@ def sigmoid_contrast(
 
     Args:
         left, right: unit vectors (b, e).
-        ids: (b, 2) of left and right, equal for equal content.
+        ids: (b, 2) of left and right, equal for equal content; or (b, 2 + 2 WORDS), with what is true of the
+            left and what the right claims (`raylib.facts`).
         counts: rows of each worker.
         temperature, bias: (1,), trained.
     """
@@ -46,11 +48,14 @@ def _blocks(
     keys (k, e), which pairs are left out, whether the rows' own keys are on its diagonal)."""
     b, ids_of = len(left), ids.split(counts)
     for worker, keys in ring(right, counts):
-        key_ids = ids_of[worker]
+        key_ids = ids_of[worker][:, :2]
         for start in range(0, b, ROWS):
             rows = slice(start, min(start + ROWS, b))
-            row_ids = ids_of[rank()][rows, None]
+            row_ids = ids_of[rank()][rows, None, :2]
             excluded = (row_ids == key_ids).any(2)
+            if ids.shape[1] > 2:
+                truths, claims = ids_of[rank()][rows, 2 : 2 + WORDS], ids_of[worker][:, 2 + WORDS :]
+                excluded |= find_true(truths, claims)
             if worker == rank():
                 excluded[:, rows].fill_diagonal_(False)
             yield rows, worker, keys, excluded, worker == rank()
