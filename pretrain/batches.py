@@ -232,9 +232,7 @@ class _ImageTextStream(_Stream):
         """Raise UserError where the first sample says nothing of facts: others would be as silent."""
         sample = self.source.sample(self.lanes.languages[0], 0)
         if "facts" not in sample.record():
-            raise UserError(
-                f"{sample.name}: no facts in its .json, which data.facts=true reads; leave it out"
-            )
+            raise UserError(f"{sample.name}: no facts in its .json; set data.facts=false")
 
     def cache_states(self, model: UnifiedModel, folder: Path, bf16: bool) -> None:
         """As `StepBatches.cache_image_states`."""

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import numpy as np
 
 import raylib.sample
+import raylib.sample.scenes
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import add_max_pixels, command_parser, entry_point, local_path
@@ -34,6 +35,8 @@ from raylib.sample import (
     LANGUAGES,
     TRAINING_VENDORS,
     UNSEEN_VENDOR,
+    CaptionedScene,
+    draw_dev_scenes,
     draw_training_scenes,
     draw_unseen_scenes,
     is_held_out,
@@ -180,8 +183,8 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
                          is given
 
     With `scenes`, image_text holds images of one to four concepts with English captions that say what is
-    where. The folder's name tells its content, and it appears whole: processes that build it at once all
-    return the same.
+    where, and dev/image_text more of these. The folder's name tells its content, and it appears whole:
+    processes that build it at once all return the same.
     """
     cache, tokenizer = Path(cache), Path(tokenizer or DATA / "tokenizer.model")
     if not tokenizer.is_file():  # a folder with one, or an error
@@ -204,6 +207,7 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
 def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
     files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
+    files.append(raylib.sample.scenes.DATA / "labels.json")  # what is true of a scene
     modules = (raylib.sample, shards, tars, index, raylib.text)
     code = [Path(str(module.__file__)) for module in modules]
     hashes = map(sha256_file, [*files, tokenizer, *code, Path(__file__)])
@@ -214,15 +218,12 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     folder.mkdir()
     shutil.copyfile(tokenizer_file, folder / tokenizer_file.name)
     tokenizer = Tokenizer.load(folder / tokenizer_file.name)
-    scene_images = (
-        ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions})
-        for scene in draw_training_scenes()
-    )
-    images = scene_images if scenes else _training_images()
+    images = _scene_images(draw_training_scenes()) if scenes else _training_images()
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
     unseen = draw_unseen_scenes() if scenes else read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
-    write_image_text(folder / "dev" / "image_text", _dev_images(unseen), max_samples=SAMPLE_SHARD)
+    dev = _scene_images(draw_dev_scenes()) if scenes else _dev_images(unseen)
+    write_image_text(folder / "dev" / "image_text", dev, max_samples=SAMPLE_SHARD)
     _write_texts(folder, tokenizer, list_training_pairs, list_training_sentences)
     _write_texts(folder / "dev", tokenizer, list_held_out_pairs, list_held_out_sentences)
 
@@ -243,6 +244,11 @@ def _write_texts(
         rows = {code: encode_rows(of, tokenizer, tally) for code, of in by_language.items()}
         write_packed(folder / kind, kind, tokenizer, rows)
     tally.close()
+
+
+def _scene_images(scenes: Iterable[CaptionedScene]) -> Iterator[ImageText]:
+    for scene in scenes:
+        yield ImageText(scene.name, {"webp": scene.image}, {"en": scene.captions}, {"facts": scene.facts})
 
 
 def _training_images() -> Iterator[ImageText]:

@@ -346,7 +346,9 @@ def plot_curve(run: Path) -> None:
     """`curve.png`: losses, those of held-out samples dashed, and R@1, over the steps."""
     records = read_metrics(run)
     figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in sorted({k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm"}):
+    for name in sorted(
+        {k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm", "loss/itm_accuracy"}
+    ):
         points = [(r["step"], r[name]) for r in records if name in r]
         term = name.removeprefix("loss/")
         (line,) = left.plot(*zip(*points, strict=True), label=term, linewidth=1)
@@ -359,6 +361,7 @@ def plot_curve(run: Path) -> None:
         "eval/en_r1": "English",
         "eval/others_r1": "mean of the others",
         "eval/heldout_r1": "held-out concepts, all languages",
+        "eval/itm_accuracy": "matching of held-out pairs (accuracy)",
     }
     for name, label in labels.items():
         points = [(r["step"], 100 * r[name]) for r in records if name in r]
@@ -367,6 +370,6 @@ def plot_curve(run: Path) -> None:
     if right.lines:
         right.legend(fontsize=8)
     right.set(
-        xlabel="step", ylabel="R@1, %", title="zero-shot retrieval, mean of both directions", ylim=(0, None)
+        xlabel="step", ylabel="%", title="zero-shot retrieval, R@1, mean of both directions", ylim=(0, None)
     )
     save_figure(figure, run / "curve.png")

@@ -109,21 +109,22 @@ def group_of(i, n, config):
     return i * config.contrast_groups // n
 
 
-def infonce(left, right, left_id, right_id, temperature, config):
-    """Sum of both directions, each a mean over pairs; equal content, and what is of another group, is no
-    negative. Also the (n, n) similarities."""
+def infonce(left, right, left_id, right_id, temperature, config, true=frozenset()):
+    """Sum of both directions, each a mean over pairs; equal content, what is of another group, and what is
+    `true` (left, right), is no negative. Also the (n, n) similarities."""
     n, losses = len(left), []
     scores = torch.stack(
         [torch.stack([left[i] @ right[j] / temperature for j in range(n)]) for i in range(n)]
     )
-    for table in (scores, scores.T):
+    for table, false in ((scores, true), (scores.T, {(b, a) for a, b in true})):
         for i in range(n):
             others = [
                 j
                 for j in range(n)
                 if j == i
                 or (
-                    left_id[i] != left_id[j]
+                    (i, j) not in false
+                    and left_id[i] != left_id[j]
                     and right_id[i] != right_id[j]
                     and group_of(i, n, config) == group_of(j, n, config)
                 )
@@ -145,8 +146,9 @@ def draw_negative(scores, allowed, draw):
     return allowed[-1]
 
 
-def slow_terms(model, batch, config):
-    """{term: value} of one global batch."""
+def slow_terms(model, batch, config, true=frozenset()):
+    """{term: value} of one global batch, and the accuracy of ITM. `true`: (image, caption) of different pairs
+    that are known to go together."""
     terms, temperature = {}, model.temperature.clamp(*config.temperature)[0]
     half = 0.5 if config.directions == "mean" else 1.0
     if "image_text" in batch:
@@ -158,14 +160,15 @@ def slow_terms(model, batch, config):
         left = [unit(model.image_projection, states[0]) for states in images]
         right = [unit(model.text_projection, states[0]) for states in text]
         image_id, text_id = part["image_id"].tolist(), part["text"].text_id.tolist()
-        loss, scores = infonce(left, right, image_id, text_id, temperature, config)
+        loss, scores = infonce(left, right, image_id, text_id, temperature, config, true)
         terms["ucl_image"] = half * loss
         fused = [i for i, place in enumerate(part["index"].tolist()) if place % config.fuse_every == 0]
         terms["vlm"] = masked_loss(
             model, [(fused_states(model, masked[i], images[i]), rows[i][2]) for i in fused]
         )
         seen = clean if config.itm_text == "clean" else masked
-        terms["itm"] = matching(model, seen, images, scores, part, text_id, fused, config)
+        matched = matching(model, seen, images, scores, part, text_id, fused, config, true)
+        terms["itm"], terms["itm_accuracy"] = matched
     if "parallel" in batch:
         sides = [sentences(batch["parallel"][name]) for name in ("source", "target")]
         clean = [[text_states(model, r[0]) for r in side] for side in sides]
@@ -191,7 +194,7 @@ def slow_terms(model, batch, config):
     return terms
 
 
-def matching(model, text, images, scores, part, text_id, fused, config):
+def matching(model, text, images, scores, part, text_id, fused, config, true):
     n = len(text)
     positives, negatives = [], []
     image_id = part["image_id"].tolist()
@@ -203,16 +206,23 @@ def matching(model, text, images, scores, part, text_id, fused, config):
             and text_id[i] != text_id[j]
             and group_of(i, n, config) == group_of(j, n, config)
         ]
-        positives.append(-match(model, text[i], images[i])[1])
-        j = draw_negative(scores[i], allowed, part["negative_uniforms"][i, 0])
+        positives.append(match(model, text[i], images[i]))
+        captions = [j for j in allowed if (i, j) not in true]
+        j = draw_negative(scores[i], captions, part["negative_uniforms"][i, 0])
         if j is not None:
-            negatives.append(-match(model, text[j], images[i])[0])
-        j = draw_negative(scores[:, i], allowed, part["negative_uniforms"][i, 1])
+            negatives.append(match(model, text[j], images[i]))
+        others = [j for j in allowed if (j, i) not in true]
+        j = draw_negative(scores[:, i], others, part["negative_uniforms"][i, 1])
         if j is not None:
-            negatives.append(-match(model, text[i], images[j])[0])
+            negatives.append(match(model, text[i], images[j]))
+    accuracy = sum(bool(p[1] > p[0]) for p in positives) / len(positives) / 2
+    accuracy += sum(bool(p[0] >= p[1]) for p in negatives) / max(1, len(negatives)) / 2
+    right, wrong = [-p[1] for p in positives], [-p[0] for p in negatives]
     if config.itm_weighting == "pairs":
-        return torch.stack(positives + negatives).mean()
-    return torch.stack(positives).mean() + (torch.stack(negatives).mean() if negatives else 0.0)
+        loss = torch.stack(right + wrong).mean()
+    else:
+        loss = torch.stack(right).mean() + (torch.stack(wrong).mean() if wrong else 0.0)
+    return loss, torch.tensor(accuracy, dtype=torch.float64)
 
 
 def match(model, text, image):

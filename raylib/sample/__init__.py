@@ -196,7 +196,8 @@ def _read_text(name: str) -> str:
 
 
 LARGE, SMALL = 0.94, 0.6  # shares of a quadrant's side
-NUM_SCENES, SIZE = 24_000, 64  # of pretraining; pixels a side
+NUM_SCENES, NUM_DEV_SCENES = 24_000, 512  # of pretraining
+SIZE = 64  # pixels a side
 # of each thing before it is placed: two vendors draw each, and a third is to be recognised
 AUGMENTATION = AugmentConfig(scale=(0.7, 1.0), magnitude=4)
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -220,11 +221,13 @@ class Placement(NamedTuple):
 
 
 class CaptionedScene(NamedTuple):
-    """A scene of pretraining: its name, the image as a WebP file, English captions."""
+    """A scene of pretraining: its name, the image as a WebP file, English captions, and facts as
+    `raylib.data.sources` reads them."""
 
     name: str
     image: bytes
     captions: list[str]
+    facts: dict
 
 
 def place_concepts(keys: Sequence[str], size: int, *seeds: Key) -> list[Placement]:
@@ -268,12 +271,37 @@ def read_plain_concepts() -> dict[str, str]:
     }
 
 
+@cache
+def find_true_names() -> dict[str, list[str]]:
+    """Key -> names that are true of a plain concept's drawing: its own; those above it in WordNet; and
+    those that are a word of its own name, as "dog" of "guide dog", which are true as a rule."""
+    from raylib.sample.scenes import read_labels
+
+    names, labels = read_plain_concepts(), read_labels()
+    known = set(names.values())
+    true = {key: [name, *(word for word in name.split() if word in known)] for key, name in names.items()}
+    for label in labels.values():
+        if label.key in names:
+            ancestors = (labels[name].key for name in label.ancestors)
+            true[label.key] += [names[key] for key in ancestors if key in names]
+    return {key: list(dict.fromkeys(words)) for key, words in true.items()}
+
+
 def draw_training_scenes() -> Iterator[CaptionedScene]:
     """`NUM_SCENES` scenes, most of a single thing, each drawn by one vendor, augmented, with up to three
     captions."""
+    return _draw_scenes(range(NUM_SCENES))
+
+
+def draw_dev_scenes() -> Iterator[CaptionedScene]:
+    """`NUM_DEV_SCENES` more scenes, like those of training: of the same concepts and vendors."""
+    return _draw_scenes(range(NUM_SCENES, NUM_SCENES + NUM_DEV_SCENES))
+
+
+def _draw_scenes(numbers: range) -> Iterator[CaptionedScene]:
     names = read_plain_concepts()
     keys = list(names)
-    for i in range(NUM_SCENES):
+    for i in numbers:
         # five in eight show a single thing: what a thing is called comes first
         count = max(1, int(integers(8, "scene", i, "count")) - 3)
         picks = integers(len(keys), "scene", i, "keys", np.arange(count)).tolist()
@@ -288,9 +316,9 @@ def draw_training_scenes() -> Iterator[CaptionedScene]:
             key: augment_image(drawings[key], SIZE, AUGMENTATION, row)
             for key, row in zip(scene_keys, draws, strict=True)
         }
-        yield CaptionedScene(
-            f"scene{i:05d}", draw_webp(placements, augmented, SIZE), caption_scene(placements, names, i)
-        )
+        claims = caption_scene(placements, names, i)
+        facts = {"image": list_scene_facts(placements), "captions": claims}
+        yield CaptionedScene(f"scene{i:05d}", draw_webp(placements, augmented, SIZE), list(claims), facts)
 
 
 def draw_unseen_scenes() -> dict[str, bytes]:
@@ -299,25 +327,64 @@ def draw_unseen_scenes() -> dict[str, bytes]:
     return {key: draw_webp(place_concepts([key], SIZE, "unseen", key), drawings, SIZE) for key in drawings}
 
 
-def caption_scene(placements: Sequence[Placement], names: Mapping[str, str], i: int) -> list[str]:
+def caption_scene(placements: Sequence[Placement], names: Mapping[str, str], i: int) -> dict[str, list[str]]:
     """Caption scene `i`: all things by name; all with their places; and their sizes, or the relation of two.
+    Returns {caption: the facts that it claims}.
 
     One thing alone gets only its name: places and sizes are told apart long before things are, and would be
     all that is learnt.
     """
     if len(placements) == 1:
-        return [names[placements[0].key]]
+        (name,) = (names[p.key] for p in placements)
+        return {name: [name]}
     order = [placements[k] for k in permutation(len(placements), "scene", i, "order")]
-    *first, last = (names[p.key] for p in order)
-    everything = f"{', '.join(first)} and {last}"
-    places = ", ".join(f"{names[p.key]} {PLACES[p.quadrant]}" for p in order)
-    sizes = ", ".join(f"{'big' if p.large else 'little'} {names[p.key]}" for p in order)
-    # neighbours: one quadrant to the right (1) or below (2), but not from top right to bottom left
+    everything = [names[p.key] for p in order]
+    places = [_name_place(p, names[p.key]) for p in order]
+    sizes = [_name_size(p, names[p.key]) for p in order]
     relations = [
-        f"{names[a.key]} {'beside' if a.quadrant // 2 == b.quadrant // 2 else 'above'} {names[b.key]}"
+        f"{names[a.key]} {relation} {names[b.key]}"
         for a in order
         for b in order
-        if b.quadrant - a.quadrant in (1, 2) and (a.quadrant, b.quadrant) != (1, 2)
+        if (relation := _find_relation(a, b))
     ]
     tells_relation = relations and uniform("scene", i, "which") < 0.5
-    return [everything, places, relations[0] if tells_relation else sizes]
+    third = relations[:1] if tells_relation else sizes
+    return {
+        f"{', '.join(everything[:-1])} and {everything[-1]}": everything,
+        ", ".join(places): places,
+        ", ".join(third): third,
+    }
+
+
+def list_scene_facts(placements: Sequence[Placement]) -> list[str]:
+    """List all that captions of scenes may claim and is true of a scene."""
+    true = find_true_names()
+    facts = [
+        fact
+        for p in placements
+        for name in true[p.key]
+        for fact in (name, _name_place(p, name), _name_size(p, name))
+    ]
+    for a in placements:
+        for b in placements:
+            if relation := _find_relation(a, b):
+                pairs = [(left, right) for left in true[a.key] for right in true[b.key]]
+                facts += [f"{left} {relation} {right}" for left, right in pairs]
+                if relation == "beside":  # which captions say from left to right
+                    facts += [f"{right} {relation} {left}" for left, right in pairs]
+    return facts
+
+
+def _name_place(placement: Placement, name: str) -> str:
+    return f"{name} {PLACES[placement.quadrant]}"
+
+
+def _name_size(placement: Placement, name: str) -> str:
+    return f"{'big' if placement.large else 'little'} {name}"
+
+
+def _find_relation(a: Placement, b: Placement) -> str:
+    """Return "beside" or "above" of neighbours: `b` one quadrant to the right of `a`, or below; else ""."""
+    if a.quadrant % 2 == 0 and b.quadrant == a.quadrant + 1:
+        return "beside"
+    return "above" if b.quadrant == a.quadrant + 2 else ""
