@@ -204,7 +204,7 @@ class _PackedStream(_Stream):
 
 
 class _Chosen(NamedTuple):
-    """What a sample brings to a batch: its identity; an image (H, W, 3), or the name of its states; a
+    """Parts of a sample that enter a batch: its identity; an image (H, W, 3), or the name of its states; a
     caption; facts that are true of the image, and those that the caption claims."""
 
     identity: int

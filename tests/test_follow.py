@@ -146,6 +146,7 @@ def test_follow_code_equals_the_public_codes_losses_and_gradients(public):
     model = make_public_model(public)
     objective = UnifiedObjective(model, ObjectiveConfig(follow="code", contrast_groups=1)).train()
     loss, terms = objective(read_batch(public, [0]))
+    assert 0 <= terms.pop("itm_accuracy") <= 1
     for name, value in terms.items():
         assert float(value) == pytest.approx(float(public[f"gpu0/loss/{name}"]), rel=1e-6), name
     loss.backward()

@@ -61,7 +61,7 @@ MAX_TEXT_BYTES = 1 << 24  # of a member of captions
 
 
 class StoredFacts(BaseModel):
-    """What is true of an image, and what each caption claims."""
+    """Facts that are true of an image, and those that each caption claims."""
 
     image: list[str]
     captions: dict[str, list[str]]
