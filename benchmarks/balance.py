@@ -30,7 +30,10 @@ from finetune.recipes import SCENES_LANGUAGES
 from finetune.tasks.datasets import TASKS
 from raylib.display import markdown_table, percent
 from raylib.errors import UserError
+from raylib.fileio import write_atomically
+from raylib.sample.scenes import DATA
 from raylib.sample.scenes.frozen import check_frozen
+from raylib.sample.scenes.writer import read_baselines
 
 EPOCHS, BATCH, RATE = 4, 512, 0.05
 DECAYS = (1e-4, 1e-3)  # a step
@@ -191,7 +194,14 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="a folder of emoji scenes")
-    measured = measure(parser.parse_args(arguments).folder)
+    parser.add_argument("--write", action="store_true", help="into every folder made with these settings")
+    options = parser.parse_args(arguments)
+    measured = measure(options.folder)
+    if options.write:
+        check_frozen(options.folder)
+        settings = (options.folder / "settings.json").read_text(encoding="utf-8").strip()
+        found = read_baselines() | {settings: measured["baselines"]}
+        write_atomically(DATA / "baselines.json", json.dumps(found, indent=1) + "\n")
     print(table(measured), kinds_table(measured, {}), sep="\n\n")
 
 

@@ -25,7 +25,6 @@ from finetune.report import (
     baselines_of,
     extra_mean,
     extra_scores,
-    mean_of_targets,
     read_result,
     scores_of,
 )
@@ -98,10 +97,9 @@ class Comparison(NamedTuple):
         shares: dict[str, dict[str, set[float]]] = {}
         for result in (run.result for row in self.rows for run in row.runs):
             for name, scores in baselines_of(result).items():
-                means = {"mean of the targets": mean_of_targets(result, scores)}
-                for head, share in {**scores, **means}.items():
-                    if share is not None:
-                        shares.setdefault(name, {}).setdefault(f"{head}, {self.metric}", set()).add(share)
+                for group, share in scores.items():
+                    head = f"{'mean of the targets' if group == 'targets' else group}, {self.metric}"
+                    shares.setdefault(name, {}).setdefault(head, set()).add(share)
         agreed = {
             name: {head: min(found) for head, found in heads.items() if len(found) == 1}
             for name, heads in shares.items()

@@ -20,6 +20,8 @@ from raylib.metrics import RANKS, mean_or_zero
 from raylib.monitoring import read_metrics
 from raylib.strict_json import Count, check_shape
 
+MOST_FREQUENT = "most frequent answer"
+BASELINES = {"text": "text alone", "image": "image alone", "chance": "chance"}  # of a data set -> of tables
 RECALLS = tuple(f"{way}_r{k}" for way in ("i2t", "t2i") for k in RANKS)
 
 
@@ -90,8 +92,8 @@ def _extra_tests(parts: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def read_baselines(config: FinetuneConfig) -> dict[str, Any]:
-    """{"baselines": {name: {language: share}}} of what the data folder's baselines.json, {task: this}, tells
-    of the whole test set; {} where it tells nothing of it.
+    """{"baselines": {language, or "targets" for their mean: {name: score}}} of what baselines.json of the
+    data folder, {task: this}, tells of the whole test set; {} where it tells nothing of it.
 
     Raises:
         UserError: it is damaged.
@@ -107,12 +109,20 @@ def read_baselines(config: FinetuneConfig) -> dict[str, Any]:
 
 
 def baselines_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """{what answers without understanding: {language: its score}}: the most frequent right answer of the test
-    set, and what the data tell (`read_baselines`)."""
+    """{what answers without understanding: {language, or "targets" for their mean: its score}}: the most
+    frequent right answer of the test set, and what the data tell (`read_baselines`)."""
     frequent = {
         code: of["right_share"] for code, of in result.get("answers", {}).items() if "right_share" in of
     }
-    return {**({"most frequent answer": frequent} if frequent else {}), **result.get("baselines", {})}
+    if (mean := mean_of_targets(result, frequent)) is not None:
+        frequent["targets"] = mean
+    told = {
+        shown: {
+            group: scores[name] for group, scores in result.get("baselines", {}).items() if name in scores
+        }
+        for name, shown in BASELINES.items()
+    }
+    return {name: scores for name, scores in {MOST_FREQUENT: frequent, **told}.items() if scores}
 
 
 def extra_scores(result: dict[str, Any]) -> dict[str, dict[str, float]]:
@@ -178,10 +188,11 @@ def _items_skipped(parts: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def _runtime_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"code", "libraries", "device", "time", "evaluation_precision", "preprocessing" of images,
-    "peak_memory_gb", "samples_per_second" of training, "evaluated_per_second"} of all parts, as far as they
-    tell: those of earlier versions do not."""
-    names = ("code", "libraries", "device", "time", "evaluation_precision", "preprocessing")
+    """Return {"code", "libraries", "device", "time", "training_precision", "evaluation_precision",
+    "preprocessing" of images, "peak_memory_gb", "samples_per_second" of training, "evaluated_per_second"} of
+    all parts, as far as they tell: those of earlier versions do not."""
+    names = ("code", "libraries", "device", "time", "training_precision", "evaluation_precision")
+    names += ("preprocessing",)
     facts = {name: parts[-1][name] for name in names if name in parts[-1]}
     if memory := [part["peak_memory_gb"] for part in parts if "peak_memory_gb" in part]:
         facts["peak_memory_gb"] = max(memory)
@@ -264,7 +275,7 @@ def table(result: dict[str, Any]) -> str:
     if result["mean_targets"] is not None:
         targets = [code for code in scores_of(result) if code != "en"]
         others = [percent(extra_mean(result, name)) for name in extra]
-        others += [percent(mean_of_targets(result, scores)) for scores in baselines.values()]
+        others += [percent(scores.get("targets")) for scores in baselines.values()]
         means = [
             mean_or_zero(details[code][c] for code in targets if c in details.get(code, {})) for c in columns
         ]

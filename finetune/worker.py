@@ -141,6 +141,7 @@ class FinetuneJob:
             **result,
             "finished": result["steps"] == end and "notice" not in result,
             "examples": len(examples),
+            "training_precision": config.fit.describe_precision(runtime.device),
             "unknown_training_answers": len(unknown),
             "unknown_training_answer": next((answer for e in unknown for answer in e.labels), None),
         }

@@ -61,9 +61,11 @@ def test_extra_tests_are_evaluated_as_the_test_set(finetune, tmp_path, scenes_an
     read = json.loads((tmp_path / "run/identity.json").read_text())["data"]
     assert str(scenes_and_more / "again/images.tar") in read
     assert any(name.startswith(str(scenes_and_more / "textless")) for name in read)
+    assert found["training_precision"] == found["evaluation_precision"] == "float32"
     before = found["extra_tests"]
     assert main(["evaluate", str(tmp_path / "run")]) == 0
-    assert result(tmp_path, "run")["extra_tests"] == before
+    again = result(tmp_path, "run")
+    assert again["extra_tests"] == before and again["training_precision"] == "float32"
 
 
 def test_extra_tests_images_are_encoded_once(finetune, tmp_path, scenes_and_more, monkeypatch):

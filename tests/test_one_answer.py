@@ -9,6 +9,8 @@ from finetune.compare import compare_runs, to_markdown, write_latex
 from finetune.one_answer import AnswerCounts, footnotes, marks_of
 from finetune.predict import score
 from finetune.report import marked, table
+from raylib.sample.scenes import writer
+from raylib.sample.scenes.writer import ScenesConfig
 from tests.test_compare import runs, shown  # noqa: F401 - a fixture
 
 
@@ -149,7 +151,7 @@ def test_result_table_marks_main_and_extra_sets_and_not_shuffled_ones():
 
 
 def test_baselines_stand_beside_the_runs(runs, finetune, scenes, tmp_path):  # noqa: F811
-    same = {"answers": {"en": LIVELY, "de": LIVELY, "ru": ONE}, "baselines": {"text alone": {"en": 0.25}}}
+    same = {"answers": {"en": LIVELY, "de": LIVELY, "ru": ONE}, "baselines": {"en": {"text": 0.25}}}
     lines = shown(runs("a", 0.5, **same), runs("b", 0.6, "fit.seed=1", **same)).splitlines()
     head, _, _, frequent, text = ([cell.strip() for cell in line.split("|")] for line in lines[2:7])
     by_head = [dict(zip(head, row, strict=True)) for row in (frequent, text)]
@@ -166,13 +168,16 @@ def test_baselines_of_the_data_folder_are_those_of_the_whole_test_set(finetune, 
     data = tmp_path / "scenes"
     shutil.copytree(scenes, data)
     text = {
-        "xgqa": {"text alone": {"en": 0.25}, "image alone": {"en": 0.125}},
-        "xvnli": {"text alone": {"en": 0.5}},
+        "xgqa": {"en": {"text": 0.25, "image": 0.125}, "targets": {"text": 0.2}},
+        "xvnli": {"en": {"text": 0.5}},
     }
     (data / "baselines.json").write_text(json.dumps(text))
     own = [f"data={data}", "setting=untrained", f"model={fine_tuned(tmp_path, scenes)}"]
     code, printed = finetune("scenes_xgqa", "name=run", *own)
     assert code == 0 and "| most frequent answer | text alone | image alone |" in printed, printed
+    cells = {line.split("|")[1].strip(): line.split("|")[4:7] for line in printed.splitlines() if "|" in line}
+    assert [cell.strip() for cell in cells["en"][1:]] == ["25.0", "12.5"]
+    assert [cell.strip() for cell in cells["mean of the targets"][1:]] == ["20.0", ""]
     found = json.loads((tmp_path / "run/result.json").read_text())
     assert found["baselines"] == text["xgqa"]
     assert finetune("scenes_xgqa", "name=few", "test_limit=30", *own)[0] == 0
@@ -197,3 +202,16 @@ def fine_tuned(folder, scenes):
     )
     shutil.copy2(DATA / "tokenizer.model", folder / "tuned")
     return folder / "tuned"
+
+
+def test_scenes_bring_the_baselines_of_their_settings_alone(tmp_path, monkeypatch):
+    sizes = ScenesConfig(train=3, dev=2, test=2, shots=1)
+    settings = json.dumps(sizes.model_dump(), separators=(",", ":"))
+    measured = {"xgqa": {"en": {"text": 0.5}}}
+    monkeypatch.setattr(writer, "read_baselines", lambda: {settings: measured})
+    writer.write_scenes(tmp_path / "same", sizes)
+    for folder in (tmp_path / "same", tmp_path / "same/test_style"):
+        assert json.loads((folder / "baselines.json").read_text()) == measured
+    assert (tmp_path / "same/settings.json").read_text().strip() == settings
+    writer.write_scenes(tmp_path / "others", sizes.model_copy(update={"test": 3}))
+    assert not (tmp_path / "others/baselines.json").exists()

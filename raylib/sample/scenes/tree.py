@@ -32,6 +32,7 @@ SHARED_FILES = (
     "gqa/annotations/trainval_label2ans.json",
     "relations.json",
     "settings.json",
+    "baselines.json",
     "vectors.txt",
     "wordnet",
     "dictionaries",

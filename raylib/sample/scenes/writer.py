@@ -2,6 +2,7 @@
 them); beside them the test sets in another style, and translations with errors."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import Field, PositiveInt
 from raylib.config import Config
 from raylib.display import progress
 from raylib.errors import UserError
-from raylib.fileio import atomic_folder
+from raylib.fileio import atomic_folder, read_json
 from raylib.sample import LANGUAGES as ALL_LANGUAGES
 from raylib.sample import read_concept_captions
 from raylib.sample.scenes import ANSWERS, DATA, LANGUAGES, read_labels
@@ -90,9 +91,18 @@ def write_scenes(out: Path, config: ScenesConfig) -> str:
             shutil.copyfile(source, partial / source.relative_to(DATA))
         writer.json("relations.json", {name: _relations(name) for name in read_labels()})
         writer.json("settings.json", config.model_dump())
+        if found := read_baselines().get(json.dumps(config.model_dump(), separators=(",", ":"))):
+            writer.json("baselines.json", found)
         writer.close()
     size = sum(path.lstat().st_size for path in out.rglob("*") if path.is_file())
     return f"{out}: 4 tasks of {config.train} + {config.dev} + {config.test} items, {size / 1e6:.1f} MB"
+
+
+def read_baselines() -> dict[str, Any]:
+    """Read {settings of a benchmark, as in its settings.json: its baselines.json}: what `benchmarks.balance`
+    has measured on the tests that these settings make."""
+    path = DATA / "baselines.json"
+    return read_json(path) if path.exists() else {}
 
 
 def _relations(name: str) -> dict[str, Any]:
