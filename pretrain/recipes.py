@@ -220,7 +220,7 @@ def scenes_base() -> PretrainConfig:
             "data.image_text": StreamConfig(batch=128, length=32),
             "data.parallel": StreamConfig(batch=128, length=32),
             "data.text": StreamConfig(batch=32, length=32),
-            "data.augment": AugmentConfig(scale=(1, 1), ratio=(1, 1), operations=0),
+            "data.augment": None,
             "data.mask_probability": 0.3,
             "optim.lr": 1e-3,
             "fit.steps": 1000,
