@@ -181,20 +181,34 @@ def emoji_e5_scenes() -> PretrainConfig:
     )
 
 
-def scenes_names() -> PretrainConfig:
-    """first of two stages from `make run`'s model (init.model=IT) to the scenes' one: names of single drawings
-    of every size in scenes; frozen text encoder"""
-    return change_settings(
-        tiny(),
+def scenes_text() -> PretrainConfig:
+    """first of three stages from `make run`'s model (init.model=IT) to the scenes' one: sentences and names
+    find their translations"""
+    return _scenes_stage(
+        "scenes_text",
         {
-            "name": "scenes_names",
-            "init.required": ("model",),
+            "corpus": "scenes",
+            "objective.weights": TermWeights(tlm=0),
+            "data.image_text.batch": 0,
+            "data.parallel": StreamConfig(batch=384, length=32),
+            "data.text.batch": 0,
+            "fit.steps": 800,
+            "fit.eval_every": 800,
+        },
+    )
+
+
+def scenes_names() -> PretrainConfig:
+    """second (init.model=FIRST): names of single drawings as large as in scenes; frozen text encoder"""
+    return _scenes_stage(
+        "scenes_names",
+        {
             "objective.train_embeddings": False,
             "objective.frozen_text_layers": 1,
             "objective.weights": TermWeights(itm=0, vlm=0),
             "data.parallel.batch": 0,
             "data.text.batch": 0,
-            # in scenes a drawing is 0.94 or 0.6 of a window wide: 1.13 to 2.8 times its area
+            # in scenes a drawing is 0.94 or 0.6 of a window wide: a crop of 1.13 or 2.8 times its area
             "data.augment.scale": (0.8, 3.0),
             "fit.steps": 600,
             "fit.eval_every": 300,
@@ -203,16 +217,14 @@ def scenes_names() -> PretrainConfig:
 
 
 def scenes_base() -> PretrainConfig:
-    """second (init.model=FIRST): scenes read by windows, every pair fused, the image encoder frozen;
+    """third (init.model=SECOND): scenes read by windows, every pair fused, the image encoder frozen;
     translations and plain text, lest languages be lost"""
-    return change_settings(
-        tiny(),
+    return _scenes_stage(
+        "scenes_base",
         {
-            "name": "scenes_base",
             "corpus": "scenes",
             "model.image_size": 64,
             "model.vision_window": 32,
-            "init.required": ("model",),
             "objective.train_vision": False,
             "objective.fuse_every": 1,
             "objective.itm_text": "clean",
@@ -227,6 +239,12 @@ def scenes_base() -> PretrainConfig:
             "fit.eval_every": 500,
         },
     )
+
+
+def _scenes_stage(name: str, changes: dict[str, Any]) -> PretrainConfig:
+    """`tiny` with other settings, from weights that must be given, on one core."""
+    common = {"name": name, "runtime": "local", "workers": 1, "init.required": ("model",)}
+    return change_settings(tiny(), common | changes)
 
 
 def _stage(name: str, changes: list[str]) -> PretrainConfig:
@@ -304,13 +322,13 @@ def _variant(
     return recipe
 
 
+SCENES_STAGES = (scenes_text, scenes_names, scenes_base)
 STAGES = (emoji_e5_align, emoji_e5_names, emoji_e5_scenes)
 RECIPES: dict[str, Callable[[], PretrainConfig]] = {
     "tiny": tiny,
     "emoji_e5": emoji_e5,
     **{stage.__name__: stage for stage in STAGES},
-    "scenes_names": scenes_names,
-    "scenes_base": scenes_base,
+    **{stage.__name__: stage for stage in SCENES_STAGES},
     "small": small,
     "base": base,
     "base_120k": _variant(
