@@ -28,7 +28,9 @@ def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: t
     return (images.to(dtype) - shift) / scale
 
 
-PLACE_STD = 0.02  # of a window's place at the start: at 0.1 a trained encoder names half as many small drawings
+PLACE_STD = (
+    0.02  # of a window's place at the start: at 0.1 a trained encoder names half as many small drawings
+)
 
 
 class VisionBlock(RecomputedModule):
