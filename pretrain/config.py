@@ -73,6 +73,9 @@ class DataConfig(Config):
     more end the run at its next line of progress."""
     retrieval: str | None = None
     """Retrieval set that each evaluation scores; null: the corpus's, if it has one."""
+    test_sets: dict[str, str] | None = None
+    """Retrieval sets {name: folder} that the end of the run scores once; null: those of the corpus, in its
+    folder `test_sets`."""
     dev: str | Literal[False] | None = None
     """Folder of held-out samples, whose losses each evaluation computes; null: the corpus's, if it has one;
     false: none."""

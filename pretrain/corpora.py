@@ -15,6 +15,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
@@ -32,7 +33,10 @@ from raylib.errors import UserError
 from raylib.fileio import sha256_file
 from raylib.sample import (
     DATA,
+    HELD_OUT_LANGUAGE,
     LANGUAGES,
+    TEST_VENDORS,
+    TRAINED_LANGUAGES,
     TRAINING_VENDORS,
     UNSEEN_VENDOR,
     CaptionedScene,
@@ -175,16 +179,18 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
 
         image_text/      Noto and Twemoji drawings, two of each training concept; captions: English name,
                          keywords
-        parallel/        English and 21 languages: names, keywords, Declaration of Human Rights; packed
-        text/            22 languages, the same texts; packed
+        parallel/        English and 20 languages: names, keywords, Declaration of Human Rights; packed
+        text/            21 languages, the same texts; packed
         retrieval/       Fluent drawings of all concepts, names in 22 languages, {"heldout": true or false}
+        test_sets/NAME/  the same of drawings by vendors on which nothing was chosen
         dev/             image_text: Fluent drawings of training concepts; parallel, text: held-out concepts
         tokenizer.model  or `sentencepiece.bpe.model`, as `tokenizer` is called: the sample's own, unless it
                          is given
 
     With `scenes`, image_text holds images of one to four concepts with English captions that say what is
-    where, and dev/image_text more of these. The folder's name tells its content, and it appears whole:
-    processes that build it at once all return the same.
+    where, the texts have the sentences of `raylib.sample.read_sentence_pairs` too, and dev/image_text has
+    more scenes. The folder's name tells its content, and it appears whole: processes that build it at once
+    all return the same.
     """
     cache, tokenizer = Path(cache), Path(tokenizer or DATA / "tokenizer.model")
     if not tokenizer.is_file():  # a folder with one, or an error
@@ -206,7 +212,8 @@ def build_sample_corpus(cache: Path | str, tokenizer: Path | str | None = None, 
 
 def _fingerprint(tokenizer: Path) -> str:
     """Hash of everything that the folder depends on: the data, and the code that turns it into shards."""
-    files = [path for part in ("captions", "pictures", "udhr") for path in sorted((DATA / part).iterdir())]
+    parts = ("captions", "pictures", "sentences", "udhr")
+    files = [path for part in parts for path in sorted((DATA / part).iterdir())]
     files.append(raylib.sample.scenes.DATA / "labels.json")  # what is true of a scene
     modules = (raylib.sample, shards, tars, index, raylib.text)
     code = [Path(str(module.__file__)) for module in modules]
@@ -222,9 +229,14 @@ def _build_sample(folder: Path, tokenizer_file: Path, scenes: bool) -> None:
     write_image_text(folder / "image_text", images, max_samples=SAMPLE_SHARD)
     unseen = draw_unseen_scenes() if scenes else read_images(UNSEEN_VENDOR)
     write_image_text(folder / "retrieval", _unseen_images(unseen), language="mul", max_samples=SAMPLE_SHARD)
+    for vendor in TEST_VENDORS:
+        drawings = draw_unseen_scenes(vendor) if scenes else read_images(vendor)
+        test_set = folder / "test_sets" / vendor
+        write_image_text(test_set, _unseen_images(drawings), language="mul", max_samples=SAMPLE_SHARD)
     dev = _scene_images(draw_dev_scenes()) if scenes else _dev_images(unseen)
     write_image_text(folder / "dev" / "image_text", dev, max_samples=SAMPLE_SHARD)
-    _write_texts(folder, tokenizer, list_training_pairs, list_training_sentences)
+    training_texts = (partial(of, sentences=scenes) for of in (list_training_pairs, list_training_sentences))
+    _write_texts(folder, tokenizer, *training_texts)
     _write_texts(folder / "dev", tokenizer, list_held_out_pairs, list_held_out_sentences)
 
 
@@ -234,11 +246,11 @@ def _write_texts(
     list_pairs: Callable[[str], Iterable],
     list_sentences: Callable[[str], Iterable],
 ) -> None:
-    """Write parallel/ and text/ of a language's pairs and sentences."""
+    """Write parallel/ and text/ of a language's pairs and sentences, of all but the held-out one."""
     tally = Tally(DATA, limit=0.0)
     texts: dict[str, dict[str, Iterable]] = {
-        "parallel": {code: list_pairs(code) for code in LANGUAGES if code != "en"},
-        "text": {code: zip(list_sentences(code)) for code in LANGUAGES},
+        "parallel": {code: list_pairs(code) for code in TRAINED_LANGUAGES if code != "en"},
+        "text": {code: zip(list_sentences(code)) for code in TRAINED_LANGUAGES},
     }
     for kind, by_language in texts.items():
         rows = {code: encode_rows(of, tokenizer, tally) for code, of in by_language.items()}
@@ -272,11 +284,12 @@ def _captions_of_training() -> Iterator[tuple[str, list[str]]]:
 
 
 def _unseen_images(drawings: dict[str, bytes]) -> Iterator[ImageText]:
-    """A concept each: its drawing by the unseen vendor, its name in every language (keywords would be
+    """A concept each: its drawing by an unseen vendor, its name in every language (keywords would be
     ambiguous)."""
     for key, image in drawings.items():
         captions = {language: [read_concept_captions(language)[key].name] for language in LANGUAGES}
-        yield ImageText(key, {"png": image}, captions, {"key": key, "heldout": is_held_out(key)})
+        facts = {"key": key, "heldout": is_held_out(key), "heldout_languages": [HELD_OUT_LANGUAGE]}
+        yield ImageText(key, {"png": image}, captions, facts)
 
 
 @entry_point()

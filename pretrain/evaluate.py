@@ -1,5 +1,6 @@
 """Zero-shot image-text retrieval with the unimodal encoders, per language: set, scores, table."""
 
+import itertools
 import tempfile
 import time
 from collections.abc import Iterator
@@ -37,17 +38,23 @@ from raylib.text import (
     parse_captions,
 )
 
+GROUPS = {
+    "en_r1": "English",
+    "others_r1": "mean of the others",
+    "heldout_language_r1": "language in no training text",
+}
 COLUMNS = ("i2t_r1", "i2t_r5", "i2t_r10", "t2i_r1", "t2i_r5", "t2i_r10")
 
 
 class RetrievalItem(NamedTuple):
-    """An image (of several drawings the first, by extension): its name, its bytes, {language: captions}, and
-    whether its concept was held out of training."""
+    """An image (of several drawings the first, by extension): its name, its bytes, {language: captions},
+    whether its concept was held out of training, and the languages that no training text is in."""
 
     name: str
     image: bytes
     captions: dict[str, list[str]]
     heldout: bool
+    heldout_languages: tuple[str, ...] = ()
 
 
 def read_retrieval_set(folder: Path | str) -> Iterator[RetrievalItem]:
@@ -88,7 +95,7 @@ def _from_folder(folder: Path) -> Iterator[RetrievalItem]:
         if not captions:
             raise UserError(f"{where}: no captions")
         yield RetrievalItem(
-            record["image"], read_image_file(path), _clean(captions, where), bool(record.get("heldout"))
+            record["image"], read_image_file(path), _clean(captions, where), *_held_out(record, where)
         )
 
 
@@ -101,10 +108,18 @@ def _from_shards(folder: Path) -> Iterator[RetrievalItem]:
                 raise UserError(sample.describe("no image"))
             try:
                 captions = _clean(sample.captions(), sample.name)
-                held_out = bool(sample.record().get("heldout"))
+                held_out = _held_out(sample.record(), sample.name)
             except BadCaption as error:
                 raise UserError(sample.describe(error)) from error
-            yield RetrievalItem(sample.key, sample.read(sample.images[0]), captions, held_out)
+            yield RetrievalItem(sample.key, sample.read(sample.images[0]), captions, *held_out)
+
+
+def _held_out(record: dict[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
+    """A record's "heldout" and "heldout_languages"."""
+    languages = record.get("heldout_languages", [])
+    if not isinstance(languages, list) or not all(map(is_language_code, languages)):
+        raise UserError(f'{where}: "heldout_languages" is no list of language codes such as ["sw"]')
+    return bool(record.get("heldout")), tuple(languages)
 
 
 def _clean(captions: dict[str, Any], where: str) -> dict[str, list[str]]:
@@ -155,6 +170,7 @@ class ZeroShotRetrieval:
     ):
         self.tokenizer, self.length = tokenizer, length
         heldout: list[bool] = []
+        self.heldout_languages: list[str] = []
         texts: dict[str, list[tuple[int, str]]] = {}
         with tempfile.TemporaryFile() as file:
             for number, item in enumerate(
@@ -163,6 +179,7 @@ class ZeroShotRetrieval:
                 for language, captions in item.captions.items():
                     texts.setdefault(language, []).extend((number, caption) for caption in captions)
                 heldout.append(item.heldout)
+                self.heldout_languages += set(item.heldout_languages) - {*self.heldout_languages}
                 if number % world_size() == rank():
                     image = decode_image(item.image, f"{folder}: {item.name}", max_pixels)
                     file.write(preprocess_image(image, size, preprocess).tobytes())
@@ -186,7 +203,8 @@ class ZeroShotRetrieval:
 
     def __call__(self, model: UnifiedModel, bf16: bool) -> dict[str, Any]:
         """{"retrieval": {language: figures}, "heldout": the same of held-out concepts alone, "interval":
-        {language: [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways)}; the
+        {language: [low, high]}, the 95 % bootstrap interval over images of R@1 (mean of both ways),
+        "heldout_languages": [language]}; the
         figures are `chance_r1`, `i2t_r1` ... `t2i_r10`, `n` images. Workers share the encoding; all return
         the same.
 
@@ -215,6 +233,7 @@ class ZeroShotRetrieval:
             "retrieval": {language: score.figures for language, score in scores.items()},
             "heldout": {language: score.heldout for language, score in scores.items() if score.heldout},
             "interval": {language: score.interval for language, score in scores.items()},
+            "heldout_languages": sorted(self.heldout_languages),
         }
 
     def _score(self, language: str, texts: Tensor, images: Tensor) -> "LanguageScore":
@@ -300,16 +319,23 @@ def evaluate_folder(model: Path | str, data: Path | str, max_pixels: int = MAX_P
 
 
 def summarize_recall(table: dict[str, Any]) -> dict[str, float]:
-    """R@1 (mean of both directions) of English, of the mean of the other languages, of held-out concepts;
-    "score", the mean over all languages, decides which checkpoint is the best."""
+    """R@1 (mean of both directions) of English, of the mean of the other languages, of those held out of all
+    training text, of held-out concepts; "score", the mean over the trained languages, decides which
+    checkpoint is the best."""
     values = {language: mean_recall_at_1(figures) for language, figures in table["retrieval"].items()}
     groups = {
-        "score": list(values.values()),
+        "score": [values[code] for code in _trained(table)],
         "en_r1": [value for language, value in values.items() if language == "en"],
-        "others_r1": [value for language, value in values.items() if language != "en"],
-        "heldout_r1": list(map(mean_recall_at_1, table["heldout"].values())),
+        "others_r1": [values[code] for code in _trained(table) if code != "en"],
+        "heldout_language_r1": [values[code] for code in values if code not in _trained(table)],
+        "heldout_r1": [mean_recall_at_1(table["heldout"][code]) for code in _trained(table, "heldout")],
     }
     return {name: mean_or_zero(group) for name, group in groups.items() if group or name == "score"}
+
+
+def _trained(table: dict[str, Any], part: str = "retrieval") -> list[str]:
+    """Languages of a table that training had text in; all, of a table that does not tell."""
+    return [language for language in table[part] if language not in table.get("heldout_languages", ())]
 
 
 def recall_table(scores: dict[str, Any]) -> str:
@@ -323,17 +349,33 @@ def recall_table(scores: dict[str, Any]) -> str:
         "images",
         "chance R@1",
     ]
-    english_first = sorted(languages, key=lambda language: (language != "en", language))
-    rows = [head, *(_row(language, [languages[language]]) for language in english_first)]
-    others = [figures for language, figures in languages.items() if language != "en"]
+    trained = sorted(_trained(scores), key=lambda language: (language != "en", language))
+    rows = [head, *(_row(language, [languages[language]]) for language in trained)]
+    others = [languages[language] for language in trained if language != "en"]
     if len(others) > 1:
         rows.append(_row(f"mean of the other {len(others)}" if "en" in languages else "mean", others))
+    for language in languages.keys() - trained:
+        rows.append(_row(f"{language}, in no training text", [languages[language]]))
     held = scores["heldout"]
     if "en" in held:
         rows.append(_row("held-out concepts, en", [held["en"]]))
-    if held_others := [figures for language, figures in held.items() if language != "en"]:
+    if held_others := [held[language] for language in _trained(scores, "heldout") if language != "en"]:
         rows.append(_row("held-out concepts, others", held_others))
     return markdown_table(rows)
+
+
+def compare_test_sets(result: dict[str, Any]) -> str:
+    """Markdown: R@1 in % and times chance on the development set and on each test set of a run, a row a set;
+    "" if it has no test sets."""
+    sets = {"development set": result, **result.get("test_sets", {})}
+    columns = [f"{who}: {what}" for who in GROUPS.values() for what in ("R@1", "x chance")]
+    rows = [["images", "number", *columns]]
+    for name, scores in sets.items():
+        values, number = summarize_recall(scores), max(f["n"] for f in scores["retrieval"].values())
+        shares = [values.get(group) for group in GROUPS]
+        cells = [("", "") if x is None else (f"{100 * x:.1f}", f"{x * number:.0f}") for x in shares]
+        rows.append([name, str(number), *itertools.chain(*cells)])
+    return markdown_table(rows) if len(sets) > 1 else ""
 
 
 def _row(name: str, figures: list[dict[str, float]]) -> list[str]:

@@ -10,7 +10,13 @@ from pretrain.batches import StepBatches
 from pretrain.config import DataConfig, InitConfig, PretrainConfig
 from pretrain.corpora import build_sample_corpus
 from pretrain.dev_losses import DevLosses, dev_batches
-from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall, write_result
+from pretrain.evaluate import (
+    ZeroShotRetrieval,
+    compare_test_sets,
+    recall_table,
+    summarize_recall,
+    write_result,
+)
 from raylib import checkpoint
 from raylib.command import spell_commands
 from raylib.display import open_pyplot, save_figure
@@ -93,11 +99,15 @@ def _run_in(
         result = launch(pretrain, config, folder, reporter)
         if result["finished"]:
             tracking.log_results("test", result["retrieval"])
+            for name, scores in result["test_sets"].items():
+                tracking.log_results(f"test_{name}", scores["retrieval"])
     if not result["finished"]:
         log(f"stopped at step {result['steps']} of {config.fit.steps}; the same command goes on from there")
         return result
     drop_unneeded(config)
     log(recall_table(result))
+    if result["test_sets"]:
+        log(f"\n{compare_test_sets(result)}\n")
     log(describe_times(result))
     export = spell_commands(f"python -m pretrain export {folder} DIR")
     log(f"{folder}/result.json, curve.png; export: {export}", flush=True)
@@ -114,6 +124,7 @@ def pretraining_files(
         *(dev.files() if dev else ()),
         DataFile(Path(data.tokenizer)),
         *([DataFile(Path(data.retrieval))] if data.retrieval else []),
+        *(DataFile(Path(folder)) for folder in (data.test_sets or {}).values()),
         *(DataFile(term.path) for _, term in config.objective.terms.items()),
     ]
 
@@ -137,6 +148,10 @@ def resolve_data(config: PretrainConfig) -> DataConfig:
     changes["tokenizer"] = data.tokenizer or str(find_tokenizer(corpus))
     if data.retrieval is None and (corpus / "retrieval").is_dir():
         changes["retrieval"] = str(corpus / "retrieval")
+    if data.test_sets is None and (corpus / "test_sets").is_dir():
+        changes["test_sets"] = {
+            folder.name: str(folder) for folder in sorted((corpus / "test_sets").iterdir())
+        }
     if data.dev is None and (corpus / "dev").is_dir():
         changes["dev"] = str(corpus / "dev")
     return data.model_copy(update=changes)
@@ -245,9 +260,11 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     batches.image_tokens = model.count_image_tokens()
     tables: list[dict[str, Any]] = []
     sizes = config.model.image_size, config.model.positions, data.max_pixels, config.model.preprocess
-    retrieval = (
-        ZeroShotRetrieval(data.retrieval, Tokenizer.load(data.tokenizer), *sizes) if data.retrieval else None
-    )
+
+    def read_set(folder: str) -> ZeroShotRetrieval:
+        return ZeroShotRetrieval(folder, Tokenizer.load(data.tokenizer), *sizes)
+
+    retrieval = read_set(data.retrieval) if data.retrieval else None
     bf16 = config.fit.uses_bf16(runtime.device)  # evaluation computes as training does
     dev_losses = DevLosses(objective, dev, bf16) if dev else dict
 
@@ -263,11 +280,14 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
     )
     describe = {"run": config.name}
     result = fit(objective, batches, runtime, config.fit, config.optim, evaluate, describe, advice=advice)
-    if result["finished"] and not tables and retrieval is not None:  # resumed after the last checkpoint
+    tests: dict[str, dict[str, Any]] = {}
+    if result["finished"]:
         objective.eval()
         where = "the evaluation", runtime.device, lambda: advice.evaluation
         with torch.inference_mode(), advise_on_memory(*where):
-            evaluate(model)
+            if not tables and retrieval is not None:  # resumed after the last checkpoint
+                evaluate(model)
+            tests = {name: read_set(folder)(model, bf16) for name, folder in (data.test_sets or {}).items()}
     scores = tables[-1] if tables else {"retrieval": {}, "heldout": {}, "interval": {}}
     replaced = result.pop("samples_replaced")
     result = {
@@ -284,6 +304,7 @@ def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:
         **provenance(runtime.device),
         "evaluation_precision": config.fit.describe_precision(runtime.device),
         **scores,
+        "test_sets": tests,
     }
     if runtime.rank == 0 and result["finished"]:
         require_owned(runtime.run)

@@ -384,6 +384,19 @@ class AugmentConfig(Config):
     """Probability that an image loses its colours."""
     cutout: float = Field(0.0, ge=0, le=1)
     """Probability that a square of an image is painted over."""
+    outline: float = Field(0.0, ge=0, le=1)
+    """Probability that an image, a drawing on white, becomes its contours, dark on white."""
+    silhouette: float = Field(0.0, ge=0, le=1)
+    """Probability that a drawing becomes one dark shape, the contours inside it white."""
+    color_jitter: float = Field(0.0, ge=0, le=1)
+    """Probability that hues turn by a random angle and saturation changes."""
+    elastic: float = Field(0.0, ge=0, le=0.5)
+    """Largest shift of a smooth random deformation, as a share of the side (`fused` alone)."""
+
+    @property
+    def restyles(self) -> bool:
+        """Whether some images get another style or other colours."""
+        return self.outline + self.silhouette + self.color_jitter > 0
 
     @field_validator("scale", "ratio")
     @classmethod
@@ -405,6 +418,10 @@ class AugmentConfig(Config):
             raise ValueError(
                 f"a scale above 1 is of randaugment=fused; with {self.randaugment} set 1 or less"
             )
+        if self.randaugment != "fused" and self.elastic:
+            raise ValueError(f"elastic is of randaugment=fused; with {self.randaugment} set 0")
+        if self.outline + self.silhouette > 1:
+            raise ValueError("outline and silhouette exclude each other: their sum must be 1 or less")
         own = set(type(self).model_fields["choices"].default)
         if self.randaugment != "fused" and (others := set(self.choices) - own):
             raise ValueError(

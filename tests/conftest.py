@@ -20,6 +20,7 @@ MINI = [
     "model.image_size=16",
     "model.patch=8",
     "data.image_text.batch=16",
+    "data.test_sets={}",
     "data.parallel.batch=16",
     "data.text.batch=8",
     "objective.fuse_every=2",

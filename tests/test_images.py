@@ -1,5 +1,6 @@
 import hashlib
 import io
+import itertools
 import os
 import re
 import resource
@@ -234,8 +235,56 @@ def test_augment_operations_are_those_that_settings_name():
     assert {"identity", *WARPS, *TONES} == OPERATIONS
 
 
+def test_augment_restyles_drawings():
+    """A red square with a blue one in it, on white: contours, a silhouette, other hues."""
+    page = np.full((64, 64, 3), 255, np.uint8)
+    page[16:48, 16:48] = (200, 0, 0)
+    page[28:36, 28:36] = (0, 0, 200)
+
+    def draw(**changes):
+        config = plain(**changes)
+        return augment_image(page, 64, config, np.full(count_uniforms(config), 0.25))
+
+    outline, silhouette, jitter = draw(outline=1), draw(silhouette=1), draw(color_jitter=1)
+    for image in (outline, silhouette):
+        assert set(np.unique(image)) == {25, 255} and (image == image[..., :1]).all()
+        assert (image[:14] == 255).all()
+    dark = outline[..., 0] == 25
+    assert dark[16, 20] and dark[28, 30] and not dark[22, 22] and not dark[32, 32]
+    dark = silhouette[..., 0] == 25
+    assert dark[16, 20] and not dark[28, 30] and dark[22, 22] and dark[32, 32]
+    assert (jitter[22, 22] != page[22, 22]).any() and (jitter[2, 2] == 255).all()
+    # a share of the images; the other draws stay those of a config without
+    config = plain(outline=0.2, grayscale=0.5)
+    draws = np.random.default_rng(0).random((200, count_uniforms(config)))
+    before = [augment_image(page, 64, plain(grayscale=0.5), row[: count_uniforms(plain())]) for row in draws]
+    images = [augment_image(page, 64, config, row) for row in draws]
+    changed = [(one != other).any() for one, other in zip(before, images, strict=True)]
+    assert 20 < sum(changed) < 60
+
+
+def test_augment_elastic_moves_pixels_a_little():
+    image = smooth_image(64, 64)
+    still, config = plain(), plain(elastic=0.1)
+    moved = [
+        augment_image(image, 64, config, draws)
+        for draws in np.random.default_rng(0).random((5, count_uniforms(config)))
+    ]
+    assert all((a != b).any() for a, b in itertools.combinations(moved, 2))
+    middle = augment_image(image, 64, config, np.full(count_uniforms(config), 0.5))
+    same = augment_image(image, 64, still, MIDDLE)
+    assert np.abs(middle.astype(int) - same).max() <= 1
+    right = np.full(count_uniforms(config), 0.5)
+    right[count_uniforms(still) :: 2] = 1  # every point reads a tenth further to the right
+    shifted = augment_image(image, 64, config, right)
+    assert np.abs(shifted[:, :50].astype(int) - image[:, 6:56]).max() <= 12
+
+
 def test_augment_is_deterministic_in_its_draws():
-    config = AugmentConfig(operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3)
+    more = {"outline": 0.2, "silhouette": 0.2, "color_jitter": 0.3, "elastic": 0.1}
+    config = AugmentConfig(
+        operations=3, choices=(*WARPS, *TONES), flip=0.5, grayscale=0.2, cutout=0.3, **more
+    )
     image = smooth_image(70, 50)
     for draws in np.random.default_rng(3).random((50, count_uniforms(config))):
         first = augment_image(image, 32, config, draws)
@@ -249,6 +298,8 @@ def test_augment_is_deterministic_in_its_draws():
         ({"choices": ["spin"]}, "spin"),
         ({"scale": [1, 0.5]}, "smaller one first"),
         ({"randaugment": "albef", "scale": [1, 2]}, "a scale above 1 is of randaugment=fused"),
+        ({"randaugment": "pil", "elastic": 0.1}, "elastic is of randaugment=fused"),
+        ({"outline": 0.6, "silhouette": 0.5}, "outline and silhouette exclude each other"),
         ({"magnitude": 11}, "magnitude"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.__main__ import main
+from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
@@ -64,6 +65,43 @@ def test_pretrain_run_writes_documented_files(mini, retrieval_set, tmp_path, cap
     assert (exported["retrieval"], exported["interval"]) == (result["retrieval"], result["interval"])
     weights = UnifiedModel.from_pretrained(tmp_path / "model").state_dict()
     assert all(torch.isfinite(w).all() for w in weights.values())
+
+
+def test_pretrain_scores_test_sets_once_and_shows_held_out_languages_apart(
+    mini, retrieval_set, tmp_path, capsys, monkeypatch
+):
+    other = tmp_path / "other"
+    shutil.copytree(retrieval_set, other)
+    records = json.loads((other / "captions.json").read_text())
+    for record in records:
+        record["heldout_languages"] = ["zh"]
+    (other / "captions.json").write_text(json.dumps(records))
+    calls = []
+    score = ZeroShotRetrieval.__call__
+    monkeypatch.setattr(
+        ZeroShotRetrieval, "__call__", lambda *args: calls.append(args[0].heldout_languages) or score(*args)
+    )
+    sets = json.dumps({"drawn": str(other)})
+    run(mini("name=tested", *LOCAL, "fit.eval_every=3", f"data.test_sets={sets}"))
+    assert calls == [[], [], ["zh"]]  # two evaluations, and the end
+    result = json.loads((tmp_path / "tested" / "result.json").read_text())
+    tested = result["test_sets"]["drawn"]
+    assert tested["retrieval"] == result["retrieval"] and tested["heldout_languages"] == ["zh"]
+    whole, apart = summarize_recall(result), summarize_recall(tested)
+    recall = {code: mean_recall_at_1(figures) for code, figures in result["retrieval"].items()}
+    assert whole["others_r1"] == pytest.approx((recall["de"] + recall["zh"]) / 2)
+    assert apart["others_r1"] == recall["de"] and apart["heldout_language_r1"] == recall["zh"]
+    assert apart["score"] == pytest.approx((recall["en"] + recall["de"]) / 2)
+    row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| drawn |")]
+    cells = [f"{100 * r:.1f} | {20 * r:.0f}" for r in (recall["en"], recall["de"], recall["zh"])]
+    assert row == [f"| drawn | 20 | {' | '.join(cells)} |"]
+    table = recall_table(tested)
+    assert "| zh, in no training text |" in table and "mean of the other" not in table
+    assert "| mean of the other 2 |" in recall_table(result)
+    # a record that is wrong
+    (other / "captions.json").write_text(json.dumps([records[0] | {"heldout_languages": "zh"}]))
+    assert main(["evaluate", str(tmp_path / "tested"), str(other)]) == 2
+    assert 'record 0: "heldout_languages" is no list of language codes' in capsys.readouterr().err
 
 
 def test_pretrain_stopped_run_resumes_without_ray(mini):

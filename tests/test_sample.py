@@ -2,7 +2,9 @@ import gzip
 import io
 import json
 import multiprocessing
+import re
 import shutil
+import struct
 import tomllib
 import unicodedata
 import zipfile
@@ -21,16 +23,24 @@ from raylib.errors import UserError
 from raylib.fileio import sha256_file
 from raylib.sample import (
     DATA,
+    HELD_OUT_LANGUAGE,
     LANGUAGES,
+    TRAINED_LANGUAGES,
     Caption,
     align,
     align_declaration,
+    catalogues,
     is_held_out,
+    list_training_sentences,
     read_concept_captions,
     read_declaration,
+    read_held_out_captions,
+    read_images,
+    read_sentence_pairs,
     read_training_captions,
     rebuild,
 )
+from raylib.sample.scenes import read_templates
 from raylib.text import Tokenizer
 
 CONCEPTS, HELD_OUT, DRAWN = 1378, 122, 1364
@@ -99,8 +109,8 @@ def test_sample_held_out_concepts_are_in_no_training_text(corpus):
     """Neither their names nor their keyword lists, nor their names as a keyword of another concept."""
     tokenizer = Tokenizer.load(corpus / "tokenizer.model")
     parallel, text = rows(corpus, "parallel"), rows(corpus, "text")
-    assert set(text) == set(LANGUAGES) and set(parallel) == set(LANGUAGES) - {"en"}
-    for language in LANGUAGES:
+    assert set(text) == set(TRAINED_LANGUAGES) and set(parallel) == set(TRAINED_LANGUAGES) - {"en"}
+    for language in TRAINED_LANGUAGES:
         captions = read_concept_captions(language)
         held_out = [caption for key, caption in captions.items() if is_held_out(key)]
         unseen = [caption.name for caption in held_out]
@@ -144,10 +154,58 @@ def test_sample_retrieval_has_every_drawing_of_unseen_vendor(corpus):
     for item in items:
         assert set(item.captions) == set(LANGUAGES)
         assert item.captions["ko"] == [read_concept_captions("ko")[item.name].name]
-        assert item.heldout == is_held_out(item.name)
+        assert item.heldout == is_held_out(item.name) and item.heldout_languages == (HELD_OUT_LANGUAGE,)
     assert decode_image(items[0].image).shape == (64, 64, 3)
     for language in LANGUAGES:
         assert len({item.captions[language][0] for item in items}) == DRAWN
+
+
+@pytest.mark.parametrize(("vendor", "number"), [("emojione", 1043), ("emojione_monotone", 1040)])
+def test_sample_test_sets_are_drawings_of_other_vendors(corpus, vendor, number):
+    items = list(read_retrieval_set(corpus / "test_sets" / vendor))
+    training = {image for name in ("noto", "twemoji", "fluent") for image in read_images(name).values()}
+    assert len(items) == number and {item.image for item in items}.isdisjoint(training)
+    for item in items:
+        assert item.captions == {
+            language: [read_concept_captions(language)[item.name].name] for language in LANGUAGES
+        }
+        image = decode_image(item.image)
+        colours = image.reshape(-1, 3)
+        assert vendor == "emojione" or (colours == colours[:, :1]).all()  # black on white
+        assert image.shape == (64, 64, 3)
+
+
+def test_sample_sentences_are_translations_without_markup():
+    assert {path.name.partition(".")[0] for path in (DATA / "sentences").iterdir()} == (
+        set(TRAINED_LANGUAGES) - {"en"}
+    )
+    templates = [
+        re.compile(re.sub(r"\\{.\w*\\}", ".*", re.escape(text)))
+        for texts in read_templates()["templates"].values()
+        for text in texts.values()
+        if len(re.sub(r"{\w*}", "", text)) > 4  # the shortest Chinese one is what anybody says
+    ]
+    for language in TRAINED_LANGUAGES[1:]:
+        pairs = read_sentence_pairs(language)
+        questions = [english.endswith("?") for english, _ in pairs]
+        assert len(pairs) == catalogues.NUM_PAIRS and sum(questions) > 100 and len(set(pairs)) == len(pairs)
+        for side, code in enumerate(("en", language)):
+            names = {caption.name.casefold() for caption in read_held_out_captions(code).values()}
+            assert names.isdisjoint(pair[side].casefold() for pair in pairs)
+        for pair in pairs:
+            assert all(unicodedata.is_normalized("NFC", side) for side in pair) and pair[0] != pair[1]
+            assert not re.search(r"[%${}<>\\|~_0-9]", "".join(pair))
+            assert not any(template.fullmatch(side) for template in templates for side in pair)
+
+
+def test_sample_held_out_language_is_in_no_training_text():
+    """No list of training's texts has it, nor its sentences among those of other languages."""
+    with pytest.raises(FileNotFoundError):
+        read_sentence_pairs(HELD_OUT_LANGUAGE)
+    swahili = set(list_training_sentences(HELD_OUT_LANGUAGE)) - set(list_training_sentences("en"))
+    for language in TRAINED_LANGUAGES:
+        shared = swahili & set(list_training_sentences(language, sentences=True))
+        assert len(shared) < 40, (language, shared)  # names such as "origami"
 
 
 def test_sample_build_that_loses_the_race_returns_the_winner(tmp_path, monkeypatch):
@@ -183,10 +241,11 @@ def test_sample_concurrent_builds_agree_and_are_reused(corpus, tmp_path, monkeyp
 def test_sample_tokenizer_keeps_names_short_and_known():
     tokenizer = Tokenizer.load(DATA / "tokenizer.model")
     assert (tokenizer.cls, tokenizer.pad, tokenizer.sep, tokenizer.unk, tokenizer.mask) == (0, 1, 2, 3, 4)
-    ids = tokenizer.encode(
-        [c.name for language in LANGUAGES for c in read_concept_captions(language).values()]
-    )
+    names = [c.name for language in TRAINED_LANGUAGES for c in read_concept_captions(language).values()]
+    ids = tokenizer.encode(names)
     assert np.mean([len(row) for row in ids]) < 5.5
+    question, name = tokenizer.encode(["Is this in the picture: cat?", "octopus"])
+    assert len(question) == 8 and len(name) < 6
     assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
 
 
@@ -217,7 +276,7 @@ def test_sample_mismatched_parts_are_aligned_as_a_whole():
 def test_sample_data_is_small_and_has_licences():
     files = [path for path in DATA.rglob("*") if path.is_file()]
     assert (
-        sum(path.stat().st_size for path in files) < 9_500_000
+        sum(path.stat().st_size for path in files) < 13_000_000
         and max(p.stat().st_size for p in files) < 4_000_000
     )
     readme = (DATA / "README.md").read_text()
@@ -226,6 +285,8 @@ def test_sample_data_is_small_and_has_licences():
         "CC-BY-4.0.txt": "Attribution 4.0 International",
         "MIT-fluent.txt": "Microsoft Corporation",
         "MIT-udhr.txt": "Titus Wormer",
+        "BSD-3-scratch.txt": "Massachusetts Institute of Technology",
+        "MPL-2.0.txt": "Mozilla Public License Version 2.0",
         "Unicode-3.0.txt": "UNICODE LICENSE V3",
     }.items():
         assert words in (DATA / "LICENSES" / name).read_text() and f"LICENSES/{name}" in readme
@@ -233,17 +294,19 @@ def test_sample_data_is_small_and_has_licences():
         "LICENSES",
         "captions",
         "pictures",
+        "sentences",
         "udhr",
     }
     for package in rebuild.NPM_PACKAGES.values():
         name, _, version = package.rpartition("@")
         assert f"`{name}`" in readme and version in readme
+    assert catalogues.LIBREOFFICE.rpartition("=")[2] in readme
     for number in (CONCEPTS, DRAWN, CONCEPTS - HELD_OUT):
         assert f"{number:,}" in readme
 
 
 def test_sample_images_have_few_colours():
-    for vendor in ("noto", "twemoji", "fluent"):
+    for vendor in ("noto", "twemoji", "fluent", "emojione", "emojione_monotone"):
         with zipfile.ZipFile(DATA / "pictures" / f"{vendor}.zip") as archive:
             assert all(
                 archive.read(name)[24:26] in (b"\x08\x03", b"\x04\x03", b"\x02\x03", b"\x01\x03")
@@ -275,8 +338,11 @@ def test_sample_concept_selection_and_icon_reading():
         "aliases": {"love": {"parent": "heart"}},
     }
     files = {"icons.json": json.dumps(icons).encode(), "chars.json": b'{"2764-fe0f": "love"}'}
-    assert list(rebuild.read_fluent(files)) == ["2764"]
-    assert 'viewBox="0 0 32 33"><g/></svg>' in rebuild.read_fluent(files)["2764"]
+    assert list(rebuild.read_iconify(files, {})) == ["2764"]
+    assert 'viewBox="0 0 32 33"><g/></svg>' in rebuild.read_iconify(files, {})["2764"]
+    names = {"1": "Heart", "2": "l’ove", "3": "blue heart", "4": "héart"}
+    by_name = rebuild.read_iconify(files | {"chars.json": b"{}"}, names)
+    assert list(by_name) == ["1", "4"]  # "love" is another name of an icon that a concept is called by
 
 
 def test_sample_files_are_package_data():
@@ -331,3 +397,43 @@ def test_sample_captions_are_read_as_written():
         "bicycle",
         ("bicycle", "bike", "class", "cycle", "cycling", "cyclist", "gang", "ride", "spin", "spinning"),
     )
+
+
+def test_sample_messages_become_pairs_of_clean_sentences():
+    good = [("Are both here?", "Sind beide da?"), ("Top Left", "Oben links"), ("Larger", "Größer")]
+    assert all(catalogues.is_good_pair(*pair) for pair in good)
+    bad = [
+        ("Are both here?", "Sind beide da."),
+        ("Delete %1 now", "Jetzt %1 löschen"),
+        ("Save 2 files", "Zwei sichern"),
+        ("Open the file", "Open the Datei"),
+        ("One. Two.", "Eins. Zwei."),
+        ("word " * 17, "Wort " * 17),
+    ]
+    assert not any(catalogues.is_good_pair(*pair) for pair in bad)
+    messages = [("~Save the (~S) file...", "Datei _sichern…"), ("Gone. Undo it?", "Fort. Rückgängig machen?")]
+    assert set(catalogues._split_messages(messages)) == {
+        ("Save the file", "Datei sichern"),
+        ("Gone.", "Fort."),
+        ("Undo it?", "Rückgängig machen?"),
+    }
+
+
+def test_sample_gettext_and_json_catalogues_are_read(tmp_path):
+    table = {"verb\4Open": "Öffnen", "file\0files": "Datei\0Dateien"}
+    texts = [text.encode() for pair in table.items() for text in pair]
+    at = 20 + 8 * len(texts)
+    places = []
+    for text in texts:
+        places.append(struct.pack("<2I", len(text), at))
+        at += len(text) + 1
+    tables = b"".join([*places[::2], *places[1::2]])
+    head = struct.pack("<5I", 0x950412DE, 0, len(table), 20, 20 + 8 * len(table))
+    content = head + tables + b"".join(text + b"\0" for text in texts)
+    assert list(catalogues.read_mo(content)) == [("Open", "Öffnen"), ("file", "Datei")]
+    files = {
+        "editor/a/en.json": json.dumps({"x": "Cat", "y": {"message": "Dog"}, "z": "Gone"}).encode(),
+        "editor/a/pt-br.json": json.dumps({"x": "Gato", "y": {"message": "Cão"}}).encode(),
+        "editor/b/en.json": b"{}",
+    }
+    assert list(catalogues.read_scratch("pt", files)) == [("Cat", "Gato"), ("Dog", "Cão")]

