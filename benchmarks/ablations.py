@@ -37,7 +37,8 @@ PRETRAIN = (
 )
 TERM_NAMES = ("ucl_image", "ucl_translation", "vlm", "tlm", "xmlm", "itm")
 OFF = {"tiny_no_tlm": "tlm", "tiny_no_xmlm": "xmlm", "tiny_no_xlc": "ucl_translation"}
-FINETUNE = ("epochs=3", "optim.lr=3e-4", "train_limit=3000")
+FINETUNE = ("epochs=3", "optim.lr=3e-4", "train_limit=3000", "image_size=64", "freeze=[]")
+FINETUNE += ("extra_tests={}", "shuffled_images=false")
 
 
 def main(arguments: list[str] | None = None) -> None:

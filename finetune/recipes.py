@@ -391,9 +391,9 @@ def _scenes(task: str, **more):
         extra_tests={"test_style": "test_style"},
         shuffled_images=True,
         **ON_SCENES,
+        freeze=("vision",),
         epochs=6,
         batch=64,
-        image_size=64,
         candidates=16,
         optim=OptimConfig(lr=5e-4, weight_decay=0.05, warmup=0.1),
         **more,
@@ -433,7 +433,6 @@ def _scenes_distillation(row: str, **more):
         freeze=("vision",),
         epochs=2,
         batch=64,
-        image_size=64,
         optim=OptimConfig(lr=3e-4, weight_decay=0.05, warmup=0.1),
         **{**ON_SCENES, "task": "xgqa_translated", "languages": ("de", "ru"), **more},
     )

@@ -191,8 +191,8 @@ def _runtime_facts(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """Return {"code", "libraries", "device", "time", "training_precision", "evaluation_precision",
     "preprocessing" of images, "peak_memory_gb", "samples_per_second" of training, "evaluated_per_second"} of
     all parts, as far as they tell: those of earlier versions do not."""
-    names = ("code", "libraries", "device", "time", "training_precision", "evaluation_precision")
-    names += ("preprocessing",)
+    environment = ("code", "libraries", "device", "time")
+    names = (*environment, "training_precision", "evaluation_precision", "preprocessing")
     facts = {name: parts[-1][name] for name in names if name in parts[-1]}
     if memory := [part["peak_memory_gb"] for part in parts if "peak_memory_gb" in part]:
         facts["peak_memory_gb"] = max(memory)

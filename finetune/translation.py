@@ -85,6 +85,10 @@ def translate(
         raise UserError("data= is missing: give the folder of the task's annotations")
     if not config.languages:
         raise UserError("languages= is missing: give those to translate, such as languages=de,ru")
+    if "en" in config.languages:
+        raise UserError(
+            f"languages=en: direction={config.direction} leads to or from English; give the other languages"
+        )
     files = [_source_and_target(task, config, language) for language in config.languages]
     _, known = load_tokenizer(model)
     pairs = [(code, "en") if config.direction == "to_en" else ("en", code) for code in config.languages]

@@ -40,6 +40,7 @@ QUICK = [
     "fit.bf16=false",
     "fit.loader_workers=0",
     "fit.log_every=1",
+    "freeze=[]",
     "extra_tests={}",
     "shuffled_images=false",
 ]

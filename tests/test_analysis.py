@@ -71,6 +71,7 @@ def train(tmp_path_factory, model, scenes):
             "fit.bf16=false",
             "fit.loader_workers=0",
             "test_limit=30",
+            "freeze=[]",
             "extra_tests={}",
             "shuffled_images=false",
         ]

@@ -176,6 +176,7 @@ RUN = [
     "fit.log_every=1",
     "epochs=2",
     'languages=["en","ru"]',
+    "freeze=[]",
     "extra_tests={}",
     "shuffled_images=false",
 ]

@@ -128,6 +128,16 @@ def test_extra_tests_mistakes_are_one_line(finetune, tmp_path, scenes_and_more):
     assert code == 2
 
 
+def test_missing_translations_name_the_command_that_makes_them(finetune, scenes, tmp_path):
+    data = tmp_path / "scenes"
+    shutil.copytree(scenes, data)
+    shutil.rmtree(data / "XVNLI/annotations_machine-translate")
+    code, printed = finetune(
+        "scenes_xvnli", "name=run", f"data={data}", "setting=translate_test", "model=runs/none"
+    )
+    assert code == 2 and "make translations (polyglance data translate)" in printed, printed
+
+
 def test_extra_tests_overlap_with_training_is_refused(finetune, scenes_and_more, tmp_path):
     data = tmp_path / "scenes"
     shutil.copytree(scenes_and_more, data)

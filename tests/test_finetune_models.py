@@ -32,6 +32,7 @@ QUICK = [
     'languages=["en","ru"]',
     "fit.bf16=false",
     "fit.loader_workers=0",
+    "freeze=[]",
     "extra_tests={}",
     "shuffled_images=false",
 ]

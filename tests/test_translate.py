@@ -267,6 +267,14 @@ def test_translate_captions_with_line_breaks_keep_their_lines(translator, tmp_pa
         (["xtd_few", "MODEL"], "data= is missing"),
         (["xtd_few", "MODEL", "data=none"], "languages= is missing"),
         (["xtd_few", "MODEL", "data=none", 'languages=["de"]'], "test_1kcaptions_de.txt: no such file"),
+        (
+            ["xtd_few", "MODEL", "data=none", "languages=de,en"],
+            "languages=en: direction=to_en leads to or from",
+        ),
+        (
+            ["xtd_few", "MODEL", "data=none", "languages=en,", "direction=from_en"],
+            "languages=en: direction=from",
+        ),
         (["xgqa", "MODEL", "data=none", 'languages=["de"]'], "this task has no split 'train_to_en'"),
     ],
 )

@@ -378,6 +378,8 @@ class Task(ABC):
         others = [other for other, _ in places if other != place]
         advice = f", nor {', nor '.join(others)}" if others else ""
         advice += "; check data=, languages=, shots="
+        if name == "translated" or name.endswith(("_to_en", "_from_en")):
+            advice += ", or make translations (polyglance data translate)"
         pattern = places[0][0].rpartition("/")[2]
         if "*" in pattern and path.parent.is_dir():
             head, _, tail = pattern.partition("*")
