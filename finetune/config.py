@@ -116,6 +116,9 @@ class FinetuneConfig(LaunchConfig):
     """Number of shots, as few-shot files are called: 5, 48, 10x2."""
     languages: tuple[FolderName, ...] = ()
     """Languages that are evaluated; empty: all of the task's."""
+    held_out_languages: tuple[str, ...] = ()
+    """Languages that no text of the model's pretraining is in: evaluated like the others, and left out of the
+    mean of the targets and of the gap."""
     method: str = ""
     """Name of the run in tables; empty: that of its strategies."""
     strategies: StrategiesConfig = StrategiesConfig()

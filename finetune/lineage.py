@@ -17,7 +17,10 @@ from raylib.renames import rename_settings
 
 # names of a run, what is only looked at, and the seed, which is kept apart
 NO_SETTING = frozenset(
-    {"name", "method", "eval_each_epoch", "similarity_items", "run_test", "fit.seed", *MUTABLE_SETTINGS}
+    {
+        *("name", "method", "eval_each_epoch", "similarity_items", "run_test", "fit.seed", *MUTABLE_SETTINGS),
+        *("extra_tests", "shuffled_images"),
+    }
 )
 PATHS = ("model", "vision", "data", "images", "regions", "wordnet")  # settings that are paths
 UNTRAINED = "as it is"

@@ -371,13 +371,13 @@ def _p4(task: str, row: str, strategies: dict, **more):
     )
 
 
-# emoji scenes, on two CPU cores, from what `make run` and `make finetune` leave
+# emoji scenes, on two CPU cores, from the model of `make scenes_base`
 ON_SCENES: dict[str, Any] = {
     "workers": 1,
     "runtime": "local",
     "length": 40,
     "data": "runs/scenes",
-    "model": "runs/sample_model",
+    "model": "runs/scenes_base_model",
 }
 
 
@@ -388,11 +388,12 @@ def _scenes(task: str, **more):
         name=f"scenes_{task}",
         task=task,
         languages=SCENES_LANGUAGES[task],
+        held_out_languages=("sw",),
         extra_tests={"test_style": "test_style"},
         shuffled_images=True,
         **ON_SCENES,
         freeze=("vision",),
-        epochs=6,
+        epochs=4,
         batch=64,
         candidates=16,
         optim=OptimConfig(lr=5e-4, weight_decay=0.05, warmup=0.1),

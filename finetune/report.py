@@ -35,7 +35,8 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     intervals = {code: values.pop("interval", None) for code, values in figures.items()}
     task = find_task(config)
     scores = {code: task.test_score(values) for code, values in figures.items()}
-    targets = [score for code, score in scores.items() if code != "en"]
+    held_out = [code for code in config.held_out_languages if code in scores]
+    targets = [score for code, score in scores.items() if code not in ("en", *held_out)]
     first = parts[0]
     sparsity = first.get("sparsity") or {}
     steps = sum(part.get("steps", 0) for part in parts)
@@ -75,6 +76,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "bad_images": {
             code: values["bad_images"] for code, values in figures.items() if "bad_images" in values
         },
+        **({"held_out_languages": held_out} if held_out else {}),
         **_extra_tests(parts),
         **read_baselines(config),
         **_runtime_facts(parts),
@@ -141,7 +143,7 @@ def extra_mean(result: dict[str, Any], name: str) -> float | None:
 
 def mean_of_targets(result: dict[str, Any], scores: Mapping[str, float]) -> float | None:
     """The mean of `scores` over the targets of a run; None where they lack one."""
-    targets = [code for code in scores_of(result) if code != "en"]
+    targets = targets_of(result)
     return mean_or_zero(scores[code] for code in targets) if targets and scores.keys() >= {*targets} else None
 
 
@@ -241,6 +243,12 @@ def scores_of(result: dict[str, Any]) -> dict[str, float]:
     return {code: figures["mean_recall"] for code, figures in result["retrieval"].items()}
 
 
+def targets_of(result: dict[str, Any]) -> list[str]:
+    """The languages of whose scores the mean of the targets is."""
+    apart = ("en", *result.get("held_out_languages", ()))
+    return [code for code in scores_of(result) if code not in apart]
+
+
 def figures_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:
     """{language: {"score", the recalls, or the accuracy of each question type}}."""
     details = result.get("retrieval") or result["by_type"]
@@ -273,7 +281,7 @@ def table(result: dict[str, Any]) -> str:
         others += [percent(scores.get(code)) for scores in baselines.values()]
         rows.append([code, marked(score, answers.get(code)), ends and f"[{ends}]", *others, *of_words, *more])
     if result["mean_targets"] is not None:
-        targets = [code for code in scores_of(result) if code != "en"]
+        targets = targets_of(result)
         others = [percent(extra_mean(result, name)) for name in extra]
         others += [percent(scores.get("targets")) for scores in baselines.values()]
         means = [
@@ -311,6 +319,8 @@ def _notes(result: dict[str, Any]) -> str:
         f"{result['task']} ({result['split']} split), {result['setting']}, {result['method']}, seed "
         f"{result['seed']}"
     ]
+    if held_out := result.get("held_out_languages"):
+        notes.append(f"held out of pretraining, and of the mean of the targets: {', '.join(held_out)}")
     if result["gap"] is not None:
         notes.append(f"gap to English {percent(result['gap'])}")
     for name, what in (("unlabelled", "without a label"), ("unknown_answers", "whose answers are no class")):
@@ -445,6 +455,7 @@ class StoredResult(BaseModel, extra="allow"):
     gap: float | None
     counts: dict[str, dict[str, float]] = {}
     answers: dict[str, StoredAnswers | NoAnswers] = {}
+    held_out_languages: list[str] = []
     baselines: dict[str, dict[str, float]] = {}
     bad_images: dict[str, Count] = {}
     disparity: dict[str, float] = {}

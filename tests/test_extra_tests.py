@@ -92,8 +92,19 @@ def test_extra_tests_images_are_encoded_once(finetune, tmp_path, scenes_and_more
 
 
 def test_shuffled_images_predictions_name_other_images_the_same_in_all_languages(finetune, tmp_path):
-    code, printed = finetune("scenes_xgqa", "name=run", "epochs=1", "shuffled_images=true")
+    own = ["languages=en,de,ru", 'held_out_languages=["ru"]', "epochs=1", "shuffled_images=true"]
+    code, printed = finetune("scenes_xgqa", "name=run", *own)
     assert code == 0, printed
+    found = result(tmp_path, "run")
+    assert found["mean_targets"] == found["accuracy"]["de"] and found["held_out_languages"] == ["ru"]
+    assert found["gap"] == found["accuracy"]["en"] - found["accuracy"]["de"]
+    mean = next(line for line in printed.splitlines() if "mean of the targets |" in line).split("|")
+    shuffled = found["extra_tests"]["shuffled_images"]["de"]["accuracy"]
+    assert [mean[2].strip(), mean[4].strip()] == [
+        f"{100 * found['mean_targets']:.1f}",
+        f"{100 * shuffled:.1f}",
+    ]
+    assert "held out of pretraining, and of the mean of the targets: ru" in printed
     lines = {
         (folder, language): [
             line for _, line in stream_jsonl(tmp_path / "run/predictions" / folder / f"{language}.jsonl")
