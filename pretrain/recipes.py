@@ -58,7 +58,10 @@ def tiny() -> PretrainConfig:
             image_text=StreamConfig(batch=512, length=24),
             parallel=StreamConfig(batch=1024, length=16),
             text=StreamConfig(batch=32, length=32),
-            augment=AugmentConfig(scale=(0.6, 1.0), magnitude=4),
+            # drawings without colours, as contours, as shapes: what no style of training shows
+            augment=AugmentConfig(
+                scale=(0.6, 1.0), magnitude=4, grayscale=0.15, outline=0.1, silhouette=0.15
+            ),
         ),
         optim=OptimConfig(lr=2e-3, warmup=0.05, betas=(0.9, 0.98)),
         fit=FitConfig(steps=1200, log_every=10, eval_every=300, save_every=300),
