@@ -129,8 +129,8 @@ def _warp(image: np.ndarray, size: int, matrix: np.ndarray, shifts: np.ndarray |
     if shifts is not None:
         steps = np.arange(size, dtype=np.float32)
         points = np.stack(np.meshgrid(steps, steps), -1) + shifts * np.float32(size)
-        at = points @ linear.T.astype(np.float32) + offset.astype(np.float32)
-        return cv2.remap(image, at, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE)
+        x, y = cv2.split(points @ linear.T.astype(np.float32) + offset.astype(np.float32))
+        return cv2.remap(image, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=WHITE)
     return cv2.warpAffine(
         image,
         np.column_stack([linear, offset]),

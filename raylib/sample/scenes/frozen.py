@@ -26,7 +26,7 @@ HASHES = DATA / "hashes.json"
 
 def hash_tests(folder: Path) -> dict[str, str]:
     """{task or tree/task: SHA-256 of the paths and contents of its test files}."""
-    names = (*TEST_FILES, "scenes.jsonl", f"{STYLE}/scenes.jsonl")
+    names: tuple[str, ...] = (*TEST_FILES, "scenes.jsonl", f"{STYLE}/scenes.jsonl")
     names += tuple(f"{tree}/{name}" for tree in ERRORS for name in TEST_FILES if "machine-translate" in name)
     hashes: dict[str, Any] = {}
     for path in sorted(path for name in names for path in folder.glob(name)):

@@ -67,8 +67,8 @@ def with_errors(translator: Translator, share: float) -> Translator:
         word = translator(language, seed)
 
         def word_or_fail(statement: Statement) -> str:
-            what = (statement.scene, statement.template, *statement.names, statement.position or 0)
-            dice = Dice(seed, "errors", translator.__name__, language, *what)
+            sentence: list[str | int] = [statement.scene, statement.template, *statement.names]
+            dice = Dice(seed, "errors", translator.__name__, language, *sentence, statement.position or 0)
             return word(mistranslate(statement, dice) if dice.uniform() < share else statement)
 
         return word_or_fail
