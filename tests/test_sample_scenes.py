@@ -45,16 +45,19 @@ def corpus(tmp_path_factory):
 def test_sample_scenes_captions_equal_worked_example():
     names = {"a": "dog", "b": "bus", "c": "cup"}
     dog, bus = Placement("a", 1, 1, 30, 0, True), Placement("b", 36, 40, 19, 3, False)
-    assert caption_scene([dog], names, 0) == ["dog"]
+    assert caption_scene([dog], names, 0) == {"dog": ["dog"]}
     for i in range(8):
-        everything, places, last = caption_scene([dog, bus], names, i)
+        captions = caption_scene([dog, bus], names, i)
+        everything, places, last = captions
+        assert sorted(captions[everything]) == ["bus", "dog"]
+        assert captions[places] == places.split(", ") and captions[last] == last.split(", ")
         assert everything in ("dog and bus", "bus and dog")
         assert sorted(places.split(", ")) == ["bus bottom right", "dog top left"]
         assert sorted(last.split(", ")) == ["big dog", "little bus"]  # no relation: they stand across
     cup = Placement("c", 33, 0, 19, 1, False)
-    said = {caption_scene([dog, cup], names, i)[2] for i in range(20)}
+    said = {list(caption_scene([dog, cup], names, i))[2] for i in range(20)}
     assert said == {"dog beside cup", "big dog, little cup", "little cup, big dog"}
-    said = {caption_scene([bus, cup], names, i)[2] for i in range(20)}
+    said = {list(caption_scene([bus, cup], names, i))[2] for i in range(20)}
     assert said == {"cup above bus", "little cup, little bus", "little bus, little cup"}
 
 
