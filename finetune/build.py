@@ -20,6 +20,8 @@ from finetune.stores.images import (
 from finetune.strategies import Context, Strategies
 from finetune.tasks.base import TRAINING_SPLITS, Pipeline, Reading, Task, old_scenes_hint
 from finetune.tasks.datasets import TASKS
+from raylib import checkpoint
+from raylib.averaging import average_checkpoints
 from raylib.cache import file_fingerprint, fingerprint_module, get_cache, precompute_features
 from raylib.config import UserFile, load_user_class, load_user_file, lookup, user_files
 from raylib.distributed import rank, world_size
@@ -27,6 +29,7 @@ from raylib.errors import UserError
 from raylib.models import stored_backbone
 from raylib.models.base import CODE_KEY, RegionBackbone, load_weights, read_description
 from raylib.models.finetuned import (
+    FinetuneModel,
     find_evaluated,
     freeze,
     is_foreign,
@@ -422,6 +425,16 @@ def build_pipeline(
     set_recomputation(model, config.checkpointing, config.fit.micro_batches)
     tokenizer = strategies.wrap_tokenizer(open_tokenizer(config, tokenizer_of(config)), model)
     return Pipeline(config, model, tokenizer, open_visual_for(config, model))
+
+
+def load_trained(model: FinetuneModel, run: Path, select: str) -> Path:
+    """Load the weights of what a run has trained, as `select` chooses them; of "average" they are made here.
+    Returns the folder that they are in."""
+    if select == checkpoint.AVERAGE:
+        return average_checkpoints(model, run)
+    trained = checkpoint.find_trained(run, select)
+    load_weights(model, trained)
+    return trained
 
 
 def evaluate_sets(

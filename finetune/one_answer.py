@@ -4,15 +4,11 @@ answered with something else. A run that shows one is marked in every table, wit
 A mark says that a score needs no other explanation, so thresholds are wide: whatever answers at all passes.
 """
 
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from raylib.display import percent
 
-YES_NO = frozenset(
-    {"yes", "no"}
-)  # the answers of what GQA calls verify and logical, in all languages of xGQA
 MIN_ITEMS = 20  # fewer say nothing: nine in ten of them are soon one answer by chance
 ONE_ANSWER = 0.9  # of predictions being one answer, above which a language is marked ...
 COMMON = 0.7  # ... unless more of the truth than that is one answer too: classes are uneven in some data sets
@@ -21,46 +17,7 @@ MARKS = {
     "†": "nearly all items, or yes-no questions, get one answer",
     "‡": "yes-no questions get other answers",
 }
-Answers = Mapping[str, Any]  # `AnswerCounts.figures` of a language
-
-
-class AnswerCounts:
-    """Counts predicted and right answers, of all items and of yes-no questions."""
-
-    def __init__(self) -> None:
-        self.predicted: Counter[str] = Counter()
-        self.right: Counter[str] = Counter()
-        self.yes_no_predicted: Counter[str] = Counter()
-
-    def add(self, labels: Mapping[str, float], prediction: str) -> None:
-        """Count an item; of its `labels` the one with the highest score is what is right."""
-        right = max(labels, key=labels.__getitem__)
-        self.predicted[prediction] += 1
-        self.right[right] += 1
-        if right in YES_NO:
-            self.yes_no_predicted[prediction] += 1
-
-    def figures(self) -> dict[str, Any]:
-        """{"n": items, "answer": the most frequent prediction, "share" of the predictions that are it,
-        "right_share": of the items for which the most frequent right answer is right; and where there are any
-        "yes_no": the same of yes-no questions, with "answered": the share of these that got yes or no}; {}
-        of no items."""
-        if not self.predicted:
-            return {}
-        found = _most_frequent(self.predicted, self.right)
-        if self.yes_no_predicted:
-            right = Counter({answer: self.right[answer] for answer in YES_NO})
-            n = self.yes_no_predicted.total()
-            answered = sum(self.yes_no_predicted[answer] for answer in YES_NO) / n
-            found["yes_no"] = {**_most_frequent(self.yes_no_predicted, right), "answered": answered}
-        return found
-
-
-def _most_frequent(predicted: Counter[str], right: Counter[str]) -> dict[str, Any]:
-    n = predicted.total()
-    answer = min(predicted, key=lambda each: (-predicted[each], each))  # of equal ones the first by alphabet
-    shares = {"share": predicted[answer] / n, "right_share": max(right.values()) / n}
-    return {"n": n, "answer": answer, **shares}
+Answers = Mapping[str, Any]  # `finetune.predict.AnswerCounts.figures` of a language
 
 
 def marks_of(answers: Answers) -> str:

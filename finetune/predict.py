@@ -22,7 +22,6 @@ from torch import Tensor
 
 from finetune.batches import read_usable_inputs
 from finetune.formats import Example, get_field, get_optional, parse_number, shorten, stream_jsonl
-from finetune.one_answer import AnswerCounts
 from finetune.stores.images import PrecomputedFeatures, SharedFeatures, VisualSource, encoded_images
 from finetune.strategies.lexical import NONE, SYNONYM, WordNet
 from raylib.data.loading import batched, prefetch, to_device
@@ -42,6 +41,8 @@ WINDOW = 64 * BATCH  # examples among which those about the same image come toge
 NumberedExamples = Sequence[tuple[int, Example]]  # with their places in a window
 BLOCK = 64  # batches whose predictions come from the device, and are written, at a time
 ORDERS = 4  # n-grams of BLEU
+# the answers of what GQA calls verify and logical, in all languages of xGQA
+YES_NO = frozenset({"yes", "no"})
 CONFUSED_PAIRS = 5  # that paper 0's table 3 names
 
 
@@ -359,6 +360,45 @@ def confusions(
         "confused": confused[:pairs],
         "confused_related": [pair for pair in confused if pair["relation"] != NONE][:pairs],
     }
+
+
+class AnswerCounts:
+    """Counts predicted and right answers, of all items and of yes-no questions."""
+
+    def __init__(self) -> None:
+        self.predicted: Counter[str] = Counter()
+        self.right: Counter[str] = Counter()
+        self.yes_no_predicted: Counter[str] = Counter()
+
+    def add(self, labels: Mapping[str, float], prediction: str) -> None:
+        """Count an item; of its `labels` the one with the highest score is what is right."""
+        right = max(labels, key=labels.__getitem__)
+        self.predicted[prediction] += 1
+        self.right[right] += 1
+        if right in YES_NO:
+            self.yes_no_predicted[prediction] += 1
+
+    def figures(self) -> dict[str, Any]:
+        """{"n": items, "answer": the most frequent prediction, "share" of the predictions that are it,
+        "right_share": of the items for which the most frequent right answer is right; and where there are any
+        "yes_no": the same of yes-no questions, with "answered": the share of these that got yes or no}; {}
+        of no items."""
+        if not self.predicted:
+            return {}
+        found = _most_frequent(self.predicted, self.right)
+        if self.yes_no_predicted:
+            right = Counter({answer: self.right[answer] for answer in YES_NO})
+            n = self.yes_no_predicted.total()
+            answered = sum(self.yes_no_predicted[answer] for answer in YES_NO) / n
+            found["yes_no"] = {**_most_frequent(self.yes_no_predicted, right), "answered": answered}
+        return found
+
+
+def _most_frequent(predicted: Counter[str], right: Counter[str]) -> dict[str, Any]:
+    n = predicted.total()
+    answer = min(predicted, key=lambda each: (-predicted[each], each))  # of equal ones the first by alphabet
+    shares = {"share": predicted[answer] / n, "right_share": max(right.values()) / n}
+    return {"n": n, "answer": answer, **shares}
 
 
 class CorpusBleu:

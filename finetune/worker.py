@@ -16,6 +16,7 @@ from finetune.build import (
     dev_sets,
     evaluate_sets,
     find_task,
+    load_trained,
     measure_parallel,
     open_visual_for,
     parallel_items,
@@ -30,11 +31,9 @@ from finetune.evaluation import cache_test_states, dev_result, test_result
 from finetune.strategies import Strategies, TrainingSetup
 from finetune.tasks.base import Pipeline
 from raylib import checkpoint
-from raylib.averaging import average_checkpoints
 from raylib.distributed import barrier
 from raylib.loop import fit
 from raylib.models import peft
-from raylib.models.base import load_weights
 from raylib.runtime import MemoryAdvice, Runtime
 
 
@@ -75,11 +74,7 @@ class FinetuneJob:
             if not result["finished"] or self.epochs:
                 return result
             barrier()  # the first worker has written the checkpoint
-            if config.select == checkpoint.AVERAGE:
-                trained = average_checkpoints(model, runtime.run)
-            else:
-                trained = checkpoint.find_trained(runtime.run, config.select)
-                load_weights(model, trained)
+            trained = load_trained(model, runtime.run, config.select)
             if model.backbone.tuning and runtime.rank == 0:
                 peft.save_tuned(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.run_test:

@@ -393,11 +393,6 @@ class AugmentConfig(Config):
     elastic: float = Field(0.0, ge=0, le=0.5)
     """Largest shift of a smooth random deformation, as a share of the side (`fused` alone)."""
 
-    @property
-    def restyles(self) -> bool:
-        """Whether some images get another style or other colours."""
-        return self.outline + self.silhouette + self.color_jitter > 0
-
     @field_validator("scale", "ratio")
     @classmethod
     def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:

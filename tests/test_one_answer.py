@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from finetune.compare import compare_runs, to_markdown, write_latex
-from finetune.one_answer import AnswerCounts, footnotes, marks_of
-from finetune.predict import score
+from finetune.one_answer import footnotes, marks_of
+from finetune.predict import AnswerCounts, score
 from finetune.report import marked, table
 from raylib.sample.scenes import writer
 from raylib.sample.scenes.writer import ScenesConfig

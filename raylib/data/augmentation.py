@@ -33,7 +33,12 @@ def count_uniforms(config: AugmentConfig) -> int:
     else:
         count = FIXED_UNIFORMS + MORE_ATTEMPTS + DRAWS_PER_OPERATION * config.operations
     # behind the others, which stay those of a run that changes no styles
-    return count + RESTYLE_UNIFORMS * config.restyles + ELASTIC_UNIFORMS * (config.elastic > 0)
+    return count + RESTYLE_UNIFORMS * _restyles(config) + ELASTIC_UNIFORMS * (config.elastic > 0)
+
+
+def _restyles(config: AugmentConfig) -> bool:
+    """Return whether some images get another style or other colours."""
+    return config.outline + config.silhouette + config.color_jitter > 0
 
 
 def forbid_flips(config: AugmentConfig, uniforms: np.ndarray, texts: Sequence[Sequence[str]]) -> None:
@@ -50,7 +55,7 @@ def augment_image(image: np.ndarray, size: int, config: AugmentConfig, uniforms:
     if config.elastic:
         draws, more = draws[:-ELASTIC_UNIFORMS], draws[-ELASTIC_UNIFORMS:]
         shifts = elastic_shifts(size, config.elastic, more)
-    if config.restyles:
+    if _restyles(config):
         draws, more = draws[:-RESTYLE_UNIFORMS], draws[-RESTYLE_UNIFORMS:]
         image = restyle(image, config, more)
     if config.randaugment == "fused":
