@@ -106,8 +106,8 @@ class InitConfig(Config):
     text: str | None = None
     """Folder of an XLM-R or BERT in Hugging Face format."""
     layers: tuple[NonNegativeInt, ...] | None = None
-    """Layers of `text` that become the text encoder's, then the unified ones; null: its first, then its
-    last."""
+    """Layers of `text`, or of `model`, that become the text encoder's, then the unified ones; one may serve
+    twice. null: of `text` its first, then its last; of `model` all."""
     vision: str | None = None
     """Folder of a ViT in Hugging Face format."""
     model: str | None = None

@@ -1,5 +1,6 @@
 """One pretraining run: config, data, model, objective, loop, result."""
 
+import copy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from raylib.models import find_model, find_tokenizer
 from raylib.models.base import load_weights
 from raylib.models.hf_folders import read_config
 from raylib.models.hf_weights import load_text, load_vision
+from raylib.models.layers import BlockList
 from raylib.models.preprocessor import Preprocessing, read_preprocessing
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
@@ -50,6 +52,7 @@ from raylib.objectives.pretraining import UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
 from raylib.runtime import MemoryAdvice, Reporter, Runtime, advise_on_memory
+from raylib.settings import ModelConfig
 from raylib.text import Tokenizer
 
 
@@ -201,7 +204,7 @@ def build_model(config: PretrainConfig) -> UnifiedModel:
         load_vision(model, config.init.vision)
         _tell_preprocessing(model, Path(config.init.vision))
     if config.init.model:
-        _continue(model, config.init.model)
+        _continue(model, config.init.model, config.init.layers)
     return model
 
 
@@ -223,22 +226,55 @@ def _tell_preprocessing(model: UnifiedModel, folder: Path) -> None:
         )
 
 
-def _continue(model: UnifiedModel, folder: str) -> None:
-    """All weights of an export or a run into `model`. Images may get another resolution; and what was an
-    encoder of whole images may become one of windows as large."""
+def _continue(model: UnifiedModel, folder: str, layers: tuple[int, ...] | None) -> None:
+    """All weights of an export or a run into `model`. Images may get another resolution; what was an encoder
+    of whole images may become one of windows as large; and by `layers` (`InitConfig.layers`) there may be
+    more layers of text and fusion, or fewer."""
     before = UnifiedModel.from_pretrained(find_model(folder))
     new, old = model.sizes_to_store(), before.sizes_to_store()
     windowed = old["vision_window"] is None and new["vision_window"] == old["image_size"]
-    free = ("dropout", "temperature", "image_size", "preprocess", *(("vision_window",) if windowed else ()))
+    free = ["dropout", "temperature", "image_size", "preprocess"]
+    if windowed:
+        free.append("vision_window")
+    if layers is not None:
+        free += ["text_layers", "fusion_layers"]
     differ = [f"model.{k}={old[k]}" for k in new if new[k] != old[k] and k not in free]
     if differ:
-        raise UserError(f"{folder} is another model: set {' '.join(differ)}")
+        or_layers = " or init.layers" if any("_layers" in path for path in differ) else ""
+        raise UserError(f"{folder} is another model: set {' '.join(differ)}{or_layers}")
     if not windowed and new["image_size"] != old["image_size"]:
         before.vision.resize(model.config.image_size)
+    if layers is not None:
+        before = _with_layers(before, folder, model.config, layers)
     weights = before.state_dict()
     if windowed:
         weights["vision.place"] = model.state_dict()["vision.place"]  # random
     model.load_state_dict(weights)
+
+
+def _with_layers(
+    before: UnifiedModel, folder: str, sizes: ModelConfig, layers: tuple[int, ...]
+) -> UnifiedModel:
+    """`before`, its layers of text and of fusion replaced by those of it that `layers` numbers.
+
+    Raises:
+        UserError: not a text layer for each of text in `sizes`, and one of fusion for each of fusion.
+    """
+    text, stored = len(before.text.blocks), [*before.text.blocks, *before.fusion.blocks]
+    of_text, of_fusion = layers[: sizes.text_layers], layers[sizes.text_layers :]
+    if (
+        (len(of_text), len(of_fusion)) != (sizes.text_layers, sizes.fusion_layers)
+        or not all(layer < text for layer in of_text)
+        or not all(text <= layer < len(stored) for layer in of_fusion)
+    ):
+        raise UserError(
+            f"init.layers={list(layers)}: {folder} has text layers 0 to {text - 1}, fusion layers {text} to "
+            f"{len(stored) - 1}; give {sizes.text_layers} of the first (model.text_layers), then "
+            f"{sizes.fusion_layers} of the second (model.fusion_layers)"
+        )
+    for encoder, numbers in ((before.text, of_text), (before.fusion, of_fusion)):
+        encoder.blocks = BlockList(copy.deepcopy(stored[number]) for number in numbers)
+    return before
 
 
 def pretrain(runtime: Runtime, config: PretrainConfig) -> dict:

@@ -2,6 +2,7 @@
 wrong."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -168,6 +169,24 @@ def test_pretrain_run_keeps_a_copy_of_a_users_term(mini, tmp_path):
     two = [f"objective.terms.one={file}:norm", f"objective.terms.two={tmp_path}/other/my_term.py"]
     with pytest.raises(UserError, match="two files of one name"):
         run(mini("name=two", *LOCAL, *two))
+
+
+def test_pretrain_second_stage_with_other_layers(mini, tmp_path):
+    run(mini("name=first", *LOCAL, "fit.steps=2"))
+    start, before = f"init.model={tmp_path / 'first'}", build_model(mini(f"init.model={tmp_path / 'first'}"))
+    sizes = before.config.text_layers, before.config.fusion_layers
+    deeper = ["model.text_layers=3", "model.fusion_layers=2"]
+    assert sizes == (1, 1)
+    made = build_model(mini(start, *deeper, "init.layers=[0,0,0,1,1]"))
+    stored, weights = before.state_dict(), made.state_dict()
+    for name, value in weights.items():
+        assert value.equal(stored[re.sub(r"blocks\.\d+", "blocks.0", name) if "vision" not in name else name])
+    assert len({block.attention.query.weight.data_ptr() for block in made.text.blocks}) == 3
+    for layers in ("[0,0,0,1]", "[0,0,1,1,1]", "[0,0,0,0,1]", "[0,0,0,1,2]"):
+        with pytest.raises(UserError, match=r"has text layers 0 to 0, fusion layers 1 to 1; give 3 of the"):
+            build_model(mini(start, *deeper, f"init.layers={layers}"))
+    with pytest.raises(UserError, match=r"set model\.text_layers=1 model\.fusion_layers=1 or init\.layers$"):
+        build_model(mini(start, *deeper))
 
 
 def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
