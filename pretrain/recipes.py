@@ -238,6 +238,7 @@ def scenes_base() -> PretrainConfig:
             "data.parallel": StreamConfig(batch=128, length=32),
             "data.text": StreamConfig(batch=32, length=32),
             "data.augment": None,
+            "data.facts": True,  # captions that are true of another image are no negatives of it
             "data.mask_probability": 0.3,
             "optim.lr": 1e-3,
             "fit.steps": 1000,
