@@ -49,7 +49,7 @@ def tiny() -> PretrainConfig:
         # ITM reads the masked captions of VLM, in one pass of the unified encoder
         objective=ObjectiveConfig(
             itm_text="masked",
-            fuse_every=32,
+            fuse_every=64,
             temperature=(0.1, 0.5),
             weights=TermWeights(ucl_translation=0.5, vlm=0.1, tlm=0.1, xmlm=0.1, itm=0.1),
         ),
@@ -57,14 +57,14 @@ def tiny() -> PretrainConfig:
             tokenizer="",
             image_text=StreamConfig(batch=512, length=24),
             parallel=StreamConfig(batch=1024, length=16),
-            text=StreamConfig(batch=32, length=32),
+            text=StreamConfig(batch=16, length=32),
             # drawings without colours, as contours, as shapes: what no style of training shows
             augment=AugmentConfig(
                 scale=(0.6, 1.0), magnitude=4, grayscale=0.15, outline=0.1, silhouette=0.15
             ),
         ),
         optim=OptimConfig(lr=2e-3, warmup=0.05, betas=(0.9, 0.98)),
-        fit=FitConfig(steps=1200, log_every=10, eval_every=300, save_every=300),
+        fit=FitConfig(steps=1500, log_every=10, eval_every=300, save_every=300),
     )
 
 
