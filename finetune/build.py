@@ -221,7 +221,8 @@ def extra_tests(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
     has the languages of the run whose test file is in the folder.
 
     Raises:
-        UserError: no such folder, or no test file of any language in it.
+        UserError: no such folder, or no test file of any language in it; images of its own, and the run
+            reads region features.
     """
     found = {}
     for name, place in config.extra_tests.items():
@@ -235,6 +236,11 @@ def extra_tests(config: FinetuneConfig) -> dict[str, FinetuneConfig]:
         extra = config.model_copy(update={"data": str(folder), "images": None, "wordnet": wordnet})
         if not extra.images_path.exists():
             extra = extra.model_copy(update={"images": str(config.images_path)})
+        elif config.regions:  # which would be those of other images by the same names
+            raise UserError(
+                f"{setting}: it has images of its own, {extra.images_path}, and regions={config.regions} are "
+                "of others; set extra_tests={}"
+            )
         paths = {code: reading.path for code, reading in test_sets(extra).items()}
         there = tuple(code for code, path in paths.items() if path.exists())
         if not there:

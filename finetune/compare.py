@@ -27,7 +27,7 @@ from finetune.report import (
     extra_scores,
     read_result,
     scores_of,
-    targets_of,
+    trained_languages,
 )
 from raylib.config import suggest
 from raylib.display import latex_table, markdown_table, mean_and_interval, percent
@@ -124,7 +124,7 @@ class Comparison(NamedTuple):
         value = self.scores[score]
         pairs = [(run.result, other.result) for run, other in self.pairs(row)]
         if score in self.aggregates:
-            pairs = [(a, b) for a, b in pairs if targets_of(a) == targets_of(b)]
+            pairs = [(a, b) for a, b in pairs if trained_languages(a) == trained_languages(b)]
         found = [(value(a), value(b)) for a, b in pairs]
         known = [a - b for a, b in found if a is not None and b is not None]
         return t_interval(known) if known else None

@@ -118,7 +118,7 @@ class FinetuneConfig(LaunchConfig):
     """Languages that are evaluated; empty: all of the task's."""
     held_out_languages: tuple[str, ...] = ()
     """Languages that no text of the model's pretraining is in: evaluated like the others, and left out of the
-    mean of the targets and of the gap."""
+    mean of the targets, of the gap and of the disparity."""
     method: str = ""
     """Name of the run in tables; empty: that of its strategies."""
     strategies: StrategiesConfig = StrategiesConfig()

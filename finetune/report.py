@@ -30,13 +30,17 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
     language, their mean over the targets, the gap from English to it, and accuracy by question type;
     `disparity` over languages of accuracy, or of `recall_at_1`, the mean of both ways (paper 4); `interval`,
     [low, high] of each language's score by a bootstrap over images (`raylib.metrics`): what other test
-    images would change, and not other seeds."""
+    images would change, and not other seeds. Languages that were held out of pretraining count neither in
+    the mean of the targets nor in the gap and the disparity."""
     figures = {code: dict(values) for part in parts for code, values in part["languages"].items()}
     intervals = {code: values.pop("interval", None) for code, values in figures.items()}
     task = find_task(config)
     scores = {code: task.test_score(values) for code, values in figures.items()}
     held_out = [code for code in config.held_out_languages if code in scores]
     targets = [score for code, score in scores.items() if code not in ("en", *held_out)]
+    summary = task.summarise(figures)
+    if trained := {code: values for code, values in figures.items() if code not in held_out}:
+        summary["disparity"] = task.summarise(trained).get("disparity", {})
     first = parts[0]
     sparsity = first.get("sparsity") or {}
     steps = sum(part.get("steps", 0) for part in parts)
@@ -60,7 +64,7 @@ def summarise(config: FinetuneConfig, parts: list[dict[str, Any]]) -> dict[str, 
         "steps": steps,
         "skipped_steps": skipped,
         "seconds": sum(part.get("seconds", 0.0) for part in parts),
-        **task.summarise(figures),
+        **summary,
         "interval": intervals,
         "mean_targets": mean_or_zero(targets) if targets else None,
         "gap": scores["en"] - mean_or_zero(targets) if targets and "en" in scores else None,
@@ -243,10 +247,15 @@ def scores_of(result: dict[str, Any]) -> dict[str, float]:
     return {code: figures["mean_recall"] for code, figures in result["retrieval"].items()}
 
 
+def trained_languages(result: dict[str, Any]) -> frozenset[str]:
+    """The languages of a result but for those that were held out of pretraining: of these are its means."""
+    return frozenset(scores_of(result)).difference(result.get("held_out_languages", ()))
+
+
 def targets_of(result: dict[str, Any]) -> list[str]:
     """The languages of whose scores the mean of the targets is."""
-    apart = ("en", *result.get("held_out_languages", ()))
-    return [code for code in scores_of(result) if code not in apart]
+    trained = trained_languages(result)
+    return [code for code in scores_of(result) if code in trained and code != "en"]
 
 
 def figures_of(result: dict[str, Any]) -> dict[str, dict[str, float]]:

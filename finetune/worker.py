@@ -71,10 +71,12 @@ class FinetuneJob:
             result: dict[str, Any] = {"finished": True, "steps": 0, "seconds": 0.0}
         else:
             result = self._train(runtime, pipeline, strategies)
-            if not result["finished"] or self.epochs:
+            if not result["finished"] or (self.epochs and not self.selects):
                 return result
             barrier()  # the first worker has written the checkpoint
             trained = load_trained(model, runtime.run, config.select)
+            if self.epochs:
+                return result
             if model.backbone.tuning and runtime.rank == 0:
                 peft.save_tuned(model, trainable.keys(), runtime.run / "tuned.safetensors")
             if not config.run_test:

@@ -354,7 +354,7 @@ def recall_table(scores: dict[str, Any]) -> str:
     others = [languages[language] for language in trained if language != "en"]
     if len(others) > 1:
         rows.append(_row(f"mean of the other {len(others)}" if "en" in languages else "mean", others))
-    for language in languages.keys() - trained:
+    for language in sorted(languages.keys() - trained):
         rows.append(_row(f"{language}, in no training text", [languages[language]]))
     held = scores["heldout"]
     if "en" in held:
@@ -367,7 +367,8 @@ def recall_table(scores: dict[str, Any]) -> str:
 def compare_test_sets(result: dict[str, Any]) -> str:
     """Markdown: R@1 in % and times chance on the development set and on each test set of a run, a row a set;
     "" if it has no test sets."""
-    sets = {"development set": result, **result.get("test_sets", {})}
+    tests = result.get("test_sets", {})
+    sets = {"development set": result, **tests} if result["retrieval"] else tests
     columns = [f"{who}: {what}" for who in GROUPS.values() for what in ("R@1", "x chance")]
     rows = [["images", "number", *columns]]
     for name, scores in sets.items():
@@ -375,7 +376,7 @@ def compare_test_sets(result: dict[str, Any]) -> str:
         shares = [values.get(group) for group in GROUPS]
         cells = [("", "") if x is None else (f"{100 * x:.1f}", f"{x * number:.0f}") for x in shares]
         rows.append([name, str(number), *itertools.chain(*cells)])
-    return markdown_table(rows) if len(sets) > 1 else ""
+    return markdown_table(rows) if tests else ""
 
 
 def _row(name: str, figures: list[dict[str, float]]) -> list[str]:

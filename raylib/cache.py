@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -364,14 +365,28 @@ def remove_encoder_states(folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# numbers of a module that change nothing of what it makes of its inputs in evaluation
+NO_EFFECT = re.compile(r"training|recomputes|num_pieces|gradient_checkpointing|p|.*drop.*")
+
+
 def fingerprint_module(module: nn.Module, *facts) -> str:
-    """A name for what `module` makes of inputs that `facts` tell: a hash of its weights and of these."""
+    """A name for what `module` makes of inputs that `facts` tell: a hash of its weights, of the numbers that
+    its parts hold beside them (heads, epsilons, windows) and of these."""
     digest = hashlib.sha256(repr(facts).encode())
+    for name, part in sorted(module.named_modules()):
+        numbers = {k: v for k, v in vars(part).items() if _is_number(v) and not NO_EFFECT.fullmatch(k)}
+        digest.update(repr((name, type(part).__name__, sorted(numbers.items()))).encode())
     # by name, whatever the order in which parameters were made; in float32, whatever they train in
     for name, value in sorted(module.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float | torch.dtype) or (
+        isinstance(value, tuple) and all(map(_is_number, value))
+    )
 
 
 def _write_share(

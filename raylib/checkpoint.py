@@ -487,6 +487,7 @@ def rewind(run: Path, name: str) -> Path:
         _write_registry(run, Registry(older, _best_of(run, older), aside))
         for each in newer:
             _set_aside(run / FOLDER / each, run / place)
+        _set_aside(run / AVERAGE, run / place)  # of checkpoints that are no longer the run's
     _write_registry(run, Registry(older, _best_of(run, older)))
     return run / FOLDER / target
 

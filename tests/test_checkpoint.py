@@ -174,6 +174,16 @@ def test_rewind_killed_anywhere_deletes_nothing(tmp_path, name):
         assert folders == steps(1, 2, 3, 4) and len(list(run.glob("checkpoints.before-*/step_*"))) == 2
 
 
+def test_rewind_sets_the_average_of_newer_checkpoints_aside(tmp_path):
+    make_run(tmp_path, {1: 0.3, 2: 0.2}, keep=9)
+    (tmp_path / "average").mkdir()
+    checkpoint.rewind(tmp_path, "step_000002")
+    assert checkpoint.find_trained(tmp_path, "average") == tmp_path / "average"
+    checkpoint.rewind(tmp_path, "step_000001")
+    assert checkpoint.find_trained(tmp_path, "average") == checkpoint.find_newest(tmp_path)
+    assert (tmp_path / "checkpoints.before-1/average").is_dir()
+
+
 def test_rewind_finds_a_place_after_the_user_removed_an_older_one(tmp_path):
     make_run(tmp_path, {1: 0.3, 2: 0.2, 3: 0.1}, keep=9)
     checkpoint.rewind(tmp_path, "step_000002")

@@ -457,6 +457,19 @@ def test_compare_scores_over_other_languages_are_not_subtracted(runs):
     } == {""}
 
 
+def test_compare_scores_over_the_same_languages_in_another_order_are_subtracted(runs):
+    """And those of a run that was tested in a language more, held out of pretraining, but not those of one
+    without English, of which its spread is not."""
+    every = runs("every", 0.5)
+    scores = {"ru": 0.3, "de": 0.5, "en": 0.6}
+    other = runs("other", 0.6, "optim.lr=1e-6", accuracy=scores)
+    more = runs("more", 0.6, "optim.lr=1e-3", accuracy={**scores, "sw": 0.1}, held_out_languages=["sw"])
+    lone = runs("lone", 0.6, "optim.lr=1e-5", accuracy={"de": 0.5, "ru": 0.3})
+    rows = table(shown(every, other, more, lone), 1)
+    assert [row["mean of the targets, accuracy"] for row in rows] == ["+10.0", "+10.0", ""]
+    assert [row["std of languages, accuracy"] for row in rows] == ["0.0", "0.0", ""]
+
+
 def test_compare_folder_without_result_is_one_line_error(runs, tmp_path, capsys):
     run = runs("run", 0.5)
     for name, content, words in (

@@ -98,6 +98,7 @@ def test_shuffled_images_predictions_name_other_images_the_same_in_all_languages
     found = result(tmp_path, "run")
     assert found["mean_targets"] == found["accuracy"]["de"] and found["held_out_languages"] == ["ru"]
     assert found["gap"] == found["accuracy"]["en"] - found["accuracy"]["de"]
+    assert found["disparity"]["range"] == pytest.approx(abs(found["gap"]))
     mean = next(line for line in printed.splitlines() if "mean of the targets |" in line).split("|")
     shuffled = found["extra_tests"]["shuffled_images"]["de"]["accuracy"]
     assert [mean[2].strip(), mean[4].strip()] == [

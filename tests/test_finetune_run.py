@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from finetune import report
@@ -106,6 +107,18 @@ def test_finetune_average_is_mean_of_epochs_and_start_of_other_runs(finetune, tm
     translations = ("setting=translate_test", f"model={tmp_path / 'whole'}")
     assert finetune("scenes_xvnli", "name=translated", *translations)[0] == 0
     assert result(tmp_path, "translated")["accuracy"]["en"] == before["accuracy"]["en"]
+
+
+def test_finetune_average_is_what_a_stage_leaves_that_selects(finetune, tmp_path):
+    first = ("strategies.head_first.epochs=2", "strategies.head_first.lr=1e-2", "select=average")
+    assert finetune("scenes_xvnli", "name=run", *first, "epochs=1")[0] == 0
+    stage = tmp_path / "run/classifier"
+    kept = [load_file(path) for path in sorted(stage.glob("checkpoints/step_*/model.safetensors"))]
+    mean = load_file(stage / "average/model.safetensors")
+    changed = [name for name in mean if not kept[0][name].equal(kept[1][name])]
+    assert len(kept) == 2 and changed
+    for name in changed:
+        torch.testing.assert_close(mean[name], (kept[0][name] + kept[1][name]) / 2)
 
 
 def test_finetune_average_is_scored_on_dev_sets_itself(finetune, tmp_path):

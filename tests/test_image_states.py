@@ -9,7 +9,9 @@ import torch
 
 from pretrain.batches import DataConfig, StepBatches, StreamConfig
 from pretrain.train import run
+from raylib.cache import fingerprint_module
 from raylib.data.shards import ShardWriter
+from raylib.models.recompute import set_recomputation
 from raylib.models.vision import VisionEncoder
 from raylib.monitoring import read_metrics
 from raylib.packed import Ragged
@@ -144,6 +146,20 @@ def test_resumed_run_with_encoded_images_is_the_same_run(mini, tmp_path):
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     ends = [tmp_path / name / "checkpoints/step_000006/model.safetensors" for name in ("parts", "whole")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+def test_fingerprint_tells_encoders_of_equal_weights_apart():
+    """By heads and epsilons, which weights do not show; not by what changes nothing in evaluation."""
+    marks = {}
+    for name, sizes in (("", {}), ("eps", {"vision_eps": 1e-2}), ("drop", {"vision_dropout": 0.3})):
+        marks[name] = fingerprint_module(make_model(**sizes).vision)
+    assert marks["eps"] != marks[""] == marks["drop"]
+    model = make_model()
+    before = fingerprint_module(model.vision.train())
+    set_recomputation(model, "all", 2)
+    assert fingerprint_module(model.vision.eval()) == before
+    model.vision.heads *= 2
+    assert fingerprint_module(model.vision) != before
 
 
 def test_augmented_images_are_encoded_anew(mini, tmp_path):

@@ -254,6 +254,10 @@ def test_augment_restyles_drawings():
     dark = silhouette[..., 0] == 25
     assert dark[16, 20] and not dark[28, 30] and dark[22, 22] and dark[32, 32]
     assert (jitter[22, 22] != page[22, 22]).any() and (jitter[2, 2] == 255).all()
+    page = page[::4, ::4]  # lines of small drawings are not thinner than a pixel
+    outline, silhouette = draw(outline=1), draw(silhouette=1)
+    assert outline[16, 20, 0] < 128 < outline[22, 22, 0] and silhouette[22, 22, 0] < 128
+    page = np.repeat(np.repeat(page, 4, 0), 4, 1)
     # a share of the images; the other draws stay those of a config without
     config = plain(outline=0.2, grayscale=0.5)
     draws = np.random.default_rng(0).random((200, count_uniforms(config)))

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain.__main__ import main
-from pretrain.evaluate import ZeroShotRetrieval, recall_table, summarize_recall
+from pretrain.evaluate import ZeroShotRetrieval, compare_test_sets, recall_table, summarize_recall
 from pretrain.recipes import ABLATIONS, RECIPES
 from pretrain.train import PretrainConfig, build_model, run
 from raylib import checkpoint
@@ -99,6 +99,12 @@ def test_pretrain_scores_test_sets_once_and_shows_held_out_languages_apart(
     table = recall_table(tested)
     assert "| zh, in no training text |" in table and "mean of the other" not in table
     assert "| mean of the other 2 |" in recall_table(result)
+    # of a run without a development set the test sets alone
+    lone = compare_test_sets({"retrieval": {}, "heldout": {}, "test_sets": {"drawn": tested}})
+    assert row == lone.splitlines()[2:]
+    more = {**tested, "heldout_languages": ["zh", "de"]}
+    held_out = [line.split(",")[0] for line in recall_table(more).splitlines() if "no training" in line]
+    assert held_out == ["| de", "| zh"]
     # a record that is wrong
     (other / "captions.json").write_text(json.dumps([records[0] | {"heldout_languages": "zh"}]))
     assert main(["evaluate", str(tmp_path / "tested"), str(other)]) == 2

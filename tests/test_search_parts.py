@@ -188,6 +188,12 @@ def test_schedulers_ignore_epochs_of_other_stages():
     assert (job.epochs_per_run(few), job.num_runs(few)) == (6, 2)
 
 
+def test_trials_are_chosen_by_no_language_held_out_of_pretraining():
+    settings = ["model=M", "data=D", 'languages=["en","sw","ar"]', 'held_out_languages=["sw"]']
+    trial = FinetuneSearchJob().trial_config(override(RECIPES["scenes_xvnli"](), settings), "both")
+    assert trial.dev_languages == ("ar",)
+
+
 def test_trial_state_follows_from_result_and_error():
     assert trial_state({"finished": True}, False) == TrialState.COMPLETE
     assert trial_state({"finished": False}, False) == TrialState.PRUNED

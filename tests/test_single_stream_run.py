@@ -28,6 +28,7 @@ def finetune(tmp_path, scenes, capsys):
             'languages=["en","ru"]',
             "fit.bf16=false",
             "fit.loader_workers=0",
+            "extra_tests={}",  # whose images are others
         ]
         code = main([f"scenes_{task}", *own, *settings])
         captured = capsys.readouterr()
@@ -87,6 +88,11 @@ def test_single_stream_from_published_weights_runs_with_strategies(finetune, tmp
     ("task", "settings", "words"),
     [
         ("xgqa", [], "regions= is missing: uc2 sees region features, not images"),
+        (
+            "xgqa",
+            ['extra_tests={"style": "test_style"}'],
+            "extra_tests.style=test_style: it has images of its own",
+        ),
         ("xflickrco", [], "retrieval encodes texts and images apart; uc2 reads them together"),
         ("xgqa", ['freeze=["vision"]'], "uc2 has no part 'vision'; it has: embeddings"),
         ("xgqa", ["vision=/nowhere"], "vision= is for backbones with an image encoder"),

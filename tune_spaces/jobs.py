@@ -54,8 +54,11 @@ class FinetuneSearchJob(SearchJob):
                 f"setting={config.setting} trains a model for each language, of which English development "
                 "scores say little; set dev_sets=target_dev"
             )
+        apart = ("en", *config.held_out_languages)
         targets = (
-            tuple(code for code in languages_of(config) if code != "en") if dev_sets != "english_dev" else ()
+            tuple(code for code in languages_of(config) if code not in apart)
+            if dev_sets != "english_dev"
+            else ()
         )
         if dev_sets != "target_dev":
             dev_split(config, "en")

@@ -28,17 +28,24 @@ def restyle(image: np.ndarray, config: AugmentConfig, uniforms: list[float]) -> 
 
 def find_contours(image: np.ndarray, threshold: float) -> np.ndarray:
     """Mask (H, W) of the pixels around which a channel varies by more than `threshold` levels."""
-    width = 2 * (image.shape[0] // 64) + 1  # lines grow with images
-    kernel = np.ones((width, width), np.uint8)
+    kernel = _square(2 * _line_scale(image) + 1)
     return cv2.morphologyEx(image, cv2.MORPH_GRADIENT, kernel).max(-1) > threshold
 
 
 def cut_out(image: np.ndarray, contours: np.ndarray) -> np.ndarray:
     """Mask (H, W) of the drawing without the contours inside it."""
     drawing = (image.min(-1) < PAPER).astype(np.uint8)
-    width = 4 * (image.shape[0] // 64) + 1
-    inside = cv2.erode(drawing, np.ones((width, width), np.uint8))
+    inside = cv2.erode(drawing, _square(4 * _line_scale(image) + 1))
     return (drawing > 0) & ~(contours & (inside > 0))
+
+
+def _line_scale(image: np.ndarray) -> int:
+    """Lines grow with images; those of small ones are no thinner, for a pixel has no neighbours in itself."""
+    return max(1, image.shape[0] // 64)
+
+
+def _square(side: int) -> np.ndarray:
+    return np.ones((side, side), np.uint8)
 
 
 def jitter_colors(image: np.ndarray, hue: float, saturation: float) -> np.ndarray:

@@ -241,7 +241,7 @@ def _write_captions(writer: Writer, config: ScenesConfig) -> None:
         return items
 
     def make_test(count: int) -> Items:
-        """Scenes and captions, each true of one image alone: of a search one answer is right."""
+        """Scenes and captions that name two things which no other scene has together."""
         items: Items = []
         shown: set[frozenset[str]] = set()  # pairs of things that stand together somewhere
         named: set[frozenset[str]] = set()  # those that a caption names
