@@ -39,10 +39,14 @@ def _signs(answers: Answers) -> Iterator[tuple[str, str]]:
 
 
 def footnotes(answers: Mapping[str, Answers]) -> list[str]:
-    """A line for each mark that the languages of a table have; answers: by what tells the language."""
-    signs = [(mark, f"{name}: {text}") for name, of in answers.items() for mark, text in _signs(of)]
+    """A line for each mark that the languages of a table have, those of which the same is to be told together;
+    answers: by what tells the language."""
+    found: dict[str, dict[str, list[str]]] = {mark: {} for mark in MARKS}
+    for name, of in answers.items():
+        for mark, text in _signs(of):
+            found[mark].setdefault(text, []).append(name)
     return [
-        f"{mark} note: " + "; ".join(text for other, text in signs if other == mark)
-        for mark in MARKS
-        if mark in dict(signs)
+        f"{mark} note: " + "; ".join(f"{', '.join(names)}: {text}" for text, names in texts.items())
+        for mark, texts in found.items()
+        if texts
     ]

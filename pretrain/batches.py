@@ -203,7 +203,7 @@ class _PackedStream(_Stream):
         return self.places | masked
 
 
-class _Chosen(NamedTuple):
+class _Pair(NamedTuple):
     """Parts of a sample that enter a batch: its identity; an image (H, W, 3), or the name of its states; a
     caption; facts that are true of the image, and those that the caption claims."""
 
@@ -231,8 +231,10 @@ class _ImageTextStream(_Stream):
     def _require_facts(self) -> None:
         """Raise UserError where the first sample says nothing of facts: others would be as silent."""
         sample = self.source.sample(self.lanes.languages[0], 0)
-        if "facts" not in sample.record():
-            raise UserError(f"{sample.name}: no facts in its .json; set data.facts=false")
+        try:
+            sample.facts("")
+        except BadCaption as error:
+            raise UserError(f"{sample.describe(error)}; set data.facts=false") from error
 
     def cache_states(self, model: UnifiedModel, folder: Path, bf16: bool) -> None:
         """As `StepBatches.cache_image_states`."""
@@ -305,7 +307,7 @@ class _ImageTextStream(_Stream):
             }
         )
 
-    def _read_sample(self, step: int, row: int, pick: np.ndarray, sample: Sample, number: int) -> "_Chosen":
+    def _read_sample(self, step: int, row: int, pick: np.ndarray, sample: Sample, number: int) -> "_Pair":
         """Fill one place in the batch: with `sample`, or with the first usable one that takes its place."""
         draw, keys, language = self.draws[row], (self.seed, step, self.name), sample.language
         for attempt in range(ATTEMPTS):
@@ -323,27 +325,27 @@ class _ImageTextStream(_Stream):
             f"{self.stream.folder}: {ATTEMPTS} unusable samples one after another, the last: {sample.key}"
         )
 
-    def _choose(self, sample: Sample, number: int, image_pick: float, caption_pick: float) -> "_Chosen":
+    def _choose(self, sample: Sample, number: int, image_pick: float, caption_pick: float) -> "_Pair":
         """Choose one of a sample's images, and one of its captions."""
         if not sample.images:
             raise BadImage(sample.describe("no image"))
         try:
             captions = sample.captions_in(self.config.caption_language)
+            caption = captions[int(caption_pick * len(captions))]
+            facts = sample.facts(caption) if self.config.facts else ([], [])
         except BadCaption as error:
             raise BadCaption(sample.describe(error)) from error
-        caption = captions[int(caption_pick * len(captions))]
         # encoding one by one costs 20 times a batch: asked only of what may be nothing but invisible
         # characters
         if not any(map(str.isalnum, caption)) and not len(self.tokenizer.encode([caption])[0]):
             raise BadCaption(sample.describe(f"a caption without a token, {caption!r}"))
         extension = sample.images[int(image_pick * len(sample.images))]
-        facts = sample.facts(caption) if self.config.facts else ([], [])
         if self.states is None:
-            return _Chosen(sample.identity, self._decode_image(sample, extension), caption, *facts)
+            return _Pair(sample.identity, self._decode_image(sample, extension), caption, *facts)
         name = _image_name(number, extension)
         if fault := self.states.faults.get(name):
             raise BadImage(fault)
-        return _Chosen(sample.identity, name, caption, *facts)
+        return _Pair(sample.identity, name, caption, *facts)
 
     def _decode_image(self, sample: Sample, extension: str) -> np.ndarray:
         """(H, W, 3) of one of a sample's images."""

@@ -143,10 +143,38 @@ def test_batches_without_facts_or_with_damaged_ones_say_so(folder, tmp_path):
             for number in range(20):
                 record = {"captions": {"en": [f"thing {number}"]}, **facts}
                 writer.write(f"k{number}", {"json": json.dumps(record).encode(), "png": image})
-    with pytest.raises(UserError, match=r"sample k0: no facts in its .json; set data.facts=false"):
-        open_batches(tmp_path / "none")
+    for name in ("none", "damaged"):
+        fault = r'sample k0 has no "facts" in its .json, or damaged ones; .* set data.facts=false'
+        with pytest.raises(UserError, match=fault):
+            open_batches(tmp_path / name)
+    with ShardWriter(tmp_path / "later", "image_text") as writer:
+        for number in range(20):
+            record = {"captions": {"en": ["a thing"]}, "facts": facts_of(number) if number == 0 else 1}
+            writer.write(f"k{number}", {"json": json.dumps(record).encode(), "png": image})
+    batches = open_batches(tmp_path / "later")
     with pytest.raises(UserError, match="20 unusable samples one after another"):
-        open_batches(tmp_path / "damaged")[0]
+        for step in range(9):
+            batches[step]
+    assert any("sample k7 has no" in warning for warning in batches.streams["image_text"].warnings)
+    with ShardWriter(tmp_path / "json", "image_text") as writer:
+        for number in range(20):
+            writer.write(f"k{number}", {"json": b"{", "png": image})
+    with pytest.raises(UserError, match="sample k0 has a .json that is no UTF-8 JSON"):
+        open_batches(tmp_path / "json")
+
+
+def test_facts_are_found_of_captions_with_surplus_white_space(tmp_path):
+    image = next(iter(read_images("noto").values()))
+    record = {
+        "captions": {"en": [" a  dog "]},
+        "facts": {"image": ["dog"], "captions": {" a  dog ": ["dog"]}},
+    }
+    with ShardWriter(tmp_path, "image_text") as writer:
+        writer.write("k", {"json": json.dumps(record).encode(), "png": image})
+    stream = StreamConfig(folder=str(tmp_path), batch=1, lanes=1, length=16)
+    tokenizer = str(DATA / "tokenizer.model")
+    config = DataConfig(tokenizer=tokenizer, image_text=stream, augment=None, facts=True)
+    assert StepBatches(config, 16, 3)[0]["image_text"]["claims"].equal(encode_facts([["dog"]]))
 
 
 def test_scenes_tell_what_captions_are_true_of():

@@ -140,8 +140,8 @@ class Sample(NamedTuple):
         return record if isinstance(record, dict) else {}
 
     def facts(self, caption: str) -> tuple[list[str], list[str]]:
-        """Facts that are true of its image, and those that one of its captions claims: none of a caption of
-        which nothing is said.
+        """Facts that are true of its image, and those that one of its captions, cleaned, claims: none of a
+        caption of which nothing is said.
 
         Raises:
             BadCaption: it has none, or other values in their place.
@@ -150,7 +150,10 @@ class Sample(NamedTuple):
             facts = StoredFacts.model_validate(self.record().get("facts"), strict=True)
         except ValidationError as error:
             raise BadCaption('no "facts" in its .json, or damaged ones') from error
-        return facts.image, facts.captions.get(caption, [])
+        claims = {
+            " ".join(text.split()): of for text, of in facts.captions.items()
+        }  # as captions are cleaned
+        return facts.image, claims.get(caption, [])
 
     def _read_text(self, extension: str) -> str:
         if (size := self.members[extension][1]) > MAX_TEXT_BYTES:
