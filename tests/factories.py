@@ -177,9 +177,10 @@ def take_rows(batch: dict, rank: int, world: int) -> dict:
 
 
 def extract_stored_runs(folder: Path) -> None:
-    """Extract the runs that an earlier version stored."""
-    with tarfile.open(Path(__file__).parent / "data" / "runs_2026_11.tar.xz") as tar:
-        tar.extractall(folder, filter="data")
+    """Extract the runs that an earlier version stored, and the scenes that they read."""
+    for name in ("runs", "scenes"):
+        with tarfile.open(Path(__file__).parent / "data" / f"{name}_2026_11.tar.xz") as tar:
+            tar.extractall(folder, filter="data")
 
 
 @contextlib.contextmanager

@@ -98,10 +98,10 @@ def predictions(stored, run, language):
 
 @pytest.mark.parametrize(("run", "part", "language"), [("classified", None, "en"), ("classified", None, "ru"),
                                                         ("few_shot", "ru", "ru")])  # fmt: skip
-def test_classes_equal_stored_predictions(stored, scenes, run, part, language):
+def test_classes_equal_stored_predictions(stored, run, part, language):
     from finetune.formats.answers import read_xvnli
 
-    model = polyglance.load(stored / "runs" / run, "cpu", language=part)
+    model, scenes = polyglance.load(stored / "runs" / run, "cpu", language=part), stored / "scenes"
     lines = predictions(stored, f"{run}/{part}" if part else run, language)
     examples = {e.id: e for e in read_xvnli(scenes / f"XVNLI/annotations/{language}/test.jsonl")}
     store = open_images(scenes / "images.tar")

@@ -3,7 +3,7 @@
 `data/runs_2026_11.tar.xz` was written by commit f467c9f, before settings were renamed and files moved: a
 pretraining run stopped at step 2 of 4 and its export, fine-tuning runs (classification, retrieval, few-shot
 from the first, one stopped at step 2) and what a search chose; models of width 4, optimizer states of
-finished runs left out.
+finished runs left out. `data/scenes_2026_11.tar.xz` has what these runs read of the emoji scenes of their time.
 """
 
 import json
@@ -19,13 +19,15 @@ from tests.factories import extract_stored_runs
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch, scenes, corpus):
-    """The current folder, with the stored runs and the data that they were made from."""
+def folder(tmp_path, monkeypatch, corpus):
+    """The current folder, with the stored runs and the data that they were made from; of the pretraining run
+    today's sample corpus, and no record of what it began with, as runs of still earlier versions have none."""
     extract_stored_runs(tmp_path)
-    (tmp_path / "scenes").symlink_to(scenes)
-    stored = tmp_path / read_json(tmp_path / "runs/pretrained/config.json")["corpus"]
+    run = tmp_path / "runs" / "pretrained"
+    stored = tmp_path / read_json(run / "config.json")["corpus"]
     stored.parent.mkdir()
-    stored.symlink_to(corpus)  # its name holds a hash of the code that wrote it, its data are the same
+    stored.symlink_to(corpus)
+    (run / "identity.json").write_text(json.dumps(read_json(run / "identity.json") | {"data": {}}))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
