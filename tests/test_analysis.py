@@ -370,7 +370,7 @@ def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
     for name in ("similarity", "curves", "confusions", "attention", "tsne"):
         assert (run / "analysis" / f"{name}.png").stat().st_size > 5000
         values[name] = json.loads((run / "analysis" / f"{name}.json").read_text())
-    codes = ["en", "bn", "de", "id", "ko", "pt", "ru", "zh"]
+    codes = ["en", "bn", "de", "id", "ko", "pt", "ru", "sw", "zh"]
     assert values["similarity"]["languages"] == codes and values["similarity"]["items"] == 20
     result = json.loads((run / "result.json").read_text())
     assert values["similarity"]["score"] == result["accuracy"]

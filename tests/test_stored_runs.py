@@ -3,7 +3,7 @@
 `data/runs_2026_11.tar.xz` was written by commit f467c9f, before settings were renamed and files moved: a
 pretraining run stopped at step 2 of 4 and its export, fine-tuning runs (classification, retrieval, few-shot
 from the first, one stopped at step 2) and what a search chose; models of width 4, optimizer states of
-finished runs left out. `data/scenes_2026_11.tar.xz` has what these runs read of the emoji scenes of their time.
+finished runs left out. `data/scenes_2026_11.tar.xz` has what they read of the emoji scenes of their time.
 """
 
 import json
@@ -20,8 +20,8 @@ from tests.factories import extract_stored_runs
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch, corpus):
-    """The current folder, with the stored runs and the data that they were made from; of the pretraining run
-    today's sample corpus, and no record of what it began with, as runs of still earlier versions have none."""
+    """The current folder, with the stored runs and the data that they were made from; for the pretraining
+    run today's sample corpus, and no record of what it began with, like runs of still earlier versions."""
     extract_stored_runs(tmp_path)
     run = tmp_path / "runs" / "pretrained"
     stored = tmp_path / read_json(run / "config.json")["corpus"]
