@@ -429,6 +429,29 @@ def load_tests(path: Path) -> Any:
         return None
 
 
+# ---- what stands beside data sets
+
+
+def example_baselines(folder: Path) -> Path:
+    scores = {"majority": 0.5, "text": 0.625}
+    return dump(
+        folder / "baselines.json", {"xgqa": {"en": scores, "targets": scores}, "marvl": {"en": scores}}
+    )
+
+
+def read_baselines(path: Path) -> Any:
+    from finetune.recipes import RECIPES
+    from finetune.report import read_baselines
+    from raylib.config import override
+
+    return read_baselines(override(RECIPES["scenes_xgqa"](), [f"data={path.parent}"]))
+
+
+def load_baselines(path: Path) -> Any:
+    found = load_json(path).get("xgqa") if path.exists() else None
+    return {"baselines": found} if found else {}
+
+
 # ---- models as the interface reads them
 
 
@@ -556,6 +579,9 @@ READERS = [
     ),
     Reader(
         "test_scores", example_tests, read_tests, load_tests, ("raylib.search.final_runs:read_test_scores",)
+    ),
+    Reader(
+        "baselines", example_baselines, read_baselines, load_baselines, ("finetune.report:read_baselines",)
     ),
     Reader(
         "description",
