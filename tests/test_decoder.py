@@ -204,7 +204,7 @@ def test_decoder_fine_tuning_run_end_to_end(tmp_path, export, scenes, capsys):
     printed = "".join(capsys.readouterr())
     assert code == 0, printed
     result = json.loads((tmp_path / "spelt/result.json").read_text())
-    assert set(result["accuracy"]) == {"en", "ru"} and list((tmp_path / "spelt/encoded").iterdir())
+    assert set(result["accuracy"]) == {"en", "ru"} and list((tmp_path / "encoded").iterdir())
     losses = [line["loss/task"] for line in read_metrics(tmp_path / "spelt") if "loss/task" in line]
     assert losses[-1] < losses[0]
     predictions = (tmp_path / "spelt/predictions/en.jsonl").read_text()

@@ -79,10 +79,10 @@ def teacher(parallel, model, tmp_path_factory):
                 f"runs={runs}",
                 "epochs=1",
                 'languages=["en"]',
+                *QUICK,
                 "batch=10",
                 "optim.lr=0.01",
                 'freeze=["vision"]',
-                *QUICK[1:],
             ]
         )
         == 0
