@@ -65,10 +65,11 @@ def _export(arguments: Sequence[str]) -> int:
     parser.add_argument("dir", type=local_path, help="a new folder")
     parser.add_argument("--language", help="of a run that trained a model for each language, which one")
     parser.add_argument("--license", help="of the weights, for the model card, such as apache-2.0")
+    parser.add_argument("--float16", action="store_true", help="weights in half of the bytes")
     args = parser.parse_args(arguments)
     from raylib.api.export import export_model
 
-    gap = export_model(args.run, args.dir, args.language, args.license)
+    gap = export_model(args.run, args.dir, args.language, args.license, args.float16)
     readers = f"polyglance.load alone: {gap}" if gap else "polyglance.load and transformers"
     print(f"{args.dir}: {', '.join(sorted(p.name for p in args.dir.iterdir()))}; read by {readers}")
     return 0

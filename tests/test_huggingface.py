@@ -215,6 +215,23 @@ def test_saved_automodel_is_read_by_polyglance_and_by_automodel(exports, images,
         assert (folder / "modeling_polyglance.py").is_file()
 
 
+def test_export_in_float16_is_half_as_large_and_read_as_float32(tmp_path, images):
+    source = save(tiny("unified"), tmp_path / "model")
+    for name, float16 in (("whole", False), ("half", True)):
+        export_model(source, tmp_path / name, float16=float16)
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("half", "whole")]
+    assert sizes[0] < 0.6 * sizes[1]
+    whole, half = (polyglance.load(tmp_path / name, "cpu").network for name in ("whole", "half"))
+    automodel = AutoModel.from_pretrained(tmp_path / "half")
+    for other in (half, automodel.model):
+        for (name, x), (_, y) in zip(whole.named_parameters(), other.named_parameters(), strict=True):
+            assert y.dtype == torch.float32 and x.half().float().equal(y), name
+    weights = {"a": torch.tensor([1e5]), "b": torch.tensor([1])}
+    with pytest.raises(UserError, match="model: a is beyond the range of float16; leave out --float16"):
+        exporting.halve(weights, source)
+    assert exporting.halve({"b": weights["b"]}, source)["b"].dtype == torch.int64
+
+
 def test_classifier_takes_premises_pairs_of_images_and_labels(exports, tmp_path):
     folder = save(FinetuneModel(tiny("unified"), ("false", "true"), 2, 0.0).eval(), tmp_path / "model")
     export_model(folder, tmp_path / "pairs")

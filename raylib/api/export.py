@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from raylib import __version__, checkpoint
 from raylib.api.card import RunFacts, without_places, write_card
@@ -53,14 +55,20 @@ PROMPTS = ("soft_prompt", "hard_prompt")
 
 
 def export_model(
-    run: Path | str, to: Path | str, language: str | None = None, license_name: str | None = None
+    run: Path | str,
+    to: Path | str,
+    language: str | None = None,
+    license_name: str | None = None,
+    float16: bool = False,
 ) -> str | None:
     """Write the model of `run`, or of one of its checkpoints, into the new folder `to`, whole or not at all.
 
+    float16: store weights in half of the bytes; whoever reads them has float32 again.
     Returns:
         Why `transformers` cannot read it; None: it can.
     Raises:
-        UserError: no model there, a damaged one, one with weights that are not finite, or `to` is not empty.
+        UserError: no model there, a damaged one, one with weights that are not finite or too large for
+            float16, or `to` is not empty.
     """
     run, to = Path(run), Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
@@ -86,7 +94,8 @@ def export_model(
         for code in stored_code(source):
             shutil.copy2(code, folder / code.name)
         metadata = {"format": "pt", "polyglance": __version__, **_identity(model, facts)}
-        save_file(read_weights(source), folder / "model.safetensors", metadata)
+        weights = read_weights(source)
+        save_file(halve(weights, source) if float16 else weights, folder / "model.safetensors", metadata)
         (folder / "model.safetensors").chmod(0o644)
         description = describe(model, source)
         if gap is None:
@@ -96,6 +105,19 @@ def export_model(
         write_json(folder / "config.json", {**description, RUN_KEY: reading_settings(facts.settings)})
         write_card(folder, model, facts, gap, license_name)
     return gap
+
+
+def halve(weights: dict[str, Tensor], source: Path) -> dict[str, Tensor]:
+    """Return float32 weights as float16, which has 3 bits more than bfloat16 for what weights are.
+
+    Raises:
+        UserError: one is beyond its range.
+    """
+    halved = {name: x.half() if x.dtype == torch.float32 else x for name, x in weights.items()}
+    for name, x in halved.items():
+        if not x.isfinite().all():
+            raise UserError(f"{source}: {name} is beyond the range of float16; leave out --float16")
+    return halved
 
 
 def find_gap(model: Model) -> str | None:
