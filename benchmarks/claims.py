@@ -4,11 +4,13 @@
     python -m benchmarks.claims [--budget 40] [--processes 2] [--only TEXT]
     python -m benchmarks.claims --left      what is done, what is left, and how long it takes
 
-1. Each method's settings are chosen by the project's own search, 4 trials, on development sets: the English
+1. First comes what the model can do by full fine-tuning (`benchmarks.claims_tasks`), then claim after claim,
+   each by the next two steps.
+2. Each method's settings are chosen by the project's own search, 4 trials, on development sets: the English
    one; of methods that train weights for each language apart (P3, P4) the languages' own, as these papers do.
    A variant that differs from a method in one thing alone takes the method's settings.
-2. Its seeds are run with these settings, and tested: 5 of xgqa, 3 elsewhere.
-3. Last come the searches of `benchmarks.claims_search`.
+3. Its seeds are run with these settings, and tested: 5 of xgqa, 3 elsewhere.
+4. Last come the searches of `benchmarks.claims_search`.
 
 Whatever is finished is appended to results/claims.jsonl at once, failed tries too, and not made again of the
 same weights, the same scenes (by their hashes) and the same settings. Each experiment is a process of one
@@ -30,6 +32,8 @@ from benchmarks import claims_search
 from benchmarks.claims_report import Claim, read_claims
 from benchmarks.claims_runs import TRIALS, Lab, Work, do, find, num_seeds, tuner_of
 from benchmarks.claims_table import EXPERIMENTS
+from benchmarks.claims_tasks import ROWS
+from finetune.recipes import SCENES_BASE
 from raylib.fileio import file_lock
 
 FAILURES = 3  # in a row, after which the command ends
@@ -42,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, default=Path("runs/scenes_base_model"), help="exported model")
+    parser.add_argument("--model", type=Path, default=SCENES_BASE, help="exported model")
     parser.add_argument("--scenes", type=Path, default=Path("runs/scenes"), help="folder of the benchmark")
     parser.add_argument("--folder", type=Path, default=Path("runs/claims"), help="where the runs go")
     parser.add_argument("--budget", type=float, default=40.0, help="core-hours, of all starts together")
@@ -70,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def plan(claims: Sequence[Claim], only: str = "") -> list[Work]:
-    """Return all work, claim by claim: the choices of its experiments, then seed by seed, so that a budget's
-    end leaves pairs. What others need comes before them."""
+    """Return all work: first what the model can do, then claim by claim: the choices of its experiments, then
+    seed by seed, so that a budget's end leaves pairs. What others need comes before them."""
     order: dict[Work, None] = {}
 
     def add(work: Work) -> None:
@@ -79,8 +83,8 @@ def plan(claims: Sequence[Claim], only: str = "") -> list[Work]:
             add(needed)
         order.setdefault(work)
 
-    for claim in claims:
-        names = [name for _, name in claim.terms if only in name]
+    for group in (list(ROWS), *([name for _, name in claim.terms] for claim in claims)):
+        names = [name for name in group if only in name]
         for tuner in filter(None, map(tuner_of, names)):
             add(Work("choice", tuner))
         for seed in range(max(map(num_seeds, names), default=0)):

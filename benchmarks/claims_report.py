@@ -6,20 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import claims_search
+from benchmarks import claims_search, claims_tasks
 from benchmarks.claims_runs import FAILED, FILE, Work, num_seeds
 from benchmarks.claims_table import EXPERIMENTS
+from benchmarks.claims_tasks import HELD_OUT, Group, mean_of_targets, targets_of
 from benchmarks.results import newest
 from raylib.display import markdown_table, mean_and_std
 from raylib.fileio import read_jsonl
 from raylib.metrics import t_interval
 
 CLAIMS_FILE = Path(__file__).with_name("claims.tsv")
-HELD_OUT = "sw"  # in no text of pretraining: a column of its own
 DIRECTIONS = {"above": 1, "below": -1, "not below": 0}
 MARGIN = 1.0  # points; of "not below"
 Record = Mapping[str, Any]
-Group = Sequence[Record]  # the seeds of an experiment
 
 
 class Claim(NamedTuple):
@@ -62,15 +61,6 @@ def read_claims(path: Path = CLAIMS_FILE) -> list[Claim]:
 # ---- metrics of a run; `group` are all seeds of its experiment
 
 
-def targets_of(scores: Mapping[str, float]) -> dict[str, float]:
-    """Return the scores of the languages that are neither English nor held out."""
-    return {code: score for code, score in scores.items() if code not in ("en", HELD_OUT)}
-
-
-def _mean_of_targets(scores: Mapping[str, float]) -> float:
-    return statistics.fmean(targets_of(scores).values())
-
-
 def _spread(run: Record, group: Group) -> float:
     """Mean distance of a run from the median of its experiment's seeds, language by language: what Brown and
     Forsythe compare variances by, so that seeds are pairs."""
@@ -95,14 +85,12 @@ def _early(run: Record, group: Group) -> float:
 
 
 METRICS: dict[str, Callable[[Record, Group], float]] = {
-    "targets": lambda run, group: _mean_of_targets(run["scores"]),
+    "targets": lambda run, group: mean_of_targets(run["scores"]),
     "english": lambda run, group: run["scores"]["en"],
-    "r1": lambda run, group: _mean_of_targets(run["r1"]),
+    "r1": lambda run, group: mean_of_targets(run["r1"]),
     "r1_sw": lambda run, group: run["r1"][HELD_OUT],
     "std": lambda run, group: statistics.stdev(run["r1"].values()),
-    "synonyms": lambda run, group: (
-        _mean_of_targets(run["synonym_accuracy"]) - _mean_of_targets(run["scores"])
-    ),
+    "synonyms": lambda run, group: mean_of_targets(run["synonym_accuracy"]) - mean_of_targets(run["scores"]),
     "spread": _spread,
     "similarity": lambda run, group: statistics.fmean(_similarities(run).values()),
     "similarity_r": _similarity_r,
@@ -222,7 +210,7 @@ def experiments_table(runs: Mapping[str, Group]) -> str:
             f"`{path.removeprefix('strategies.')}={_number(v)}`" for path, v in _chosen(group).items()
         ]
         columns = [
-            [run.get(part, {}).get(code) if code else _targets_or_none(run.get(part, {})) for run in group]
+            [run.get(part, {}).get(code) if code else mean_of_targets(run.get(part, {})) for run in group]
             for part, code in (
                 ("scores", "en"),
                 ("scores", ""),
@@ -245,10 +233,6 @@ def _number(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _targets_or_none(scores: Mapping[str, float]) -> float | None:
-    return _mean_of_targets(scores) if targets_of(scores) else None
-
-
 def cost_line(records: Sequence[Record]) -> str:
     """Say what the records are of, and what they cost."""
     if not records:
@@ -267,11 +251,13 @@ def cost_line(records: Sequence[Record]) -> str:
 
 
 def tables(path: Path = FILE) -> dict[str, str]:
-    """Return {"claims": with what they cost, "experiments", "worth" of a search} of the records in `path`."""
+    """Return {"tasks": what the model can do, "claims": with what they cost, "experiments", "worth" of a
+    search} of the records in `path`."""
     stored = read_jsonl(path)
     records = of_last_model(stored) if stored else []
     runs = current_runs(records)
     return {
+        "tasks": claims_tasks.tables(runs),
         "claims": f"{cost_line(records)}\n\n{claims_table(read_claims(), runs)}",
         "experiments": experiments_table(runs),
         "worth": claims_search.table(records),

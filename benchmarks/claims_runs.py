@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 from benchmarks.claims_search import contest_settings, read_contest
 from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, UNTUNED, space_of
 from benchmarks.results import RESULTS, commit
-from finetune.report import scores_of
+from finetune.config import SHUFFLED_IMAGES
+from finetune.one_answer import marks_of
+from finetune.report import extra_scores, scores_of
 from raylib.fileio import append_jsonl, file_lock, read_json_object, read_jsonl, sha256_file
 
 FILE = RESULTS / "claims.jsonl"
@@ -312,9 +314,14 @@ def read_figures(path: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"scores": scores_of(result)}
     if "retrieval" in result:
         figures["r1"] = result["recall_at_1"]
-    for name in ("by_type", "synonym_accuracy", "epochs", "trainable", "params"):
+    for name in ("by_type", "synonym_accuracy", "epochs", "trainable", "params", "baselines"):
         if result.get(name):
             figures[name] = result[name]
-    for name, languages in result.get("extra_tests", {}).items():
-        figures[name] = {code: v.get("accuracy", v.get("mean_recall")) for code, v in languages.items()}
+    figures |= extra_scores(result)
+    shuffled = result.get("extra_tests", {}).get(SHUFFLED_IMAGES, {})
+    if by_type := {code: values["by_type"] for code, values in shuffled.items() if values.get("by_type")}:
+        figures["shuffled_by_type"] = by_type
+    figures["marks"] = {
+        code: marks for code, of in result.get("answers", {}).items() if (marks := marks_of(of))
+    }
     return figures | {"precision": result["evaluation_precision"], "code": result["code"]}

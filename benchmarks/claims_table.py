@@ -172,6 +172,9 @@ EXPERIMENTS: dict[str, Experiment] = {
         f"{task}/averaging": _scenes(task, "select=average", "fit.keep=6", tuned_as=f"{task}/baseline")
         for task in ON
     },
+    "marvl/baseline": _scenes("marvl"),
+    # questions as an intermediate task
+    "marvl/after_xgqa": _scenes("marvl", after="xgqa/baseline"),
     **{
         f"xgqa/few_shot_{name}": _scenes(
             "xgqa",

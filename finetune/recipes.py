@@ -14,8 +14,10 @@ R@1, the last of ties.
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import raylib
 from finetune.config import UNIMODAL, FinetuneConfig
 from raylib.settings import (
     AugmentConfig,
@@ -371,13 +373,14 @@ def _p4(task: str, row: str, strategies: dict, **more):
     )
 
 
-# emoji scenes, on two CPU cores, from the model of `make scenes_base`
+SCENES_BASE = Path(raylib.__file__).parent / "sample" / "data" / "scenes_base"  # `make scenes_base` made it
+# emoji scenes, on two CPU cores
 ON_SCENES: dict[str, Any] = {
     "workers": 1,
     "runtime": "local",
     "length": 40,
     "data": "runs/scenes",
-    "model": "runs/scenes_base_model",
+    "model": str(SCENES_BASE),
 }
 
 

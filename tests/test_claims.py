@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import claims, claims_report
+from benchmarks import claims, claims_report, claims_tasks, scenes_base
 from benchmarks.claims_report import Claim, judge, read_claims
 from benchmarks.claims_runs import TRIAL_SEED, Lab, Work, find, identity, num_seeds, settings_of, tuner_of
 from benchmarks.claims_table import EXPERIMENTS, space_of
 from finetune.recipes import RECIPES
 from raylib.config import override
+from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_jsonl
 from raylib.search.space import apply_changes, check_space, config_changes
 
@@ -64,10 +65,12 @@ def test_claims_plan_does_what_is_needed_first_and_nothing_twice():
     order = claims.plan(read_claims())
     assert len(set(order)) == len(order)
     assert all(order.index(needed) < order.index(work) for work in order for needed in work.needs())
-    # the first claim is decided before anything of another begins
-    first = [Work("choice", "xgqa/prior"), Work("choice", "xgqa/baseline")]
-    first += [Work("run", name, seed) for seed in range(5) for name in ("xgqa/prior", "xgqa/baseline")]
-    assert order[: len(first)] == first
+    # what the model can do comes first; then the first claim, before anything of another begins
+    floors = [order.index(Work("run", name, num_seeds(name) - 1)) for name in claims_tasks.ROWS]
+    first = [Work("choice", "xgqa/prior"), *(Work("run", "xgqa/prior", seed) for seed in range(5))]
+    begin = max(floors) + 1
+    assert order[begin : begin + len(first)] == first
+    assert all(work.name in (*claims_tasks.ROWS, "xgqa/baseline") for work in order[:begin])
     papers = [claim.paper for claim in read_claims()]
     assert list(dict.fromkeys(papers)) == ["P0", "P1", "P4", "P2", "P3", "ours"]  # the issue's order
 
@@ -124,7 +127,9 @@ def test_claims_failed_work_is_recorded_and_what_needs_it_left_out(lab, monkeypa
     team.work()
     assert team.failed == {failing}
     assert [w for w in done if w.name == "xgqa/prior"] == [failing], "its runs have no settings"
-    assert len([w for w in done if w.name == "xgqa/baseline"]) == 6, "others go on"
+    assert len([w for w in done if w.name == "xgqa/baseline"]) == 7, (
+        "others go on: its choice, five seeds, one for a trial of another"
+    )
     assert [r["kind"] for r in read_jsonl(lab.records)].count("failed") == 1
 
 
@@ -229,6 +234,79 @@ def test_claims_table_tells_of_what_is_there(lab):
     old = [record(lab, Work("run", "xgqa/prior", 0)) | {"settings": ["another"]}]
     old.append(record(lab, Work("run", "xgqa/prior", TRIAL_SEED)))
     assert not claims_report.current_runs(old), "changed since, or the teacher of a trial"
+
+
+def test_claims_floors_are_met_or_missed_and_tasks_told():
+    """Two seeds, by hand."""
+    seeds = [
+        {
+            "seed": seed,
+            "scores": {"en": 0.8 + seed / 10, "de": 0.5, "zh": 0.4, "sw": 0.2},
+            "shuffled_images": {"en": 0.3, "de": 0.3, "zh": 0.32, "sw": 0.2},
+            "test_style": {"en": 0.7, "de": 0.4, "zh": 0.3, "sw": 0.1},
+            "by_type": {"en": {"verify": 0.9, "choose": 0.96, "query": 0.6}, "zh": {"verify": 0.1}},
+            "shuffled_by_type": {"en": {"verify": 0.5}},
+            "marks": {"zh": "‡"} if seed else {},
+            "baselines": {"en": {"text": 0.41, "image": 0.2, "majority": 0.25}},
+        }
+        for seed in range(2)
+    ]
+    runs = {"xgqa/baseline": seeds}
+    assert claims_tasks.by_images(seeds) == pytest.approx({"de": 0.2, "zh": 0.08})
+    floors = claims_tasks.floors_table(runs)
+    assert "| English | xgqa | 80.0 | 85.0 | 2 | met |" in floors
+    assert "| English, verify | xgqa | 95.0 | 90.0 | 2 | missed by 5.0 |" in floors
+    assert "| xgqa | 10.0 | 8.0 | 2 | missed by 2.0 |" in floors
+    assert "| xgqa | 100.0 | 87.5 | 2 | missed by 12.5 |" in floors
+    assert "| xvnli | 85.0 |  |  | not run |" in floors
+    row = next(line for line in claims_tasks.tasks_table(runs).splitlines() if line.startswith("| xgqa"))
+    cells = row.strip("| ").split(" | ")
+    assert cells[1:4] == ["2", "85.0 ± 7.1", "30.0 ± 0.0"] and cells[4].startswith("+55.0 ± ")
+    assert cells[6:9] == ["41.0", "20.0", "25.0"] and cells[9] == "45.0 ± 0.0"
+    assert "| verify | 90.0 ± 0.0 | 50.0 ± 0.0 | 10.0 ± 0.0 |  |" in claims_tasks.kinds_table(runs)
+    assert claims_tasks.marks_line(runs).endswith("things as answers: xgqa, zh (seed 1).")
+    assert claims_tasks.tables({}).count("not run") == len(claims_tasks.FLOORS) + len(claims_tasks.ROWS)
+
+
+def test_scenes_base_record_has_stages_and_tries_and_no_test_scores(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(scenes_base, "FILE", tmp_path / "records.jsonl")
+    results = {
+        "stage": {
+            **{"run": "stage", "steps": 9, "seconds": 120.0, "evaluation_precision": "float32"},
+            "evaluation": {
+                "en_r1": 0.5,
+                "others_r1": 0.25,
+                "dev_loss/vlm": 1.0,
+                "dev_loss/vlm_wrong_image": 2.0,
+            },
+            "retrieval": {"en": {}},
+        },
+        "tuned": {
+            "run": "tuned",
+            "seconds": 60.0,
+            "evaluation_precision": "float32",
+            "dev": {"en": 0.8, "de": 0.4},
+        },
+        "tested": {"run": "tested", "seconds": 60.0, "evaluation_precision": "float32"},
+    }
+    for name, result in results.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+        settings = {"recipe": f"of_{name}"} | ({} if name == "stage" else {"task": "xgqa"})
+        (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    scenes_base.main([str(tmp_path), str(tmp_path / "stage")])
+    scenes_base.main(["--try", "twice as long", str(tmp_path / "tuned")])
+    with pytest.raises(UserError, match="tested: it was tested"):
+        scenes_base.main(["--try", "no", str(tmp_path / "tested")])
+    weights = scenes_base.hash_files(tmp_path, "*.safetensors")
+    assert f"weights {weights}" in capsys.readouterr().out
+    found = scenes_base.tables()
+    assert (
+        "| `of_stage` | 9 | 2 | 50.0 | 25.0 |  | 1.00 | 2.00 |" in found["stages"]
+        and weights in found["stages"]
+    )
+    assert "| twice as long | `of_tuned` | 1.0 | 80.0 | 40.0 |" in found["tries"]
 
 
 def test_claims_seeds_are_five_of_xgqa():

@@ -32,10 +32,9 @@ def run(command: str) -> int:
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_extending_page_section_runs(section, tmp_path, monkeypatch, scenes, model, corpus, capsys):
+def test_extending_page_section_runs(section, tmp_path, monkeypatch, scenes, corpus, capsys):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "scenes").symlink_to(scenes)
-    (tmp_path / "runs" / "sample_model").symlink_to(model)
     (tmp_path / "runs" / "corpus").symlink_to(corpus)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
