@@ -1,26 +1,21 @@
 """Compare published settings as distributions (`algorithm=priorband`) to TPE that tries them first, to TPE
 without them, and to random search: with a good, a weak and a wrong published setting.
 
-    python -m benchmarks.priors [--seeds 10]                       on a surrogate: minutes
-    python -m benchmarks.priors --real MODEL DATA [--seeds 3]      searches of paper 4's space on emoji scenes
+    python -m benchmarks.priors [--seeds 10]      minutes: on a surrogate
 
 The surrogate has six numbers and a choice of three. Its score falls with the squared distance from an optimum
 that the seed places, by a factor of its own in each knob; its noise is 0.02. A good published setting is a
 tenth of the range away in each number, a weak one three tenths, a wrong one in the opposite corner with
-another choice. The real space is that of `benchmarks.search`; there, the paper's own setting is the weak one,
-and the best and the worst of the grid, by its record, are the others. Trials cost the same. Appends to
-results/priors.jsonl.
+another choice. Trials cost the same. Appends to results/priors.jsonl.
 """
 
 import argparse
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import optuna
 
-from benchmarks import search
 from benchmarks.results import RESULTS, newest
 from raylib.display import markdown_table
 from raylib.fileio import append_jsonl, read_jsonl
@@ -47,32 +42,21 @@ CONTESTANTS = [  # (prior, name); what is not given the published setting does n
 TRIALS = 40
 CHECKPOINTS = (5, 10, 20, 40)  # trials after which the best is looked at
 NOISE = 0.02
-REAL_PUBLISHED = {  # of `benchmarks.search`'s space; its recorded grid has 9.5, 8.2 and 6.8 % there
-    "good": {"strategies.alignment.weight": 1.0, "optim.lr": 3e-3},
-    "weak": {"strategies.alignment.weight": 10.0, "optim.lr": 1e-3},
-    "wrong": {"strategies.alignment.weight": 100.0, "optim.lr": 3e-4},
-}
-REAL_TRIALS = 10
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--real", nargs=2, type=Path, metavar=("MODEL", "DATA"))
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--folder", type=Path, default=Path("runs/priors_benchmark"))
+    parser.add_argument("--seeds", type=int, default=10)
     given = parser.parse_args(arguments)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    done = {(line["space"], line["prior"], line["algorithm"], line["seed"]) for line in read_jsonl(FILE)}
-    space = "paper 4" if given.real else "surrogate"
-    for seed in range(given.seeds or (3 if given.real else 10)):
+    done = {(line["prior"], line["algorithm"], line["seed"]) for line in read_jsonl(FILE)}
+    for seed in range(given.seeds):
         for prior, name in CONTESTANTS:
-            if (space, prior, name, seed) in done:
-                continue
-            scores = search_real(given, prior, name, seed) if given.real else simulate(prior, name, seed)
-            line = {"space": space, "prior": prior, "algorithm": name, "seed": seed, "scores": scores}
-            append_jsonl(FILE, line)
+            if (prior, name, seed) not in done:
+                scores = simulate(prior, name, seed)
+                append_jsonl(FILE, {"prior": prior, "algorithm": name, "seed": seed, "scores": scores})
     print(table(read_jsonl(FILE)))
 
 
@@ -115,35 +99,16 @@ def simulate(prior: str, name: str, seed: int) -> list[float]:
     return found
 
 
-def search_real(given: argparse.Namespace, prior: str, name: str, seed: int) -> list[float]:
-    """Search paper 4's space; return the best German score after 5 and after all trials."""
-    algorithm, _ = ALGORITHMS[name]
-    space = search.SPACE._replace(published=(REAL_PUBLISHED[prior],) if prior else (), grid={})
-    settings = (f"algorithm={algorithm}", "early_stopping=none", f"num_trials={REAL_TRIALS}")
-    model, data = given.real
-    rows = search.search(model, data, given.folder / prior, seed, name, settings, space)["rows"]
-    scores = [row["score"] for row in rows if row["state"] == "finished"]
-    return [max(scores[:5]), max(scores)]
-
-
 def table(lines: Sequence[dict]) -> str:
-    """Markdown tables, one a space, of the best setting after so many trials: mean and 95 % interval."""
-    return "\n\n".join(_table(space, lines) for space in dict.fromkeys(line["space"] for line in lines))
-
-
-def _table(space: str, lines: Sequence[dict]) -> str:
-    marks = CHECKPOINTS if space == "surrogate" else (5, REAL_TRIALS)
-    what = "distance of the score from the best" if space == "surrogate" else "German mean recall, %"
-    rows = [[f"{space}: {what}", "published setting", "seeds", *(f"after {n} trials" for n in marks)]]
-    lines = [
-        line for line in newest(list(lines), "space", "prior", "algorithm", "seed") if line["space"] == space
-    ]
+    """Markdown of the best setting after so many trials: mean and 95 % interval."""
+    head = ["surrogate: distance of the score from the best", "published setting", "seeds"]
+    rows = [[*head, *(f"after {n} trials" for n in CHECKPOINTS)]]
+    lines = newest(list(lines), "prior", "algorithm", "seed")
     for prior, name in CONTESTANTS:
         found = [line["scores"] for line in lines if (line["prior"], line["algorithm"]) == (prior, name)]
         cells = []
         for scores in zip(*found, strict=True):
-            values = [1 - s for s in scores] if space == "surrogate" else [100 * s for s in scores]
-            mean, half = t_interval(values)
+            mean, half = t_interval([1 - score for score in scores])
             cells.append(f"{mean:.3f}" + (f" ± {half:.3f}" if half is not None else ""))
         rows.append([name, prior or "(not given)", str(len(found)), *cells])
     return markdown_table(rows, words=2)

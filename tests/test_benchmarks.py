@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -17,7 +18,7 @@ from raylib.text import Tokenizer
 
 FOLDER = results.ROOT / "benchmarks"
 LIBRARIES = {"__init__", "device", "dry", "results", "twin"}
-LIBRARIES |= {f"claims_{part}" for part in ("report", "runs", "search", "table")}
+LIBRARIES |= {f"claims_{part}" for part in ("report", "runs", "search", "table", "tasks")}
 LIBRARIES |= {f"gpu_{part}" for part in ("parts", "peers", "steps", "tables")}  # what scripts share; not run
 
 
@@ -35,6 +36,28 @@ def test_benchmark_tables_match_recorded_results(tmp_path):
             f"python -m benchmarks.record: {name}"
         )
         assert "Not measured yet" not in text
+
+
+# of README.md and docs/results.md, outside what is generated and commands: what is no measurement of ours
+ALLOWED_NUMBERS = {
+    "3.11": "Python's version",
+    "3.13": "Python's version",
+    "281.64": "parameters, counted by the code (tests/test_single_stream.py)",
+    "281.66": "parameters, printed in UC2's paper",
+    "95 %": "the level of intervals, raylib.metrics",
+}
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_pages_have_no_measured_number_that_is_not_generated(page):
+    text = (results.ROOT / page).read_text(encoding="utf-8")
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", text, flags=re.S)
+    text = re.sub(r"^```.*?^```|^    .*?$|`[^`\n]*`|\]\([^)]*\)", "", text, flags=re.S | re.M)
+    found = re.findall(
+        r"(?<![\w.-])\d+(?:[.,]\d+)*(?: ?(?:%|x\b|times\b|points?\b))|(?<![\w.-])\d+\.\d+", text
+    )
+    unknown = [number for number in found if number not in ALLOWED_NUMBERS]
+    assert not unknown, f"{page}: record what they are measured by, or give a reason in ALLOWED_NUMBERS"
 
 
 def test_scaling_page_matches_model_of_cost_and_records():
