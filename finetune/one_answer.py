@@ -39,8 +39,8 @@ def _signs(answers: Answers) -> Iterator[tuple[str, str]]:
 
 
 def footnotes(answers: Mapping[str, Answers]) -> list[str]:
-    """A line for each mark that the languages of a table have, those of which the same is to be told together;
-    answers: by what tells the language."""
+    """A line for each mark that the languages of a table have, with those together of which the same is to
+    be told; answers: by what tells the language."""
     found: dict[str, dict[str, list[str]]] = {mark: {} for mark in MARKS}
     for name, of in answers.items():
         for mark, text in _signs(of):

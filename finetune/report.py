@@ -17,7 +17,7 @@ from raylib.errors import UserError, reading
 from raylib.fileio import read_json, read_json_object, write_atomically, write_json
 from raylib.finite import require_finite_values
 from raylib.metrics import RANKS, mean_or_zero
-from raylib.monitoring import read_metrics
+from raylib.monitoring import list_losses, read_metrics
 from raylib.strict_json import Count, check_shape
 
 MOST_FREQUENT = "most frequent answer"
@@ -390,9 +390,7 @@ def draw_curve(run: Path) -> None:
     of `run`."""
     records = read_metrics(run)
     figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    losses = sorted(
-        {key for record in records for key in record if key.startswith("loss/")} - {"loss/grad_norm"}
-    )
+    losses = list_losses(records)
     epochs = {key: None for record in records for key in record if key.startswith("eval/test/")}
     curves = [key for key in epochs if key.count("/") == 2] + ["eval/similarity/mean"]
     right_keys = [(right, key, 100) for key in ("eval/score", *curves)]

@@ -208,6 +208,10 @@ def check(config: FinetuneConfig) -> Checked:
                 f"{config.task} is in {', '.join(task.languages)}: languages= names '{language}' too ({e}); "
                 f"set languages={','.join(task.languages)}"
             ) from None
+    for code in config.held_out_languages:
+        path = read_split(config, test_split(config, code), code).path
+        if not path.exists():
+            raise UserError(f"held_out_languages={code}: {config.task} has no test set in it: {path}")
     notes = _check_extra_tests(config)
     report.read_baselines(config)
     if config.trains_apart and config.resume != "newest":

@@ -47,7 +47,7 @@ from raylib.models.layers import BlockList
 from raylib.models.preprocessor import Preprocessing, read_preprocessing
 from raylib.models.recompute import set_recomputation
 from raylib.models.unified import UnifiedModel
-from raylib.monitoring import read_metrics
+from raylib.monitoring import list_losses, read_metrics
 from raylib.objectives.pretraining import UnifiedObjective
 from raylib.provenance import DataFile, commit, data_hash, provenance
 from raylib.randomness import hash64
@@ -403,9 +403,7 @@ def plot_curve(run: Path) -> None:
     """`curve.png`: losses, those of held-out samples dashed, and R@1, over the steps."""
     records = read_metrics(run)
     figure, (left, right) = open_pyplot().subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for name in sorted(
-        {k for r in records for k in r if k.startswith("loss/")} - {"loss/grad_norm", "loss/itm_accuracy"}
-    ):
+    for name in list_losses(records):
         points = [(r["step"], r[name]) for r in records if name in r]
         term = name.removeprefix("loss/")
         (line,) = left.plot(*zip(*points, strict=True), label=term, linewidth=1)

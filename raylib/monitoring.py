@@ -11,11 +11,11 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -70,6 +70,12 @@ class MetricsLog:
 def read_metrics(run: Path) -> list[dict]:
     """Return all records of a run, in order; a last line cut off by a crash is dropped."""
     return read_jsonl(run / "metrics.jsonl", StoredMetrics)
+
+
+def list_losses(records: Iterable[Mapping[str, Any]]) -> list[str]:
+    """List the losses in the records of a run, `loss/NAME`, without what stands beside them."""
+    names = {name for record in records for name in record if name.startswith("loss/")}
+    return sorted(names - {"loss/grad_norm", "loss/itm_accuracy"})
 
 
 class ProgressLog:

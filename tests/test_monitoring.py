@@ -18,7 +18,16 @@ from raylib.distributed import all_reduce
 from raylib.engine import OptimConfig, TorchEngine
 from raylib.errors import UserError
 from raylib.loop import Meter
-from raylib.monitoring import MetricsLog, ProgressLog, StallWatch, duration, layout, read_metrics, short
+from raylib.monitoring import (
+    MetricsLog,
+    ProgressLog,
+    StallWatch,
+    duration,
+    layout,
+    list_losses,
+    read_metrics,
+    short,
+)
 from raylib.runtime import LocalRuntime, peak_flops
 from tests import test_not_finite_run
 from tests.test_not_finite import Faulty, faulty_batch
@@ -349,3 +358,11 @@ def test_peak_of_known_devices(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == peak
     assert peak_flops(torch.device("cpu")) is None
+
+
+def test_losses_of_a_run_are_listed_without_what_stands_beside_them():
+    records = [
+        {"step": 1, "loss/itm": 1.0, "loss/itm_accuracy": 0.5, "loss/grad_norm": 2.0},
+        {"step": 2, "loss/a": 1.0, "eval/score": 0.1},
+    ]
+    assert list_losses(records) == ["loss/a", "loss/itm"]
