@@ -5,12 +5,13 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import claims, claims_report, claims_tasks, scenes_base
 from benchmarks.claims_report import Claim, judge, read_claims
 from benchmarks.claims_runs import TRIAL_SEED, Lab, Work, find, identity, num_seeds, settings_of, tuner_of
 from benchmarks.claims_table import EXPERIMENTS, space_of
-from finetune.recipes import RECIPES
+from finetune.recipes import RECIPES, SCENES_BASE
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_jsonl
@@ -307,6 +308,18 @@ def test_scenes_base_record_has_stages_and_tries_and_no_test_scores(tmp_path, mo
         and weights in found["stages"]
     )
     assert "| twice as long | `of_tuned` | 1.0 | 80.0 | 40.0 |" in found["tries"]
+
+
+@pytest.mark.skipif(not SCENES_BASE.is_dir(), reason="no model is shipped yet")
+def test_shipped_model_is_small_is_read_and_is_the_one_recorded():
+    import raylib.api as polyglance
+
+    assert sum(path.stat().st_size for path in SCENES_BASE.iterdir()) < 8e6
+    recorded = [r["weights"] for r in read_jsonl(scenes_base.FILE) if "weights" in r]
+    assert scenes_base.hash_files(SCENES_BASE, "*.safetensors") == recorded[-1]
+    model = polyglance.load(SCENES_BASE, "cpu")
+    assert all(p.dtype == torch.float32 for p in model.network.parameters())
+    assert model.encode_text(["a cat", "eine Katze"]).shape[0] == 2
 
 
 def test_claims_seeds_are_five_of_xgqa():
