@@ -204,11 +204,10 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 def space_of(name: str) -> Space:
     """Return what the search turns of an experiment: the learning rate, from a quarter to four times the
-    recipe's (of P4's, which are of a large model's weights, up to a hundred times), and its knobs."""
+    recipe's, and its knobs."""
     experiment = EXPERIMENTS[name]
     rate = RECIPES[experiment.recipe]().optim.lr
-    rates = Float(rate / 4, 4 * rate, log=True) if rate > 1e-4 else Float(rate, 100 * rate, log=True)
-    knobs = {"optim.lr": rates, **experiment.knobs}
+    knobs = {"optim.lr": Float(rate / 4, 4 * rate, log=True), **experiment.knobs}
     return Space(
         f"{name} of benchmarks.claims",
         experiment.recipe,
