@@ -117,7 +117,9 @@ def _from_shards(folder: Path) -> Iterator[RetrievalItem]:
 def _held_out(record: dict[str, Any], where: str) -> tuple[bool, tuple[str, ...]]:
     """A record's "heldout" and "heldout_languages"."""
     languages = record.get("heldout_languages", [])
-    if not isinstance(languages, list) or not all(map(is_language_code, languages)):
+    if not isinstance(languages, list) or not all(
+        isinstance(code, str) and is_language_code(code) for code in languages
+    ):
         raise UserError(f'{where}: "heldout_languages" is no list of language codes such as ["sw"]')
     return bool(record.get("heldout")), tuple(languages)
 

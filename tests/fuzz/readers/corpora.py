@@ -211,14 +211,22 @@ def load_retrieval(path: Path) -> Any:
                 assert all(isinstance(text, str) and text.strip() for text in texts) and texts
                 captions[language] = [" ".join(text.split()) for text in texts]
         assert captions
-        found.append((r["image"], (path / r["image"]).read_bytes(), captions, bool(r.get("heldout"))))
+        apart = r.get("heldout_languages", [])
+        assert isinstance(apart, list) and all(isinstance(code, str) for code in apart)
+        image = (path / r["image"]).read_bytes()
+        found.append((r["image"], image, captions, bool(r.get("heldout")), apart))
     assert found
     return found
 
 
 def retrieval_files() -> dict[str, str | bytes]:
     records = [
-        {"image": f"{n}.png", "captions": {"en": f"thing {n}", "de": [f"Ding {n}", "Ding"]}} for n in range(3)
+        {
+            "image": f"{n}.png",
+            "captions": {"en": f"thing {n}", "de": [f"Ding {n}", "Ding"]},
+            "heldout_languages": ["de"] * (n % 2),
+        }
+        for n in range(3)
     ]
     return {"captions.json": json.dumps(records), **{f"{n}.png": picture(n) for n in range(3)}}
 
