@@ -191,8 +191,6 @@ def scenes_text() -> PretrainConfig:
         "scenes_text",
         {
             "corpus": "scenes",
-            # of the one layer of each kind two: there must be something to unfreeze in fine-tuning
-            "init.layers": (0, 0, 1, 1),
             "objective.weights": TermWeights(tlm=0),
             "data.image_text.batch": 0,
             "data.parallel": StreamConfig(batch=384, length=32),
@@ -209,7 +207,7 @@ def scenes_names() -> PretrainConfig:
         "scenes_names",
         {
             "objective.train_embeddings": False,
-            "objective.frozen_text_layers": 2,
+            "objective.frozen_text_layers": 1,
             "objective.weights": TermWeights(itm=0, vlm=0),
             "data.parallel.batch": 0,
             "data.text.batch": 0,
@@ -249,14 +247,7 @@ def scenes_base() -> PretrainConfig:
 
 def _scenes_stage(name: str, changes: dict[str, Any]) -> PretrainConfig:
     """`tiny` with other settings, from weights that must be given, on one core."""
-    common = {
-        "name": name,
-        "runtime": "local",
-        "workers": 1,
-        "model.text_layers": 2,
-        "model.fusion_layers": 2,
-        "init.required": ("model",),
-    }
+    common = {"name": name, "runtime": "local", "workers": 1, "init.required": ("model",)}
     return change_settings(tiny(), common | changes)
 
 
