@@ -28,9 +28,7 @@ def normalize_pixels(images: Tensor, mean: PixelStats, std: PixelStats, dtype: t
     return (images.to(dtype) - shift) / scale
 
 
-PLACE_STD = (
-    0.02  # of a window's place at the start: at 0.1 a trained encoder names half as many small drawings
-)
+PLACE_STD = 0.5  # of a window's place at the start, beside states of variance 1
 
 
 class VisionBlock(RecomputedModule):
@@ -65,10 +63,11 @@ class VisionEncoder(SplitModule):
     """Pixels to M = (size / patch)^2 patch states behind one CLS state.
 
     With `window`, the image is cut into n windows of so many pixels, which never see each other: each has
-    the CLS state and the positions of an image of its own, and a learned place among them, random at first:
-    a frozen encoder whose places were alike could not tell one window from another. The states are
-    then the mean of the windows' CLS states, these n themselves, and the patches, window after window. An
-    encoder of single drawings so reads a scene of them.
+    the CLS state and the positions of an image of its own. The states are then the mean of the windows' CLS
+    states, these n themselves, and the patches, window after window; to those of each window its place among
+    them is added, learned, random at first: a frozen encoder whose places were alike could not tell one
+    window from another. An encoder of single drawings so reads a scene of them; what it sees in a window
+    does not depend on the place.
     """
 
     def __init__(
@@ -121,8 +120,6 @@ class VisionEncoder(SplitModule):
         dtype = self.norm.stream_dtype(embedded)
         cls = self.cls.to(dtype).expand(len(patches), 1, -1)
         x = torch.cat([cls, embedded.to(dtype)], 1) + self.position.to(dtype)
-        if self.place is not None:
-            x = x + self.place.to(dtype).repeat(b, 1)[:, None]
         x = self.dropout(x)
         for block in self.blocks:
             x = block(x)
@@ -132,6 +129,10 @@ class VisionEncoder(SplitModule):
             cls = x[:, :, 0]
             x = torch.cat([cls.mean(1, keepdim=True), cls, x[:, :, 1:].flatten(1, 2)], 1)
         x = self.norm(x)
+        if self.place is not None:
+            place = self.place.to(x.dtype)
+            whole = place.new_zeros(1, len(place[0]))
+            x = x + torch.cat([whole, place, place.repeat_interleave(patches.shape[1], 0)])
         return x if self.output is None else self.output(x)
 
     @property
