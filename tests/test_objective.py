@@ -205,8 +205,8 @@ def test_frozen_text_cache_respects_its_limit():
 
 
 def test_vision_windows_are_encoded_like_images_of_their_own():
-    """The states: the mean of the windows' CLS, these, then their patches; what one window shows changes no
-    other."""
+    """The states: the mean of the windows' CLS, these, then their patches, each with its window's place; what
+    one window shows changes no other."""
     whole, windowed = make_model(), make_model(image_size=32, vision_window=16)
     weights = {name: value.clone() for name, value in whole.vision.state_dict().items()}
     weights["place"] = 0.1 * torch.randn(4, 16, dtype=torch.float64)
@@ -217,15 +217,13 @@ def test_vision_windows_are_encoded_like_images_of_their_own():
     mean = 0
     for i in range(4):
         top, left = 16 * (i // 2), 16 * (i % 2)
-        with torch.no_grad():
-            whole.vision.position.copy_(weights["position"] + weights["place"][i])
-        norm = whole.vision.norm
+        norm, place = whole.vision.norm, weights["place"][i]
         norm.forward = lambda x: x
         raw = whole.encode_images(image[:, top : top + 16, left : left + 16]).values
         mean = mean + raw[0] / 4
         del norm.forward
-        torch.testing.assert_close(found.values[1 + i], norm(raw[0]))
-        torch.testing.assert_close(found.values[5 + 4 * i : 9 + 4 * i], norm(raw[1:]))
+        torch.testing.assert_close(found.values[1 + i], norm(raw[0]) + place)
+        torch.testing.assert_close(found.values[5 + 4 * i : 9 + 4 * i], norm(raw[1:]) + place)
     torch.testing.assert_close(found.values[0], norm(mean))
     windowed.vision.resize(48)
     assert windowed.vision.place.shape == (9, 16)
