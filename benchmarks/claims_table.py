@@ -71,8 +71,6 @@ ON = {
     "xvnli": ("baseline", "unfreezing", "mixing", "unfreezing_mixing"),
     "xflickrco": ("baseline", "unfreezing", "mixing", "unfreezing_mixing"),
 }
-# pairs with hard negatives take four times as long
-OF_TASK = {"xflickrco": ("candidates=8", "train_limit=10000", "epochs=4")}
 SLOW = {"prior_sparse": 2.2, "prior_sparse_mixing": 2.2}
 
 
@@ -81,7 +79,7 @@ def _method(task: str, name: str) -> Experiment:
     curves = CURVES if task == "xgqa" and name in ("baseline", "unfreezing") else ()
     return Experiment(
         f"scenes_{task}",
-        (*FROZEN_IMAGES, *OF_TASK.get(task, ()), *settings, *curves),
+        (*FROZEN_IMAGES, *settings, *curves),
         knobs,
         {path: AS_PUBLISHED[path] for path in knobs},
         cost=250.0 * SLOW.get(name, 1.0),
@@ -163,7 +161,7 @@ P3 = {
 
 def _scenes(task: str, *settings: str, **more: Any) -> Experiment:
     """Another experiment on the recipe of a task."""
-    return Experiment(f"scenes_{task}", (*FROZEN_IMAGES, *OF_TASK.get(task, ()), *settings), **more)
+    return Experiment(f"scenes_{task}", (*FROZEN_IMAGES, *settings), **more)
 
 
 EXPERIMENTS: dict[str, Experiment] = {
