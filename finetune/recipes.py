@@ -385,8 +385,8 @@ ON_SCENES: dict[str, Any] = {
 
 
 def _scenes(task: str, **more):
-    """Emoji scenes in the format of `task`, on two CPU cores: as many items and epochs as English needs to be
-    learnt, but not solved."""
+    """Emoji scenes in the format of `task`, on two CPU cores: of as many items as English needs to be learnt,
+    but not solved."""
     return _recipe(
         f"emoji scenes as {task}, on 2 CPU cores: {{method}}",
         name=f"scenes_{task}",
@@ -399,7 +399,8 @@ def _scenes(task: str, **more):
         freeze=("vision",),
         batch=64,
         optim=OptimConfig(lr=5e-4, weight_decay=0.05, warmup=0.1),
-        **{"epochs": 4, **more},
+        epochs=4,
+        **more,
     )
 
 
@@ -682,7 +683,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p2_xnli": _p2("p2_xnli", "table 8", "xnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "p2_snli_xvnli": _p2("p2_snli_xvnli", "table 8", "snli_xvnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     **_iglue_rows(),
-    "scenes_xgqa": _scenes("xgqa", epochs=8),
+    "scenes_xgqa": _scenes("xgqa"),
     "scenes_xvnli": _scenes("xvnli", train_limit=8000),
     "scenes_xflickrco": _scenes("xflickrco", train_limit=10000, candidates=8),
     "scenes_marvl": _scenes("marvl"),
