@@ -76,6 +76,7 @@ def test_single_stream_from_published_weights_runs_with_strategies(finetune, tmp
         f"model={file}",
         "backbone=uc2",
         f"regions={path}",
+        "freeze=[]",
         "strategies.sparse.rounds=1",
         "strategies.unfreezing.layers=1",
         "fit.bf16=true",
