@@ -388,7 +388,8 @@ def test_analyse_xgqa_run_writes_every_figure(train, scenes, capsys, recwarn):
     assert {code: len(points) for code, points in values["curves"]["score"].items()} == dict.fromkeys(
         codes, 2
     )
-    assert set(values["curves"]["by_type_mean"]) == {"verify", "query", "choose", "logical", "compare"}
+    kinds = {"verify", "query", "choose", "logical", "compare", "count"}
+    assert set(values["curves"]["by_type_mean"]) == kinds
     for code in codes:
         assert values["confusions"][code]["accuracy"] == result["accuracy"][code]
         assert values["confusions"][code]["accuracy_with_synonyms"] >= result["accuracy"][code]

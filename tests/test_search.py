@@ -32,6 +32,8 @@ LR = Space(
     {"optim.lr": Float(1e-5, 1e-2, log=True)},
     published=({"optim.lr": 5e-4},),
 )
+# so few steps teach entailment nothing: all trials would have the score of one answer
+RETRIEVAL = LR._replace(recipe="scenes_xflickrco")
 SMALL = (
     "epochs=3",
     'languages=["en","ru"]',
@@ -96,9 +98,8 @@ def callbacks():
 def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
     own = tmp_path / "my_callbacks.py"
     own.write_text(CALLBACKS)
-    folder = search(
-        LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2", f"callbacks={own}"
-    )
+    given = (RETRIEVAL, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
+    folder = search(*given, f"callbacks={own}", task=RETRIEVAL.recipe)
     ended = (tmp_path / "names.txt").read_text().split()
     assert {run.name for run in (folder / "trials").iterdir()} < set(ended)  # and those of the final runs
     rows = trials(folder)
@@ -130,15 +131,15 @@ def test_search_ends_with_runnable_config_and_report(search, tmp_path, capsys):
     assert best.run_test and best.optim.lr in [setting["optim.lr"] for setting in settings]
     assert finetune_main(["--config", str(folder / "best.yaml")]) == 0
     assert "mean of the targets" in capsys.readouterr().out
-    search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
+    search(*given, task=RETRIEVAL.recipe)
     assert "is complete" in capsys.readouterr().out
     (folder / "report.md").unlink()  # as if it had been killed before it was written
-    search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=2")
+    search(*given, task=RETRIEVAL.recipe)
     assert (folder / "report.md").read_text(encoding="utf-8") == report
     with pytest.raises(
         UserError, match=r"other settings \(search.reduction_factor\); give this one another name"
     ):
-        search(LR, "num_trials=4", "final_seeds=2", "early_stopping=asha", "reduction_factor=3")
+        search(*given[:-1], "reduction_factor=3", task=RETRIEVAL.recipe)
 
 
 LOGGERS = """
@@ -269,7 +270,9 @@ def test_search_trials_share_cached_objects(tmp_path):
 
 
 def test_search_stopped_trials_are_pruned_in_optuna(search):
-    folder = search(LR, "num_trials=6", "reduction_factor=2", "max_concurrent=1")
+    folder = search(
+        RETRIEVAL, "num_trials=6", "reduction_factor=2", "max_concurrent=1", task=RETRIEVAL.recipe
+    )
     states = {row["state"] for row in trials(folder)}
     (study,) = _studies(folder)
     optuna_states = {"finished": "COMPLETE", "stopped": "PRUNED", "failed": "FAIL"}
