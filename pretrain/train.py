@@ -228,14 +228,17 @@ def _tell_preprocessing(model: UnifiedModel, folder: Path) -> None:
 
 def _continue(model: UnifiedModel, folder: str, layers: tuple[int, ...] | None) -> None:
     """All weights of an export or a run into `model`. Images may get another resolution; what was an encoder
-    of whole images may become one of windows as large; and by `layers` (`InitConfig.layers`) there may be
-    more layers of text and fusion, or fewer."""
+    of whole images may become one of windows as large; fusion by cross-attention one by self-attention alone
+    (paper 2, "w/o uni-arch"), which has less weights; and by `layers` (`InitConfig.layers`) there may be more
+    layers of text and fusion, or fewer."""
     before = UnifiedModel.from_pretrained(find_model(folder))
     new, old = model.sizes_to_store(), before.sizes_to_store()
     windowed = old["vision_window"] is None and new["vision_window"] == old["image_size"]
     free = ["dropout", "temperature", "image_size", "preprocess"]
     if windowed:
         free.append("vision_window")
+    if (old["fusion"], new["fusion"]) == ("cross", "entangled"):
+        free.append("fusion")
     if layers is not None:
         free += ["text_layers", "fusion_layers"]
     differ = [f"model.{k}={old[k]}" for k in new if new[k] != old[k] and k not in free]
@@ -247,6 +250,8 @@ def _continue(model: UnifiedModel, folder: str, layers: tuple[int, ...] | None) 
     if layers is not None:
         before = _with_layers(before, folder, model.config, layers)
     weights = before.state_dict()
+    if "fusion" in free:
+        weights = {name: value for name, value in weights.items() if ".cross_" not in name}
     if windowed:
         weights["vision.place"] = model.state_dict()["vision.place"]  # random
     model.load_state_dict(weights)

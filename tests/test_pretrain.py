@@ -193,6 +193,9 @@ def test_pretrain_second_stage_with_other_layers(mini, tmp_path):
             build_model(mini(start, *deeper, f"init.layers={layers}"))
     with pytest.raises(UserError, match=r"set model\.text_layers=1 model\.fusion_layers=1 or init\.layers$"):
         build_model(mini(start, *deeper))
+    entangled = build_model(mini(start, "model.fusion=entangled")).state_dict()
+    assert all(value.equal(stored[name]) for name, value in entangled.items())
+    assert {name.split(".")[3] for name in stored.keys() - entangled} == {"cross_attention", "cross_norm"}
 
 
 def test_pretrain_second_stage_starts_from_run_or_export(mini, tmp_path):
