@@ -58,7 +58,7 @@ def test_finetune_run_writes_documented_files(finetune, tmp_path, task):
     assert set(scores) == {"en", "ru"} and found["gap"] == pytest.approx(scores["en"] - scores["ru"])
     assert 0 < found["trainable"] <= found["params"] and found["sparsity"] == 0
     if task == "xgqa":
-        assert set(found["by_type"]["ru"]) == {"verify", "query", "choose", "logical", "compare"}
+        assert set(found["by_type"]["ru"]) == {"verify", "query", "choose", "logical", "compare", "count"}
     assert all((tmp_path / "first" / name).stat().st_size > 5000 for name in ("result.png", "curve.png"))
     recorded = {key for line in read_metrics(tmp_path / "first") for key in line}
     assert {
