@@ -130,7 +130,7 @@ class InitConfig(Config):
         if missing := [name for name in self.required if not given[name]]:
             wanted = " ".join(f"init.{name}=FOLDER ({START_FOLDERS[name]})" for name in missing)
             raise UserError(
-                f"{recipe} starts from published weights, and would start from random ones: give {wanted}; "
+                f"{recipe} starts from weights that are given, not from random ones: give {wanted}; "
                 "or insist: init=scratch, before any other init."
             )
 
