@@ -154,7 +154,7 @@ def test_help_lists_recipes_by_family_without_what_the_title_says():
 @pytest.mark.parametrize(
     ("main", "arguments", "words"),
     [
-        (pretrain, ["tiny", "--help"], "  fit.steps = 1200  (integer, 0 or more)"),
+        (pretrain, ["tiny", "--help"], "  fit.steps = 1500  (integer, 0 or more)"),
         (pretrain, ["tiny", "fit.steps=7", "-h"], "  fit.steps = 7  (integer, 0 or more)"),
         (finetune, ["p2_xvnli", "--help"], "  batch = 512  (integer, 1 or more)"),
         (finetune, ["settings", "strategies.prior"], "  strategies.prior.k = 10  (integer, 1 or more)"),

@@ -53,7 +53,14 @@ def use(run, is_finetuned, names=("evaluate", "export", "finetune", "verify", "r
         "runtime=local",
         *QUICK,
     ]
-    settings = ["scenes_xvnli", f"model={run}", "name=again", 'languages=["en"]', *small]
+    settings = [
+        "scenes_xvnli",
+        f"model={run}",
+        "name=again",
+        'languages=["en"]',
+        "held_out_languages=[]",
+        *small,
+    ]
     commands = {
         "evaluate": (main, ["evaluate", run, *([] if is_finetuned else ["images"])]),
         "export": (pretrain, ["export", run, "exported"]),

@@ -206,6 +206,7 @@ RUN = [
     "fit.bf16=false",
     "fit.loader_workers=0",
     "languages=[]",
+    "held_out_languages=[]",
     "freeze=[]",
     "extra_tests={}",
     "shuffled_images=false",

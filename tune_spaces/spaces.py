@@ -284,14 +284,14 @@ SPACES: dict[str, Space] = {
                 "data.parallel.alpha": 0.3,
                 "data.image_text.batch": 512,
                 "data.parallel.batch": 1024,
-                "data.text.batch": 32,
+                "data.text.batch": 16,
             },
             {
                 "data.text.alpha": 0.3,
                 "data.parallel.alpha": 1.0,
                 "data.image_text.batch": 512,
                 "data.parallel.batch": 1024,
-                "data.text.batch": 32,
+                "data.text.batch": 16,
             },  # the paper's exponents: WikiMatrix as it is
         ),
         grid={"data.text.alpha": (0.3, 0.5, 0.7, 1.0), "data.parallel.alpha": (0.3, 0.5, 0.7, 1.0)},
