@@ -21,6 +21,7 @@ from raylib.monitoring import read_metrics
 from raylib.search.config import SearchConfig
 from raylib.search.space import Choice, Float, OneOf, Space
 from raylib.search.trial import read_reports
+from tests.conftest import QUICK
 from tests.factories import search_cluster
 from tune_spaces.jobs import FinetuneSearchJob
 
@@ -34,20 +35,7 @@ LR = Space(
 )
 # so few steps teach entailment nothing: all trials would have the score of one answer
 RETRIEVAL = LR._replace(recipe="scenes_xflickrco")
-SMALL = (
-    "epochs=3",
-    'languages=["en","ru"]',
-    "test_limit=12",
-    "train_limit=60",
-    "image_size=16",
-    "batch=30",
-    "fit.bf16=false",
-    "fit.loader_workers=0",
-    "fit.log_every=1",
-    "freeze=[]",
-    "extra_tests={}",
-    "shuffled_images=false",
-)
+SMALL = (*QUICK, "epochs=3", 'languages=["en","ru"]', "test_limit=12", "train_limit=60", "batch=30")
 
 
 @pytest.fixture(scope="module", autouse=True)
