@@ -110,7 +110,7 @@ def current_runs(records: Sequence[Record]) -> dict[str, list[Record]]:
         name, seed = record["name"], record["seed"]
         if record["kind"] != "run" or name not in EXPERIMENTS or seed >= num_seeds(name):
             continue  # teachers of trials have seeds of their own
-        if record["settings"] == Work("run", name, seed).settings():
+        if record["config"] == Work("run", name, seed).key()["config"]:
             runs[name].append(record)
     return {name: newest(list(of_name), "seed") for name, of_name in runs.items()}
 

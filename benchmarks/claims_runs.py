@@ -16,12 +16,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.claims_search import contest_settings, read_contest
-from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, UNTUNED, space_of
+from benchmarks.claims_search import contest_settings, contest_space, read_contest
+from benchmarks.claims_table import (
+    EXPERIMENTS,
+    PRETRAINING_RECIPE,
+    PRETRAININGS,
+    UNTUNED,
+    pretraining_command,
+    space_of,
+)
 from benchmarks.results import RESULTS, commit
 from finetune.config import SHUFFLED_IMAGES
 from finetune.one_answer import marks_of
+from finetune.recipes import RECIPES
 from finetune.report import extra_scores, scores_of
+from pretrain.recipes import RECIPES as PRETRAINING_RECIPES
+from raylib.config import Config
 from raylib.fileio import append_jsonl, file_lock, read_json_object, read_jsonl, sha256_file
 
 FILE = RESULTS / "claims.jsonl"
@@ -58,7 +68,7 @@ class Work(NamedTuple):
         return before
 
     def settings(self) -> list[str]:
-        """Return what a record must say of its settings to be of this work as it is planned now."""
+        """Return the settings that make this work what it is, for a reader of its record."""
         if self.kind == "pretraining":
             return list(PRETRAININGS[self.name])
         if self.kind == "search":
@@ -68,6 +78,39 @@ class Work(NamedTuple):
             [f"{path}: {knob}" for path, knob in experiment.knobs.items()] if self.kind == "choice" else []
         )
         return [experiment.recipe, *experiment.settings, *knobs]
+
+    def key(self) -> dict[str, Any]:
+        """Return what a record must say to be of this work as it is planned now."""
+        return {"kind": self.kind, "name": self.name, "seed": self.seed, "config": config_hash(*self[:2])}
+
+
+@functools.cache
+def config_hash(kind: str, name: str) -> str:
+    """Return 16 digits of a SHA-256 over all that a work's outcome hangs on beside its seed, model and
+    scenes: its settings, what its recipe holds, and the work that it needs."""
+    work = Work(kind, name)
+    if kind == "pretraining":
+        recipe: Config = PRETRAINING_RECIPES[PRETRAINING_RECIPE]()
+    elif kind == "search":
+        recipe = RECIPES[contest_space(name).recipe]()
+    else:
+        recipe = RECIPES[EXPERIMENTS[name].recipe]()
+    held = recipe.model_dump(mode="json", exclude={"name", "runs", "model", "data"})
+    parts: list[Any] = [work.settings(), _without_empty(held)]
+    if kind == "search":
+        parts.append(contest_space(name))
+    elif kind == "choice":
+        parts.append(dict(EXPERIMENTS[name].published))
+    parts += [config_hash(other.kind, other.name) for other in work.needs()]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=vars).encode()).hexdigest()[:16]
+
+
+def _without_empty(settings: Any) -> Any:
+    """Leave out what is off, so that a new setting, off by default, makes no record an old one."""
+    if not isinstance(settings, dict):
+        return settings
+    kept = {name: _without_empty(value) for name, value in settings.items()}
+    return {name: value for name, value in kept.items() if value not in (None, False, "", [], {})}
 
 
 class Lab(NamedTuple):
@@ -124,7 +167,7 @@ def num_seeds(name: str) -> int:
 
 def find(records: Sequence[dict[str, Any]], work: Work) -> dict[str, Any] | None:
     """Return the newest record of a piece of work."""
-    key = {"kind": work.kind, "name": work.name, "seed": work.seed, "settings": work.settings()}
+    key = work.key()
     return next((r for r in reversed(records) if all(r.get(k) == v for k, v in key.items())), None)
 
 
@@ -133,9 +176,8 @@ def do(lab: Lab, work: Work) -> bool:
     maker = {"run": run, "choice": choose, "pretraining": pretrain, "search": search}[work.kind]
     outcome = maker(lab, work)
     record = {
+        **work.key(),
         "kind": FAILED if outcome.status else work.kind,
-        "name": work.name,
-        "seed": work.seed,
         "settings": work.settings(),
         **identity(lab.model, lab.scenes),
         **outcome.figures,
@@ -298,8 +340,6 @@ def read_trials(folder: Path, knobs: Sequence[str]) -> tuple[list[dict[str, Any]
 
 def pretrain(lab: Lab, work: Work) -> Outcome:
     """Pretrain an ablation, and export it."""
-    from benchmarks.claims_table import pretraining_command
-
     place = [f"name={work.label}", f"runs={lab.folder}", f"fit.seed={work.seed}"]
     outcome = spawn(lab.log(work), *pretraining_command(lab.model), *place, *PRETRAININGS[work.name])
     export = lab.folder / f"{work.label}_model"

@@ -126,6 +126,7 @@ P4 = {
 }
 
 # P2, table 5: the last stage of `scenes_base`, from the model that is aligned already, without a term
+PRETRAINING_RECIPE = "scenes_base"
 PRETRAININGS: dict[str, tuple[str, ...]] = {
     "all": (),
     "no_tlm": ("objective.weights.tlm=0",),
@@ -216,4 +217,4 @@ def space_of(name: str) -> Space:
 
 def pretraining_command(model: Path) -> list[object]:
     """Return the command of the ablations' pretraining."""
-    return ["pretrain", "scenes_base", f"init.model={model}", "runtime=local", "workers=1"]
+    return ["pretrain", PRETRAINING_RECIPE, f"init.model={model}", "runtime=local", "workers=1"]

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import claims, claims_report, claims_tasks, scenes_base
+from benchmarks import claims, claims_report, claims_runs, claims_tasks, scenes_base
 from benchmarks.claims_report import Claim, judge, read_claims
 from benchmarks.claims_runs import TRIAL_SEED, Lab, Work, find, identity, num_seeds, settings_of, tuner_of
-from benchmarks.claims_table import EXPERIMENTS, space_of
+from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, space_of
 from finetune.recipes import RECIPES, SCENES_BASE
+from pretrain.recipes import RECIPES as PRETRAINING_RECIPES
 from raylib.config import override
 from raylib.errors import UserError
 from raylib.fileio import append_jsonl, read_jsonl
@@ -33,7 +34,7 @@ def lab(tmp_path):
 
 def record(lab, work, seconds=3600.0, **more):
     return {
-        **{"kind": work.kind, "name": work.name, "seed": work.seed, "settings": work.settings()},
+        **work.key(),
         **identity(lab.model, lab.scenes),
         **{"cpu_seconds": seconds, "commit": "", "date": "", "precision": "float32", "chosen": {}, **more},
     }
@@ -81,10 +82,48 @@ def test_claims_record_of_other_model_scenes_or_settings_is_not_done(lab):
     append_jsonl(lab.records, record(lab, work))
     assert find(lab.read(), work)
     assert find(lab.read(), Work("run", "xgqa/baseline", 2)) is None
-    assert find([record(lab, work) | {"settings": ["scenes_xgqa"]}], work) is None
+    assert find([record(lab, work) | {"config": "of other settings"}], work) is None
     (lab.model / "weights.safetensors").write_text("another")
     identity.cache_clear()
     assert find(lab.read(), work) is None
+
+
+def test_claims_record_counts_while_its_recipe_choice_and_teacher_are_what_they_were(monkeypatch):
+    """And no other experiment is touched by a changed number; nor any by a new setting that is off."""
+
+    def hashes():
+        claims_runs.config_hash.cache_clear()
+        return {work: work.key()["config"] for work in claims.plan(read_claims())}
+
+    def changed(recipes, name, settings):
+        before = hashes()
+        with monkeypatch.context() as patch:
+            recipe = override(recipes[name](), settings)
+            patch.setitem(recipes, name, lambda: recipe)
+            after = hashes()
+        claims_runs.config_hash.cache_clear()
+        return {f"{work.kind} {work.name}" for work in before if before[work] != after[work]}
+
+    assert changed(RECIPES, "transfer_student", ["batch=32"]) == {
+        "choice p3/augmentation",
+        "run p3/augmentation",
+    }
+    assert changed(RECIPES, "scenes_marvl", ["optim.betas=[0.9,0.98]"]) == {
+        *("choice marvl/baseline", "run marvl/baseline", "choice marvl/after_xgqa", "run marvl/after_xgqa")
+    }
+    # of xgqa: its searches, what goes on from its runs, and students of its model
+    of_xgqa = changed(RECIPES, "scenes_xgqa", ["optim.weight_decay=0.01"])
+    assert {"search xgqa/TPE, ASHA", "run marvl/after_xgqa", "choice p3/distillation"} <= of_xgqa
+    assert not any("xvnli" in name or "p4/" in name for name in of_xgqa)
+    assert changed(PRETRAINING_RECIPES, "scenes_base", ["fit.steps=999"]) == {
+        f"{kind} {name}"
+        for kind in ("pretraining", "run")
+        for name in (PRETRAININGS if kind == "pretraining" else EXPERIMENTS)
+        if kind == "pretraining" or EXPERIMENTS[name].pretraining
+    }
+    assert not changed(
+        RECIPES, "scenes_xgqa", ["name=other", "model=elsewhere", "runs=there", "augment=null"]
+    )
 
 
 def do_quickly(done, fails=()):
@@ -232,7 +271,7 @@ def test_claims_table_tells_of_what_is_there(lab):
     assert "| xgqa/prior |  | 5 | 90.0 ± 0.0 | 61.0 ± 15.8 | 0.0 ± 0.0 |" in claims_report.experiments_table(
         runs
     )
-    old = [record(lab, Work("run", "xgqa/prior", 0)) | {"settings": ["another"]}]
+    old = [record(lab, Work("run", "xgqa/prior", 0)) | {"config": "another"}]
     old.append(record(lab, Work("run", "xgqa/prior", TRIAL_SEED)))
     assert not claims_report.current_runs(old), "changed since, or the teacher of a trial"
 

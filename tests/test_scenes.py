@@ -288,6 +288,11 @@ def test_mistranslate_makes_each_kind_of_error():
     assert {"Is this in the picture: cat?", "Is this in the picture: banana?"} < both
     assert "The left picture shows banana, the right one cat." in errors("two_lr", ("cat", "banana"))
     assert not any("food" in text for text in errors("s_has", ("fruit",)))
+    # all that its category has: something of another one
+    assert all(
+        text.startswith("A picture with these things: ") and text.endswith(" and bed.")
+        for text in errors("cap2", ("chair", "bed"))
+    )
 
 
 def test_scenes_languages_are_parallel_and_answers_english(scenes):

@@ -94,6 +94,10 @@ def mistranslate(statement: Statement, dice: Dice) -> Statement:
     if statement.position is not None:
         # the other side, or the other end
         wrong += [statement._replace(position=statement.position ^ flip) for flip in (1, 2)]
+    if not wrong:  # the names are all that their category has: something of another one
+        related = set(statement.names).union(*map(related_labels, statement.names))
+        other = dice.pick([name for name in read_labels() if name not in related])
+        wrong.append(statement._replace(names=(other, *statement.names[1:])))
     return dice.pick(wrong)
 
 
