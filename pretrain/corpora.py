@@ -27,7 +27,7 @@ import raylib.sample.scenes
 import raylib.text
 from pretrain.corpus_formats import LIMIT, Tally, read_image_text, read_pairs, read_text
 from raylib.command import add_max_pixels, command_parser, entry_point, local_path
-from raylib.data import index, shards, tars
+from raylib.data import augmentation, index, shards, tars
 from raylib.data.shards import ShardWriter
 from raylib.errors import UserError
 from raylib.fileio import sha256_file
@@ -215,7 +215,7 @@ def _fingerprint(tokenizer: Path) -> str:
     parts = ("captions", "pictures", "sentences", "udhr")
     files = [path for part in parts for path in sorted((DATA / part).iterdir())]
     files.append(raylib.sample.scenes.DATA / "labels.json")  # what is true of a scene
-    modules = (raylib.sample, shards, tars, index, raylib.text)
+    modules = (raylib.sample, augmentation, shards, tars, index, raylib.text)
     code = [Path(str(module.__file__)) for module in modules]
     hashes = map(sha256_file, [*files, tokenizer, *code, Path(__file__)])
     return hashlib.sha256("".join(hashes).encode()).hexdigest()[:16]

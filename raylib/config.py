@@ -283,6 +283,9 @@ def validate(cls: type[ConfigT], values: dict[str, Any], where: str, run: Path |
             advice = f"; or name your file: {path}=FILE.py" if first["type"] == NO_USER_FILE else ""
             similar = suggest(path, setting_paths(cls))
             raise UserError(f"{where}: unknown setting '{path}'{similar}{advice}") from None
+        if first["type"] == "missing" and isinstance(first["loc"][-1], int):  # of a list of fixed length
+            listed, given = path.rpartition(".")[0], json.dumps(first["input"], default=str)
+            raise UserError(f"{where}: {listed}: a list of too few values: {given}; give one more") from None
         if first["type"] == "missing":
             raise UserError(
                 f"{where}: no setting '{path}'; give one, or a run or file of this command's"

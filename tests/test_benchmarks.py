@@ -226,5 +226,7 @@ def test_gpu_benchmark_rehearses_on_a_cpu(tmp_path):
         if "failed" in str(value) or "left out" in str(value)
     ]
     # open_clip is a wheel that requirements.txt has not
-    assert all(part == "open_clip" and "No module named 'open_clip'" in str(v) for part, _, v in failures)
+    assert all(part == "open_clip" and "No module named 'open_clip'" in str(v) for part, _, v in failures), (
+        failures
+    )
     assert parts["step"]["base"]["ms"] > 0 and parts["twin"]["ratio"] > 0

@@ -1,5 +1,6 @@
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import re
@@ -25,12 +26,14 @@ from raylib.sample import (
     DATA,
     HELD_OUT_LANGUAGE,
     LANGUAGES,
+    QUESTION_COPIES,
     TRAINED_LANGUAGES,
     Caption,
     align,
     align_declaration,
     catalogues,
     is_held_out,
+    list_training_pairs,
     list_training_sentences,
     read_concept_captions,
     read_declaration,
@@ -40,7 +43,8 @@ from raylib.sample import (
     read_training_captions,
     rebuild,
 )
-from raylib.sample.scenes import read_templates
+from raylib.sample.rebuild import train_tokenizer
+from raylib.sample.scenes import fill_template, read_templates, translate_name
 from raylib.text import Tokenizer
 
 CONCEPTS, HELD_OUT, DRAWN = 1378, 122, 1364
@@ -247,6 +251,45 @@ def test_sample_tokenizer_keeps_names_short_and_known():
     question, name = tokenizer.encode(["Is this in the picture: cat?", "octopus"])
     assert len(question) == 8 and len(name) < 6
     assert np.mean(np.concatenate(ids) == tokenizer.unk) < 0.001
+
+
+def test_sample_tokenizer_cuts_templates_into_pieces_that_pretraining_meets():
+    """None is a template's alone, such as "▁картинке": no text of pretraining has it."""
+    tokenizer, templates = Tokenizer.load(DATA / "tokenizer.model"), read_templates()["templates"]
+    asked, met = [], np.zeros(tokenizer.vocabulary, int)
+    for language in TRAINED_LANGUAGES:
+        texts = list_training_sentences(language, sentences=True)
+        met += np.bincount(np.concatenate(tokenizer.encode(texts)), minlength=len(met))
+        asked += [
+            fill_template(
+                template,
+                language,
+                {"A": translate_name("cat", language), "B": translate_name("dog", language)},
+                0,
+                2,
+            )
+            for template, by_language in templates.items()
+            if language in by_language
+        ]
+    pieces = np.unique(np.concatenate(tokenizer.encode(asked)))
+    words = [i for i in pieces if len(tokenizer.pieces([i])[0].strip("▁")) > 1]
+    assert len(words) > 300 and not tokenizer.pieces([i for i in words if not met[i]])
+
+
+@pytest.mark.slow
+def test_sample_tokenizer_is_made_again_to_the_byte(tmp_path):
+    train_tokenizer(tmp_path / "tokenizer.model")
+    assert (tmp_path / "tokenizer.model").read_bytes() == (DATA / "tokenizer.model").read_bytes()
+
+
+def test_sample_questions_lie_apart_from_their_copies():
+    pairs = list_training_pairs("de", sentences=True)
+    questions = {pair for pair in read_sentence_pairs("de") if pair[0].endswith("?")}
+    places = [i for i, pair in enumerate(pairs) if pair in questions]
+    assert len(places) == QUESTION_COPIES * len(questions)
+    beside = sum(a == b and a in questions for a, b in itertools.pairwise(pairs))
+    assert beside < 10, "copies lie beside each other"
+    assert set(pairs) >= set(list_training_pairs("de"))
 
 
 def test_sample_text_is_nfc_and_complete_in_every_language():

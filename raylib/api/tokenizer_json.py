@@ -121,7 +121,11 @@ def _convert_parts(path: Path) -> tokenizers.Tokenizer:
     kinds = {piece.type for piece in proto.pieces}
     if proto.trainer_spec.model_type != UNIGRAM or not kinds <= {NORMAL, UNKNOWN, CONTROL, UNUSED}:
         raise NotConvertible(f"{path.name}: no unigram model of plain pieces")
-    pieces = [(piece.piece, piece.score) for piece in proto.pieces]
+    # to a piece that is not used, which the library knows nothing of, goes a name that no text has
+    pieces = [
+        (f"{SEPARATOR}{i}" if piece.type == UNUSED else piece.piece, piece.score)
+        for i, piece in enumerate(proto.pieces)
+    ]
     if pieces[0][0] == "<unk>":  # XLM-R's kind, by fairseq's ids
         special = [(name, 0.0) for name in ("<s>", "<pad>", "</s>", "<unk>")]
         pieces = [*special, *pieces[3:], ("<mask>", 0.0)]

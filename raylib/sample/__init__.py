@@ -43,6 +43,7 @@ LANGUAGES = (
     *("en", "ar", "bg", "bn", "cs", "da", "de", "el", "es", "et", "fr", "hi", "id", "ja", "ko", "pt"),
     *("ru", "sw", "ta", "tr", "vi", "zh"),
 )
+QUESTION_COPIES = 8  # of each question among the pairs of sentences
 HELD_OUT_LANGUAGE = "sw"  # in no training text: evaluation shows it apart
 TRAINED_LANGUAGES = tuple(code for code in LANGUAGES if code != HELD_OUT_LANGUAGE)
 TRAINING_VENDORS = ("noto", "twemoji")
@@ -167,10 +168,11 @@ def align_declaration(language: str) -> list[tuple[str, str]]:
 
 def list_training_pairs(language: str, sentences: bool = False) -> list[tuple[str, str]]:
     """List (English, `language`): names, keyword lists, the Declaration and, if asked for, `sentences`, in a
-    scattered order."""
+    scattered order; of these the questions `QUESTION_COPIES` times, for they are few, and tasks ask."""
     captions = _pair_captions(read_training_captions("en"), read_training_captions(language))
-    more = read_sentence_pairs(language) if sentences else ()
-    return _scatter_pairs([*align_declaration(language), *captions, *more])
+    more = read_sentence_pairs(language) if sentences else []
+    questions = [pair for pair in more if pair[0].endswith("?")]
+    return _scatter_pairs([*align_declaration(language), *captions, *more], questions)
 
 
 def list_held_out_pairs(language: str) -> list[tuple[str, str]]:
@@ -185,8 +187,14 @@ def _pair_captions(english: Mapping[str, Caption], other: Mapping[str, Caption])
             yield ", ".join(caption.keywords), ", ".join(other[key].keywords)
 
 
-def _scatter_pairs(pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return sorted(pairs, key=lambda pair: stable_hash("\t".join(pair)))
+def _scatter_pairs(
+    pairs: Iterable[tuple[str, str]], questions: Sequence[tuple[str, str]] = ()
+) -> list[tuple[str, str]]:
+    keyed = [("\t".join(pair), pair) for pair in pairs]
+    # a copy lies elsewhere: two in a batch would be taken for sentences that differ
+    copies = range(1, QUESTION_COPIES)
+    keyed += [("\t".join((*pair, str(copy))), pair) for copy in copies for pair in questions]
+    return [pair for _, pair in sorted(keyed, key=lambda item: stable_hash(item[0]))]
 
 
 def list_training_sentences(language: str, sentences: bool = False) -> list[str]:

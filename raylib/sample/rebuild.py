@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 import unicodedata
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from raylib.sample import (
     TRAINING_VENDORS,
     UNSEEN_VENDOR,
     is_held_out,
+    list_training_pairs,
     list_training_sentences,
     read_concept_captions,
 )
@@ -57,6 +59,7 @@ NPM_PACKAGES = {
 }
 DRAWING_SIZE = 64  # pixels
 PIECES = 12_000  # of the tokenizer
+RARE = 4  # a piece that pretraining meets less often is not used
 # files of the Declaration, in the order of LANGUAGES: of several versions the one that our text is in
 _FILES = (
     *("eng", "arb", "bul", "ben", "ces", "dan", "deu_1996", "ell_monotonic", "spa", "est", "fra"),
@@ -221,7 +224,7 @@ def list_tokenizer_sentences(language: str) -> Iterator[str]:
                 "A": translate_name(name, language),
                 "B": translate_name(labels[i - 1 - number], language),
             }
-            yield fill_template(template, language, slots, i % 4)
+            yield fill_template(template, language, slots, i % 4, 2 + i % 3)
 
 
 def train_tokenizer(path: Path, pieces: int = PIECES) -> None:
@@ -243,7 +246,29 @@ def train_tokenizer(path: Path, pieces: int = PIECES) -> None:
         num_threads=1,
         minloglevel=1,
     )
-    path.write_bytes(model.getvalue())
+    path.write_bytes(_drop_rare_pieces(model.getvalue()))
+
+
+def _drop_rare_pieces(model: bytes) -> bytes:
+    """Mark the pieces that pretraining hardly meets as unused, so that a text is of others: templates have
+    words of their own ("▁картинке", "▁图中有几个"), whose embeddings nobody would train."""
+    # its module is made when sentencepiece is imported
+    from sentencepiece import sentencepiece_model_pb2 as files
+
+    tokenizer = sentencepiece.SentencePieceProcessor(model_proto=model)
+    met: Counter[int] = Counter()
+    for language in TRAINED_LANGUAGES:
+        texts = list_training_sentences(language, sentences=True)
+        if language != "en":
+            texts += itertools.chain.from_iterable(list_training_pairs(language, sentences=True))
+        for ids in tokenizer.encode(texts):
+            met.update(ids)
+    proto = files.ModelProto()  # type: ignore[attr-defined]
+    proto.ParseFromString(model)
+    for i, piece in enumerate(proto.pieces):
+        if piece.type == piece.NORMAL and len(piece.piece.strip("▁")) > 1 and met[i] < RARE:
+            piece.type = piece.UNUSED
+    return proto.SerializeToString()
 
 
 def _key(unified: str) -> str:
