@@ -328,15 +328,26 @@ def test_scenes_base_record_has_stages_and_tries_and_no_test_scores(tmp_path, mo
             "dev": {"en": 0.8, "de": 0.4},
         },
         "tested": {"run": "tested", "seconds": 60.0, "evaluation_precision": "float32"},
+        "other_seed": {
+            "run": "other_seed",
+            "seconds": 60.0,
+            "evaluation_precision": "float32",
+            "accuracy": {"en": 0.7, "de": 0.2, "sw": 0.0},
+        },
     }
     for name, result in results.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text(json.dumps(result))
-        settings = {"recipe": f"of_{name}"} | ({} if name == "stage" else {"task": "xgqa"})
+        scenes = {"task": "xgqa", "data": str(tmp_path / f"scenes_of_{name}")}
+        settings = {"recipe": f"of_{name}"} | ({} if name == "stage" else scenes)
         (tmp_path / name / "config.json").write_text(json.dumps(settings))
+    for name, seed in {"tested": 0, "other_seed": 1}.items():
+        (tmp_path / f"scenes_of_{name}").mkdir()
+        (tmp_path / f"scenes_of_{name}" / "settings.json").write_text(json.dumps({"seed": seed}))
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     scenes_base.main([str(tmp_path), str(tmp_path / "stage")])
     scenes_base.main(["--try", "twice as long", str(tmp_path / "tuned")])
+    scenes_base.main(["--try", "other scenes", str(tmp_path / "other_seed")])
     with pytest.raises(UserError, match="tested: it was tested"):
         scenes_base.main(["--try", "no", str(tmp_path / "tested")])
     weights = scenes_base.hash_files(tmp_path, "*.safetensors")
@@ -347,6 +358,7 @@ def test_scenes_base_record_has_stages_and_tries_and_no_test_scores(tmp_path, mo
         and weights in found["stages"]
     )
     assert "| twice as long | `of_tuned` | 1.0 | 80.0 | 40.0 |" in found["tries"]
+    assert "| other scenes | `of_other_seed` | 1.0 | 70.0 | 20.0 |" in found["tries"], "without sw"
 
 
 @pytest.mark.skipif(not SCENES_BASE.is_dir(), reason="no model is shipped yet")
