@@ -56,9 +56,8 @@ def describe(run: Path) -> dict[str, Any]:
     if "task" in settings and "dev" not in result:
         scenes = read_json_object(Path(settings["data"], "settings.json"), (), "the settings of scenes")
         if scenes["seed"] == ScenesConfig().seed:
-            raise UserError(
-                f"{run}: it was tested on the benchmark; tries are compared on development sets: run_test=false"
-            )
+            what = "it was tested on the benchmark; tries are compared on development sets"
+            raise UserError(f"{run}: {what}: run_test=false")
         found["dev"] = {code: score for code, score in scores_of(result).items() if code != HELD_OUT}
     return {"recipe": settings["recipe"], **found, "precision": result["evaluation_precision"]}
 

@@ -22,7 +22,7 @@ BICUBIC = PreprocessConfig(resample="bicubic")  # images of mVLP's code, squeeze
 
 
 def tiny() -> PretrainConfig:
-    """the sample corpus on 2 CPU cores in under 10 minutes"""
+    """the sample corpus on 2 CPU cores in 15 minutes or less"""
     return PretrainConfig(
         name="tiny",
         model=ModelConfig(
@@ -42,8 +42,8 @@ def tiny() -> PretrainConfig:
             pixel_mean=255,
             pixel_std=64,  # drawings stand on white, which should be nothing
         ),
-        # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it the
-        # ten minutes. The temperature stays high: left alone it falls to 0.016, where a caption's
+        # contrastive terms teach retrieval; the others are there, at a cost and a weight that leave it its
+        # minutes. The temperature stays high: left alone it falls to 0.016, where a caption's
         # translation, close as it may come, is told from the caption by more than another image is
         # (docs/results.md)
         # ITM reads the masked captions of VLM, in one pass of the unified encoder
@@ -186,17 +186,19 @@ def emoji_e5_scenes() -> PretrainConfig:
 
 def scenes_text() -> PretrainConfig:
     """first of three stages from `make run`'s model (init.model=IT) to the scenes' one: sentences and names
-    find their translations"""
+    find their translations, and masked words in them"""
     return _scenes_stage(
         "scenes_text",
         {
             "corpus": "scenes",
-            "objective.weights": TermWeights(tlm=0),
+            "objective.fuse_every": 1,
+            "objective.weights": TermWeights(),
             "data.image_text.batch": 0,
-            "data.parallel": StreamConfig(batch=384, length=32),
+            "data.parallel": StreamConfig(batch=256, length=32),
             "data.text.batch": 0,
-            "fit.steps": 800,
-            "fit.eval_every": 800,
+            "data.mask_probability": 0.3,
+            "fit.steps": 2500,
+            "fit.eval_every": 2500,
         },
     )
 
@@ -239,8 +241,8 @@ def scenes_base() -> PretrainConfig:
             "data.facts": True,  # captions that are true of another image are no negatives of it
             "data.mask_probability": 0.3,
             "optim.lr": 1e-3,
-            "fit.steps": 1000,
-            "fit.eval_every": 500,
+            "fit.steps": 2000,
+            "fit.eval_every": 1000,
         },
     )
 
