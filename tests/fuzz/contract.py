@@ -53,6 +53,7 @@ EXEMPT = {
         raylib.sample.catalogues:_read_messages raylib.sample.catalogues:read_libreoffice
         raylib.sample.rebuild:fetch_package raylib.sample.rebuild:list_concepts
         raylib.sample.rebuild:write_images raylib.sample.rebuild:read_iconify
+        raylib.sample.rebuild:_drop_rare_pieces
         raylib.sample.rebuild:write_caption_tables raylib.sample.scenes.subset:cut_wordnet
         raylib.sample.scenes.subset:cut_vectors raylib.sample.scenes.subset:_read""",
     "it takes a path, and a way to open it": "raylib.cache:open_once",
