@@ -89,18 +89,18 @@ def config_hash(kind: str, name: str) -> str:
     """Return 16 digits of a SHA-256 over all that a work's outcome hangs on beside its seed, model and
     scenes: its settings, what its recipe holds, and the work that it needs."""
     work = Work(kind, name)
+    recipe: Config
+    more: list[Any] = []
     if kind == "pretraining":
-        recipe: Config = PRETRAINING_RECIPES[PRETRAINING_RECIPE]()
+        recipe = PRETRAINING_RECIPES[PRETRAINING_RECIPE]()
     elif kind == "search":
-        recipe = RECIPES[contest_space(name).recipe]()
+        space = contest_space(name)
+        recipe, more = RECIPES[space.recipe](), [space]
     else:
-        recipe = RECIPES[EXPERIMENTS[name].recipe]()
+        experiment = EXPERIMENTS[name]
+        recipe, more = RECIPES[experiment.recipe](), [dict(experiment.published)] if kind == "choice" else []
     held = recipe.model_dump(mode="json", exclude={"name", "runs", "model", "data"})
-    parts: list[Any] = [work.settings(), _without_empty(held)]
-    if kind == "search":
-        parts.append(contest_space(name))
-    elif kind == "choice":
-        parts.append(dict(EXPERIMENTS[name].published))
+    parts = [work.settings(), _without_empty(held), *more]
     parts += [config_hash(other.kind, other.name) for other in work.needs()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=vars).encode()).hexdigest()[:16]
 
