@@ -223,8 +223,8 @@ def trial_name(trial: Any) -> str:
 
 
 def run_trials(context: SearchContext, resources: Resources, warm_start: WarmStart) -> list[TrialResult]:
-    """Run the trials of a search, or those that it lacks; return their results in the order of their first
-    reports.
+    """Run the trials of a search, or those that it lacks; return their results in the order in which they began
+    (which, unlike that of their reports, is the same on any machine).
 
     Raises:
         UserError: see `TrialLog.restore_from_folders`. MachineError: a disk is full, or the like.
@@ -267,11 +267,7 @@ def run_trials(context: SearchContext, resources: Resources, warm_start: WarmSta
         shutil.rmtree(checkpoint)
     drop_checkpoints(folder / "trials")
 
-    def first_report(result: TrialResult) -> float:
-        return min((report["at"] for report in log.reports(result.id)), default=inf)
-
-    # repeats have no reports: they come after the trials that were trained
-    return sorted(log.results(metrics), key=first_report)
+    return log.results(metrics)
 
 
 def _build_search(

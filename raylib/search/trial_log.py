@@ -133,8 +133,8 @@ class TrialLog:
         return read_reports(self.runs / trial)
 
     def results(self, metrics: tuple[str, ...]) -> list[TrialResult]:
-        """Return the results of the trials that have ended, with their scores `metrics`; a repeat's are those
-        of the trial whose score it takes.
+        """Return the results of the trials that have ended, in the order in which they began, with their
+        scores `metrics`; a repeat's are those of the trial whose score it takes.
 
         Raises:
             UserError: the folder of one is gone, and its scores with it.
