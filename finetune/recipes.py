@@ -399,8 +399,7 @@ def _scenes(task: str, **more):
         freeze=("vision",),
         batch=64,
         optim=OptimConfig(lr=5e-4, weight_decay=0.05, warmup=0.1),
-        epochs=4,
-        **more,
+        **{"epochs": 4, **more},
     )
 
 
@@ -683,7 +682,7 @@ RECIPES: dict[str, Callable[[], FinetuneConfig]] = {
     "p2_xnli": _p2("p2_xnli", "table 8", "xnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     "p2_snli_xvnli": _p2("p2_snli_xvnli", "table 8", "snli_xvnli", 4e-5, 1024, 10, 50, freeze=UNIMODAL),
     **_iglue_rows(),
-    "scenes_xgqa": _scenes("xgqa"),
+    "scenes_xgqa": _scenes("xgqa", epochs=5),
     "scenes_xvnli": _scenes("xvnli", train_limit=8000),
     "scenes_xflickrco": _scenes("xflickrco", train_limit=10000, candidates=8),
     "scenes_marvl": _scenes("marvl"),
