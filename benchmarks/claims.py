@@ -30,9 +30,10 @@ from typing import Any, NamedTuple
 
 from benchmarks import claims_search
 from benchmarks.claims_report import Claim, read_claims
-from benchmarks.claims_runs import TRIALS, Lab, Work, do, find, num_seeds, tuner_of
+from benchmarks.claims_runs import do
 from benchmarks.claims_table import EXPERIMENTS
 from benchmarks.claims_tasks import ROWS
+from benchmarks.claims_work import TRIALS, Lab, Work, find, num_seeds, tuner_of
 from finetune.recipes import SCENES_BASE
 from raylib.fileio import file_lock
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import claims_search, claims_tasks
-from benchmarks.claims_runs import FAILED, FILE, Work, num_seeds
+from benchmarks.claims_runs import FAILED
 from benchmarks.claims_table import EXPERIMENTS
 from benchmarks.claims_tasks import HELD_OUT, Group, mean_of_targets, targets_of
+from benchmarks.claims_work import FILE, Work, num_seeds
 from benchmarks.results import newest
 from raylib.display import markdown_table, mean_and_std
 from raylib.fileio import read_jsonl

@@ -3,11 +3,8 @@ command of ours in a process of its own, and a record of what it came to."""
 
 import csv
 import datetime
-import functools
-import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -16,168 +13,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.claims_search import contest_settings, contest_space, read_contest
-from benchmarks.claims_table import (
-    EXPERIMENTS,
-    PRETRAINING_RECIPE,
-    PRETRAININGS,
-    UNTUNED,
-    pretraining_command,
-    space_of,
-)
-from benchmarks.results import RESULTS, commit
+from benchmarks.claims_search import contest_settings, read_contest
+from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, pretraining_command, space_of
+from benchmarks.claims_work import TRIAL_SEED, Lab, Work, find, identity, tuner_of
+from benchmarks.results import commit
 from finetune.config import SHUFFLED_IMAGES
 from finetune.one_answer import marks_of
-from finetune.recipes import RECIPES
 from finetune.report import extra_scores, scores_of
-from pretrain.recipes import RECIPES as PRETRAINING_RECIPES
-from raylib.config import Config
-from raylib.fileio import append_jsonl, file_lock, read_json_object, read_jsonl, sha256_file
+from raylib.fileio import append_jsonl, file_lock, read_json_object, write_json
 
-FILE = RESULTS / "claims.jsonl"
-TRIALS = 4
-TRIAL_SEED = 100  # no seed of an experiment
 FAILED = "failed"  # kind of the record of a try that failed
-# glibc keeps freed memory. Otherwise each step gives its own back and takes it anew, page by page: 120 steps of
-# scenes_xgqa take 1.4 and 1.5 CPU-seconds in the kernel without, 0.4 and 0.8 with these (in turns).
+# glibc keeps freed memory. Otherwise each step gives its own back and takes it anew, page by page: 120 steps
+# of scenes_xgqa take 1.4 and 1.5 CPU-seconds in the kernel without, 0.4 and 0.8 with these (in turns).
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_MMAP_THRESHOLD_": str(1 << 31)}
-
-
-class Work(NamedTuple):
-    """A piece of work: a "choice" of an experiment's settings, a "pretraining" or a "run" of a seed, or a
-    "search" of `benchmarks.claims_search`."""
-
-    kind: str
-    name: str
-    seed: int = 0
-
-    @property
-    def label(self) -> str:
-        """Name of its folder."""
-        name = re.sub(r"\W+", "_", self.name)
-        return f"{name}_seed{self.seed}" if self.kind == "run" else f"{self.kind}_{name}_{self.seed}"
-
-    def needs(self) -> "list[Work]":
-        """Return the work that must be done before."""
-        if self.kind in ("pretraining", "search"):
-            return []
-        experiment = EXPERIMENTS[self.name]
-        seed = TRIAL_SEED if self.kind == "choice" else self.seed
-        before = [Work("run", other, seed) for other in (experiment.after, experiment.teacher) if other]
-        if self.kind == "run" and (tuner := tuner_of(self.name)):
-            before.insert(0, Work("choice", tuner))
-        if self.kind == "run" and experiment.pretraining:
-            before.append(Work("pretraining", experiment.pretraining, seed))
-        return before
-
-    def settings(self) -> list[str]:
-        """Return the settings that make this work what it is, for a reader of its record."""
-        if self.kind == "pretraining":
-            return list(PRETRAININGS[self.name])
-        if self.kind == "search":
-            return contest_settings(self.name)
-        experiment = EXPERIMENTS[self.name]
-        knobs = (
-            [f"{path}: {knob}" for path, knob in experiment.knobs.items()] if self.kind == "choice" else []
-        )
-        return [experiment.recipe, *experiment.settings, *knobs]
-
-    def key(self) -> dict[str, Any]:
-        """Return what a record must say to be of this work as it is planned now."""
-        return {"kind": self.kind, "name": self.name, "seed": self.seed, "config": config_hash(*self[:2])}
-
-
-@functools.cache
-def config_hash(kind: str, name: str) -> str:
-    """Return 16 digits of a SHA-256 over all that a work's outcome hangs on beside its seed, model and
-    scenes: its settings, what its recipe holds, and the work that it needs."""
-    work = Work(kind, name)
-    recipe: Config
-    more: list[Any] = []
-    if kind == "pretraining":
-        recipe = PRETRAINING_RECIPES[PRETRAINING_RECIPE]()
-    elif kind == "search":
-        space = contest_space(name)
-        recipe, more = RECIPES[space.recipe](), [space]
-    else:
-        experiment = EXPERIMENTS[name]
-        recipe, more = RECIPES[experiment.recipe](), [dict(experiment.published)] if kind == "choice" else []
-    held = recipe.model_dump(mode="json", exclude={"name", "runs", "model", "data"})
-    parts = [work.settings(), _without_empty(held), *more]
-    parts += [config_hash(other.kind, other.name) for other in work.needs()]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=vars).encode()).hexdigest()[:16]
-
-
-def _without_empty(settings: Any) -> Any:
-    """Leave out what is off, so that a new setting, off by default, makes no record an old one."""
-    if not isinstance(settings, dict):
-        return settings
-    kept = {name: _without_empty(value) for name, value in settings.items()}
-    return {name: value for name, value in kept.items() if value not in (None, False, "", [], {})}
-
-
-class Lab(NamedTuple):
-    """Where experiments are made: folder of the runs, scenes, model, file of records; settings that make a
-    try-out of each, and trials of a choice."""
-
-    folder: Path
-    scenes: Path
-    model: Path
-    records: Path = FILE
-    limits: tuple[str, ...] = ()
-    trials: int = TRIALS
-
-    def read(self) -> list[dict[str, Any]]:
-        """Return the records of this model and these scenes."""
-        ours = identity(self.model, self.scenes)
-        return [r for r in read_jsonl(self.records) if all(r.get(key) == ours[key] for key in ours)]
-
-    def log(self, work: Work) -> Path:
-        """Return the file that the output of a piece of work goes to."""
-        return self.folder / "logs" / f"{work.label}.log"
-
-    def result(self, name: str, seed: int) -> Path:
-        """Return where a run leaves its result."""
-        return self.folder / Work("run", name, seed).label / "result.json"
-
-
-@functools.cache
-def identity(model: Path, scenes: Path) -> dict[str, str]:
-    """Return {"weights", "scenes"}, hashes of the files: of what records are."""
-    return {"weights": hash_files(model, "*.safetensors"), "scenes": hash_files(scenes, "**/*")}
-
-
-def hash_files(folder: Path, pattern: str) -> str:
-    """Return the first 16 digits of a SHA-256 over names and contents of files; not of baselines.json, which
-    tells of scenes and changes nothing in them."""
-    paths = sorted(path for path in folder.glob(pattern) if path.is_file() and path.name != "baselines.json")
-    lines = [f"{path.relative_to(folder)} {sha256_file(path)}" for path in paths]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
-
-
-def tuner_of(name: str) -> str:
-    """Return the experiment whose choice of settings one takes; "": the recipe's."""
-    source = EXPERIMENTS[name].tuned_as
-    return "" if source == UNTUNED else tuner_of(source) if source else name
-
-
-def num_seeds(name: str) -> int:
-    """Seeds of an experiment: one where nothing is trained, so that no seed is of any effect."""
-    if EXPERIMENTS[name].recipe.startswith("transfer_zero_shot"):
-        return 1
-    return 5 if name.startswith("xgqa/") and not EXPERIMENTS[name].pretraining else 3
-
-
-def find(records: Sequence[dict[str, Any]], work: Work) -> dict[str, Any] | None:
-    """Return the newest record of a piece of work."""
-    key = work.key()
-    return next((r for r in reversed(records) if all(r.get(k) == v for k, v in key.items())), None)
 
 
 def do(lab: Lab, work: Work) -> bool:
     """Do a piece of work and record it; return whether it went well."""
-    maker = {"run": run, "choice": choose, "pretraining": pretrain, "search": search}[work.kind]
-    outcome = maker(lab, work)
+    outcome = make(lab, work)
     record = {
         **work.key(),
         "kind": FAILED if outcome.status else work.kind,
@@ -227,7 +80,7 @@ def settings_of(lab: Lab, name: str, seed: int) -> list[str]:
     experiment = EXPERIMENTS[name]
     model = lab.model
     if experiment.pretraining:
-        model = lab.folder / f"{Work('pretraining', experiment.pretraining, seed).label}_model"
+        model = exported(lab, Work("pretraining", experiment.pretraining, seed))
     if experiment.after:
         model = lab.result(experiment.after, seed).parent
     scenes = lab.scenes / f"errors{experiment.errors}" if experiment.errors else lab.scenes
@@ -247,13 +100,51 @@ def share_states(lab: Lab, run_folder: Path) -> None:
         (run_folder / "encoded").symlink_to(states)
 
 
+def exported(lab: Lab, work: Work) -> Path:
+    """Return where the model of a pretraining goes."""
+    return lab.folder / f"{work.label}_model"
+
+
+def is_made(lab: Lab, work: Work) -> bool:
+    """Return whether the folder of a run or a pretraining holds what the work is now, and whole."""
+    end = exported(lab, work) if work.kind == "pretraining" else lab.result(work.name, work.seed)
+    return end.exists() and _made_of(lab, work) == facts_of(lab, work)
+
+
+def facts_of(lab: Lab, work: Work) -> dict[str, Any]:
+    """Return all that what is made for a piece of work hangs on."""
+    return {**work.key(), **identity(lab.model, lab.scenes), "limits": list(lab.limits)}
+
+
+def _made_of(lab: Lab, work: Work) -> dict[str, Any]:
+    note = lab.folder / f"{work.label}.json"
+    return dict(read_json_object(note)) if note.is_file() else {}
+
+
+def clear_folder(lab: Lab, work: Work) -> None:
+    """Remove from a work's folder what was made there of another recipe, model or benchmark: runs refuse to
+    go on with other settings."""
+    if _made_of(lab, work) != facts_of(lab, work):
+        for folder in (lab.folder / work.label, exported(lab, work)):
+            if folder.exists():
+                shutil.rmtree(folder)
+        write_json(lab.folder / f"{work.label}.json", facts_of(lab, work))
+
+
 def make_needed(lab: Lab, work: Work) -> None:
-    """Make the runs that this one goes on from anew, if their folders are gone since they were recorded."""
+    """Make the runs and models that this one goes on from anew, if their folders are gone, or of another
+    recipe, since they were recorded."""
     for other in work.needs():
-        if other.kind == "run" and not lab.result(other.name, other.seed).is_file():
+        if other.kind != "choice" and not is_made(lab, other):
             with file_lock(lab.folder / f"{other.label}.made.lock"):
-                if not lab.result(other.name, other.seed).is_file():
-                    run(lab, other)
+                if not is_made(lab, other):
+                    make(lab, other)
+
+
+def make(lab: Lab, work: Work) -> Outcome:
+    """Do a piece of work."""
+    clear_folder(lab, work)
+    return {"run": run, "choice": choose, "pretraining": pretrain, "search": search}[work.kind](lab, work)
 
 
 def run(lab: Lab, work: Work) -> Outcome:
@@ -345,10 +236,10 @@ def pretrain(lab: Lab, work: Work) -> Outcome:
     """Pretrain an ablation, and export it."""
     place = [f"name={work.label}", f"runs={lab.folder}", f"fit.seed={work.seed}"]
     outcome = spawn(lab.log(work), *pretraining_command(lab.model), *place, *PRETRAININGS[work.name])
-    export = lab.folder / f"{work.label}_model"
+    export = exported(lab, work)
     if not outcome.status and not export.is_dir():
-        exported = spawn(lab.log(work), "pretrain", "export", lab.folder / work.label, export)
-        return exported._replace(cpu_seconds=outcome.cpu_seconds + exported.cpu_seconds)
+        exporting = spawn(lab.log(work), "pretrain", "export", lab.folder / work.label, export)
+        return exporting._replace(cpu_seconds=outcome.cpu_seconds + exporting.cpu_seconds)
     return outcome
 
 

@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.claims_runs import hash_files
 from benchmarks.claims_tasks import HELD_OUT
+from benchmarks.claims_work import hash_files
 from benchmarks.results import RESULTS, commit
 from finetune.report import scores_of
 from raylib.display import markdown_table, percent

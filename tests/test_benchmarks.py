@@ -18,7 +18,7 @@ from raylib.text import Tokenizer
 
 FOLDER = results.ROOT / "benchmarks"
 LIBRARIES = {"__init__", "device", "dry", "results", "twin"}
-LIBRARIES |= {f"claims_{part}" for part in ("report", "runs", "search", "table", "tasks")}
+LIBRARIES |= {f"claims_{part}" for part in ("report", "runs", "search", "table", "tasks", "work")}
 LIBRARIES |= {f"gpu_{part}" for part in ("parts", "peers", "steps", "tables")}  # what scripts share; not run
 
 

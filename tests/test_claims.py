@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import claims, claims_report, claims_runs, claims_tasks, scenes_base
+from benchmarks import claims, claims_report, claims_runs, claims_tasks, claims_work, scenes_base
 from benchmarks.claims_report import Claim, judge, read_claims
-from benchmarks.claims_runs import TRIAL_SEED, Lab, Work, find, identity, num_seeds, settings_of, tuner_of
+from benchmarks.claims_runs import Outcome, settings_of
 from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, space_of
+from benchmarks.claims_work import TRIAL_SEED, Lab, Work, find, identity, num_seeds, tuner_of
 from finetune.recipes import RECIPES, SCENES_BASE
 from pretrain.recipes import RECIPES as PRETRAINING_RECIPES
 from raylib.config import override
@@ -92,7 +93,7 @@ def test_claims_record_counts_while_its_recipe_choice_and_teacher_are_what_they_
     """And no other experiment is touched by a changed number; nor any by a new setting that is off."""
 
     def hashes():
-        claims_runs.config_hash.cache_clear()
+        claims_work.config_hash.cache_clear()
         return {work: work.key()["config"] for work in claims.plan(read_claims())}
 
     def changed(recipes, name, settings):
@@ -101,7 +102,7 @@ def test_claims_record_counts_while_its_recipe_choice_and_teacher_are_what_they_
             recipe = override(recipes[name](), settings)
             patch.setitem(recipes, name, lambda: recipe)
             after = hashes()
-        claims_runs.config_hash.cache_clear()
+        claims_work.config_hash.cache_clear()
         return {f"{work.kind} {work.name}" for work in before if before[work] != after[work]}
 
     assert changed(RECIPES, "transfer_student", ["batch=32"]) == {
@@ -171,6 +172,28 @@ def test_claims_failed_work_is_recorded_and_what_needs_it_left_out(lab, monkeypa
         "others go on: its choice, five seeds, one for a trial of another"
     )
     assert [r["kind"] for r in read_jsonl(lab.records)].count("failed") == 1
+
+
+def test_claims_what_is_gone_or_of_another_recipe_is_made_again(lab, monkeypatch):
+    """Of a folder that an earlier recipe left a run would say "other settings", and end the command."""
+    made, digest = [], ["a"]
+
+    def pretrain(lab, work):
+        made.append((work.label, digest[0]))
+        claims_runs.exported(lab, work).mkdir(parents=True)
+        (lab.folder / work.label).mkdir(exist_ok=True)
+        return Outcome(0, 1.0, 1.0, {})
+
+    monkeypatch.setattr(claims_work, "config_hash", lambda kind, name: digest[0])
+    monkeypatch.setattr(claims_runs, "pretrain", pretrain)
+    ablation = Work("run", "xvnli/pretrained_no_tlm", 1)
+    for now in ("a", "a", "b", "b"):
+        digest[0] = now
+        claims_runs.make_needed(lab, ablation)
+    assert made == [("pretraining_no_tlm_1", "a"), ("pretraining_no_tlm_1", "b")]
+    claims_runs.exported(lab, Work("pretraining", "no_tlm", 1)).rmdir()  # as on a new machine
+    claims_runs.make_needed(lab, ablation)
+    assert len(made) == 3
 
 
 def test_claims_three_failures_in_a_row_end_the_command(lab, monkeypatch):

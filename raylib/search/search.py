@@ -223,8 +223,8 @@ def trial_name(trial: Any) -> str:
 
 
 def run_trials(context: SearchContext, resources: Resources, warm_start: WarmStart) -> list[TrialResult]:
-    """Run the trials of a search, or those that it lacks; return their results in the order in which they began
-    (which, unlike that of their reports, is the same on any machine).
+    """Run the trials of a search, or those that it lacks; return their results in the order in which the
+    trials began (which, unlike that of their reports, is the same on any machine).
 
     Raises:
         UserError: see `TrialLog.restore_from_folders`. MachineError: a disk is full, or the like.
