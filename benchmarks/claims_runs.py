@@ -44,7 +44,8 @@ def do(lab: Lab, work: Work) -> bool:
     }
     if outcome.status:
         lines = lab.log(work).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        record |= {"of": work.kind, "status": outcome.status, "error": lines[-1][:300] if lines else ""}
+        error = lines[-1].replace(str(lab.folder), lab.folder.name)[:300] if lines else ""  # no place of ours
+        record |= {"of": work.kind, "status": outcome.status, "error": error}
     append_jsonl(lab.records, record, durable=True)
     return not outcome.status
 
