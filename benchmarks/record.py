@@ -17,11 +17,13 @@ from pathlib import Path
 
 from benchmarks import (
     balance,
+    by_hand,
     checkpoint,
     claims_report,
     gpu_tables,
     priors,
     processes,
+    retrieval,
     scenes_base,
     step,
     unfreezing,
@@ -61,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def write_pages(root: Path) -> None:
-    """Write the generated parts of README.md and docs/ below `root` from the records."""
+    """Write the generated parts of README.md, docs/ and other pages below `root` from the records."""
     last = read_jsonl(RESULTS / "runs.jsonl")[-1]
     write_parts(root / "README.md", table=test_table(last), speed_line=speed_line())
     write_parts(root / "docs" / "data.md", layout=task_files())
@@ -89,7 +91,10 @@ def write_pages(root: Path) -> None:
         gpu=gpu_part(),
         dry=gpu_tables.dry_table(newest(read_jsonl(RESULTS / "dry.jsonl"), "name")),
         unfreezing=unfreezing.table(read_jsonl(unfreezing.FILE)[-1]["seconds"]),
+        retrieval=retrieval.table(read_jsonl(retrieval.FILE)),
     )
+    for page, parts in by_hand.pages().items():
+        write_parts(root / page, **parts)
 
 
 def baselines_parts() -> dict[str, str]:

@@ -4,7 +4,7 @@ projected, beside another working tree.
     python -m benchmarks.retrieval [--beside TREE] [--repeat 3]
 
 Every measurement is a process of its own, on one thread, the trees in turn. Results are appended to
-benchmarks/results/retrieval.jsonl; the last lines printed are what docs/performance.md shows.
+results/retrieval.jsonl, of which docs/performance.md shows the newest (`python -m benchmarks.record`).
 """
 
 import argparse
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.results import RESULTS, ROOT
+from benchmarks.results import RESULTS, ROOT, newest
 from finetune.batches import encode_texts
 from finetune.formats import Captioned
 from finetune.stores.images import ImageSource
@@ -32,6 +32,7 @@ from raylib.randomness import permutation, uniform
 from raylib.sample import DATA
 from raylib.text import Tokenizer
 
+FILE = RESULTS / "retrieval.jsonl"
 SIZES, CANDIDATES = (500, 1000, 2000), 16
 MODEL = ModelConfig(
     vocabulary=12000,
@@ -125,6 +126,23 @@ def run_in(tree: Path, count: int) -> dict[str, Any]:
     return json.loads(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown of the newest measurement of each size, beside the other tree."""
+    rows = [["images", "CPU-s before", "now", "time", "image encoded", "projected before", "now"]]
+    by_size: dict[int, dict[str, dict[str, Any]]] = {}
+    for record in newest(records, "tree", "n"):
+        by_size.setdefault(record["n"], {})[record["tree"]] = record
+    for size, trees in sorted(by_size.items()):
+        if "beside" not in trees:
+            continue
+        now, before = trees["here"], trees["beside"]
+        seconds, old_seconds = (statistics.median(record["seconds"]) for record in (now, before))
+        counts = now["encoded_per_image"], before["projected_per_image"], now["projected_per_image"]
+        cells = [f"{old_seconds:.2f}", f"{seconds:.2f}", f"{seconds / old_seconds:.2f}x"]
+        rows.append([f"{size:,}", *cells, *(f"{count:.3g}" for count in counts)])
+    return markdown_table(rows)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,7 +164,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name, found in runs.items():
             record = {**found[0], "seconds": [run["seconds"] for run in found]}
             line = {"benchmark": "retrieval", "tree": name, "torch": torch.__version__, **record}
-            with open(RESULTS / "retrieval.jsonl", "a", encoding="utf-8") as file:
+            with open(FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             seconds = statistics.median(record["seconds"])
             numbers = (record["encoded_per_image"], record["projected_per_image"], record["mean_recall"])
