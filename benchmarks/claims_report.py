@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks import claims_search, claims_tasks
-from benchmarks.claims_runs import FAILED
-from benchmarks.claims_table import EXPERIMENTS
-from benchmarks.claims_tasks import HELD_OUT, Group, mean_of_targets, targets_of
+from benchmarks.claims_runs import AGAIN, FAILED
+from benchmarks.claims_table import EXPERIMENTS, HELD_OUT
+from benchmarks.claims_tasks import Group, mean_of_targets, targets_of
 from benchmarks.claims_work import FILE, Work, num_seeds
 from benchmarks.results import newest
 from raylib.display import markdown_table, mean_and_std
@@ -76,8 +76,8 @@ def _similarities(run: Record) -> dict[str, float]:
 
 
 def _similarity_r(run: Record, group: Group) -> float:
-    found = _similarities(run)
-    return statistics.correlation(list(found.values()), [run["scores"][code] for code in found])
+    found, scores = _similarities(run), run["epochs"]["score"]
+    return statistics.correlation(list(found.values()), [scores[code][-1] for code in found])
 
 
 def _early(run: Record, group: Group) -> float:
@@ -91,7 +91,6 @@ METRICS: dict[str, Callable[[Record, Group], float]] = {
     "r1": lambda run, group: mean_of_targets(run["r1"]),
     "r1_sw": lambda run, group: run["r1"][HELD_OUT],
     "std": lambda run, group: statistics.stdev(run["r1"].values()),
-    "synonyms": lambda run, group: mean_of_targets(run["synonym_accuracy"]) - mean_of_targets(run["scores"]),
     "spread": _spread,
     "similarity": lambda run, group: statistics.fmean(_similarities(run).values()),
     "similarity_r": _similarity_r,
@@ -243,7 +242,7 @@ def cost_line(records: Sequence[Record]) -> str:
     formats = sorted({record["precision"] for record in records if "precision" in record})
     last = records[-1]
     kinds = {"run": "runs", "choice": "choices of settings", "pretraining": "pretrainings"}
-    kinds |= {"search": "searches of all methods", FAILED: "tries that failed"}
+    kinds |= {"search": "searches of all methods", FAILED: "tries that failed", AGAIN: "made again"}
     done = ", ".join(f"{counts[kind]} {words}" for kind, words in kinds.items())
     return (
         f"{done}: {hours:.1f} core-hours. Model {last['weights']}, scenes {last['scenes']}; computed in "

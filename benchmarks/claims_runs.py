@@ -23,17 +23,19 @@ from finetune.report import extra_scores, scores_of
 from raylib.fileio import append_jsonl, file_lock, read_json_object, write_json
 
 FAILED = "failed"  # kind of the record of a try that failed
+AGAIN = "again"  # of one that was made again, for others to go on from it
 # glibc keeps freed memory. Otherwise each step gives its own back and takes it anew, page by page: 120 steps
 # of scenes_xgqa take 1.4 and 1.5 CPU-seconds in the kernel without, 0.4 and 0.8 with these (in turns).
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_MMAP_THRESHOLD_": str(1 << 31)}
 
 
-def do(lab: Lab, work: Work) -> bool:
-    """Do a piece of work and record it; return whether it went well."""
+def do(lab: Lab, work: Work, again: bool = False) -> bool:
+    """Do a piece of work and record it; return whether it went well. `again`: what is recorded already, and
+    gone; the record then tells of its cost alone."""
     outcome = make(lab, work)
     record = {
         **work.key(),
-        "kind": FAILED if outcome.status else work.kind,
+        "kind": FAILED if outcome.status else AGAIN if again else work.kind,
         "settings": work.settings(),
         **identity(lab.model, lab.scenes),
         **outcome.figures,
@@ -42,10 +44,12 @@ def do(lab: Lab, work: Work) -> bool:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+    if outcome.status or again:
+        record["of"] = work.kind
     if outcome.status:
         lines = lab.log(work).read_text(encoding="utf-8", errors="replace").strip().splitlines()
         error = lines[-1].replace(str(lab.folder), lab.folder.name)[:300] if lines else ""  # no place of ours
-        record |= {"of": work.kind, "status": outcome.status, "error": error}
+        record |= {"status": outcome.status, "error": error}
     append_jsonl(lab.records, record, durable=True)
     return not outcome.status
 
@@ -139,7 +143,7 @@ def make_needed(lab: Lab, work: Work) -> None:
         if other.kind != "choice" and not is_made(lab, other):
             with file_lock(lab.folder / f"{other.label}.made.lock"):
                 if not is_made(lab, other):
-                    make(lab, other)
+                    do(lab, other, again=True)
 
 
 def make(lab: Lab, work: Work) -> Outcome:
@@ -179,8 +183,7 @@ def choose(lab: Lab, work: Work) -> Outcome:
         "claims_table",
         "space_of",
         f"recipe={experiment.recipe}",
-        f"num_trials={lab.trials}",
-        "algorithm=tpe",
+        "algorithm=grid",
         "early_stopping=none",
         "final_seeds=0",
         f"dev_sets={'english_dev' if experiment.recipe.startswith('scenes_') else 'target_dev'}",
@@ -233,10 +236,28 @@ def read_trials(folder: Path, knobs: Sequence[str]) -> tuple[list[dict[str, Any]
     return trials, sum(float(row["seconds"]) for row in rows)
 
 
+def unfused_model(lab: Lab) -> Path:
+    """Return where the lab's model lies with fusion layers, and a head for matching, of random weights."""
+    import torch
+
+    from raylib.models.unified import UnifiedModel
+
+    folder = lab.folder / f"unfused_{identity(lab.model, lab.scenes)['weights']}"
+    with file_lock(folder.with_suffix(".lock")):
+        if not folder.is_dir():
+            model = UnifiedModel.from_pretrained(lab.model)
+            torch.manual_seed(0)
+            new = UnifiedModel(model.config)
+            model.fusion.load_state_dict(new.fusion.state_dict())
+            model.match_head.load_state_dict(new.match_head.state_dict())
+            model.save(folder)
+    return folder
+
+
 def pretrain(lab: Lab, work: Work) -> Outcome:
     """Pretrain an ablation, and export it."""
     place = [f"name={work.label}", f"runs={lab.folder}", f"fit.seed={work.seed}"]
-    outcome = spawn(lab.log(work), *pretraining_command(lab.model), *place, *PRETRAININGS[work.name])
+    outcome = spawn(lab.log(work), *pretraining_command(unfused_model(lab)), *place, *PRETRAININGS[work.name])
     export = exported(lab, work)
     if not outcome.status and not export.is_dir():
         exporting = spawn(lab.log(work), "pretrain", "export", lab.folder / work.label, export)
