@@ -26,6 +26,7 @@ RAY_ENV = {  # environment variables of every process
     # a stopped trial's loaders may end before its process is given to the next
     "TUNE_FUNCTION_THREAD_TIMEOUT_S": "60",
     "TUNE_GLOBAL_CHECKPOINT_S": "0.2",  # or ten seconds of a search are lost with its driver
+    "RAY_worker_niceness": "0",  # 15 by default: beside anything else on the machine workers would starve
     "RAY_DISABLE_WORKER_LOG_PREFIX": "1",  # "(RayTrainWorker pid=...)" before each line of a worker
     # Python's own: Ray shows its deprecation warnings, of its own code too, where nothing is set
     "PYTHONWARNINGS": "default::DeprecationWarning:__main__",

@@ -374,11 +374,12 @@ with ray_cluster():
     @ray.remote
     class Here:
         def look(self):
-            return os.environ["RAY_ADDRESS"], [actor.class_name for actor in list_actors()]
+            return os.environ["RAY_ADDRESS"], os.nice(0), [actor.class_name for actor in list_actors()]
 
     actor = Here.remote()
-    address, actors = ray.get(actor.look.remote())
+    address, niceness, actors = ray.get(actor.look.remote())
     assert address == ray.get_runtime_context().gcs_address, address
+    assert niceness == os.nice(0), "Ray's 15 more would starve a search beside anything else"
     assert actors == ["Here"], actors
 """
 
