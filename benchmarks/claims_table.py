@@ -172,7 +172,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     },
     "marvl/baseline": _scenes("marvl"),
     # questions as an intermediate task
-    "marvl/after_xgqa": _scenes("marvl", after="xgqa/baseline"),
+    "marvl/after_xgqa": _scenes("marvl", after="xgqa/baseline", tuned_as="marvl/baseline"),
     **{
         f"xgqa/few_shot_{name}": _scenes(
             "xgqa",
