@@ -58,6 +58,7 @@ PUBLIC_CODE = {
 }
 
 SHUFFLED_IMAGES = "shuffled_images"  # the name of that evaluation among those of `extra_tests`
+SCORE_COLUMNS = ("accuracy", "mean_recall")  # of the test sets, in tables where an extra test has a column
 
 
 def public_head(code: str, backbone: str, task: str) -> dict[str, Any]:
@@ -253,7 +254,7 @@ class FinetuneConfig(LaunchConfig):
                 "augment needs cache_image_states=false: images that are encoded once cannot change"
             )
         for name in self.extra_tests:
-            if name == SHUFFLED_IMAGES or name.startswith("."):
+            if name in (SHUFFLED_IMAGES, *SCORE_COLUMNS) or name.startswith("."):
                 raise ValueError(f"extra_tests: '{name}' is a name of the run's own; give another")
         if self.direction != "to_en" and self.setting != "translate_test":
             raise ValueError(f"direction={self.direction} is of setting=translate_test alone; leave it out")

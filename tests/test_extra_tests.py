@@ -130,6 +130,7 @@ def test_extra_tests_mistakes_are_one_line(finetune, tmp_path, scenes_and_more):
         ),
         (['extra_tests={"far": "wordnet"}'], "extra_tests.far=wordnet: no test set in it"),
         (['extra_tests={"shuffled_images": "again"}'], "'shuffled_images' is a name of the run's own"),
+        (['extra_tests={"mean_recall": "again"}'], "'mean_recall' is a name of the run's own"),
         (['extra_tests={".states": "again"}'], "extra_tests"),
         (["shuffled_images=true", "test_limit=1"], "two different images at least"),
         (['held_out_languages=["xx"]'], "held_out_languages=xx: xgqa has no test set in it"),
