@@ -239,7 +239,10 @@ def torchrun(config, tmp_path, processes=2) -> str:
         "pretrain",
     ]
     completed = subprocess.run(
-        [*command, "--config", tmp_path / "two.json"], capture_output=True, text=True, timeout=300
+        [*command, "--config", tmp_path / "two.json", "allow_code=true"],
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert completed.returncode == 0, completed.stderr[-2000:]
     return completed.stdout
