@@ -1,6 +1,7 @@
 """One piece of the work of `benchmarks.claims`: a choice of settings, a pretraining, a run of a seed; each a
 command of ours in a process of its own, and a record of what it came to."""
 
+import contextlib
 import csv
 import datetime
 import json
@@ -13,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from benchmarks.claims_search import contest_settings, read_contest
 from benchmarks.claims_table import EXPERIMENTS, PRETRAININGS, pretraining_command, space_of
 from benchmarks.claims_work import TRIAL_SEED, Lab, Work, find, identity, tuner_of
@@ -23,6 +26,7 @@ from finetune.report import extra_scores, scores_of
 from raylib.fileio import append_jsonl, file_lock, read_json_object, write_json
 
 FAILED = "failed"  # kind of the record of a try that failed
+LOOK_SECONDS = 2.0  # between two looks at what an experiment's processes have used
 AGAIN = "again"  # of one that was made again, for others to go on from it
 # glibc keeps freed memory. Otherwise each step gives its own back and takes it anew, page by page: 120 steps
 # of scenes_xgqa take 1.4 and 1.5 CPU-seconds in the kernel without, 0.4 and 0.8 with these (in turns).
@@ -74,10 +78,26 @@ def spawn(log: Path, *arguments: object) -> Outcome:
             stderr=subprocess.STDOUT,
             env={**MALLOC, **os.environ, "OMP_NUM_THREADS": "1"},
         )
-        _, status, usage = os.wait4(process.pid, 0)
+        family = {process.pid: 0.0}  # CPU-seconds of the process and of those below it
+        while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
+            family |= _cpu_seconds(process.pid)
+            time.sleep(LOOK_SECONDS)
+    _, status, usage = ended
     process.returncode = os.waitstatus_to_exitcode(status)
-    cpu_seconds = usage.ru_utime + usage.ru_stime
+    # Ray's workers are no children that are waited for, so what they used is in the samples alone
+    cpu_seconds = max(usage.ru_utime + usage.ru_stime, sum(family.values()))
     return Outcome(process.returncode, cpu_seconds, time.monotonic() - began, {})
+
+
+def _cpu_seconds(pid: int) -> dict[int, float]:
+    """Return {process: CPU-seconds} of a process and of all below it."""
+    found = {}
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(pid)
+        for process in (parent, *parent.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[process.pid] = sum(process.cpu_times()[:2])
+    return found
 
 
 def settings_of(lab: Lab, name: str, seed: int) -> list[str]:
@@ -191,11 +211,9 @@ def choose(lab: Lab, work: Work) -> Outcome:
     )
     if outcome.status:
         return outcome
-    trials, seconds = read_trials(lab.folder / work.label, list(space_of(work.name).knobs))
+    trials = read_trials(lab.folder / work.label, list(space_of(work.name).knobs))
     best = max(trials, key=lambda trial: trial["score"])
-    # Ray's workers are no children that are waited for; each trial has one thread
-    figures = {"chosen": best["setting"], "trials": trials}
-    return outcome._replace(cpu_seconds=outcome.cpu_seconds + seconds, figures=figures)
+    return outcome._replace(figures={"chosen": best["setting"], "trials": trials})
 
 
 def spawn_search(lab: Lab, work: Work, module: str, maker: str, *settings: str) -> Outcome:
@@ -218,22 +236,19 @@ def search(lab: Lab, work: Work) -> Outcome:
     outcome = spawn_search(lab, work, "claims_search", "contest_space", *own, *recipe)
     if outcome.status:
         return outcome
-    figures = read_contest(lab.folder / work.label)
-    seconds = figures.pop("trial_seconds")
-    return outcome._replace(cpu_seconds=outcome.cpu_seconds + seconds, figures=figures)
+    return outcome._replace(figures=read_contest(lab.folder / work.label))
 
 
-def read_trials(folder: Path, knobs: Sequence[str]) -> tuple[list[dict[str, Any]], float]:
-    """Return (setting and score of each trial that finished, seconds of all) of a search."""
+def read_trials(folder: Path, knobs: Sequence[str]) -> list[dict[str, Any]]:
+    """Return setting and score of each trial that finished, of a search."""
     with open(folder / "trials.csv", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     goal = "english_dev" if "english_dev" in rows[0] else "target_dev"
-    trials = [
+    return [
         {"setting": {knob: json.loads(row[knob]) for knob in knobs}, "score": float(row[goal])}
         for row in rows
         if row["state"] == "finished"
     ]
-    return trials, sum(float(row["seconds"]) for row in rows)
 
 
 def unfused_model(lab: Lab) -> Path:

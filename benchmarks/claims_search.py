@@ -82,13 +82,11 @@ def read_contest(folder: Path) -> dict[str, Any]:
         }
         for row in rows
     ]
-    seconds = sum(float(row["seconds"]) for row in rows)
     names, settings = read_json(folder / "finals" / "settings.json", "finalists")
     finals = []
     for number, (finalist, setting) in enumerate(zip(names, settings, strict=True)):
         for run in folder.glob(f"finals/setting{number}_seed*"):
             reports = read_reports(run)
-            seconds += reports[-1]["spent"]
             finals.append((reports[-1][GOAL], finalist, setting, run / "test.json"))
     dev, _, setting, test = max(finals, key=lambda final: final[0])
     recipe = next(path for _, finalist, _, path in finals if finalist == "published")
@@ -98,7 +96,6 @@ def read_contest(folder: Path) -> dict[str, Any]:
         "dev": dev,
         "test": read_json(test, "test scores"),
         "recipe": read_json(recipe, "test scores"),
-        "trial_seconds": seconds,
     }
 
 

@@ -201,7 +201,7 @@ EXPERIMENTS: dict[str, Experiment] = {
 def space_of(name: str) -> Space:
     """Return the grid that an experiment's settings are chosen from."""
     experiment = EXPERIMENTS[name]
-    rate = override(RECIPES[experiment.recipe](), experiment.settings).optim.lr
+    rate = override(RECIPES[experiment.recipe](), [*experiment.settings]).optim.lr
     grid = {path: tuple(values) for path, values in experiment.grid.items()}
     grid["optim.lr"] = tuple(rate * factor for factor in grid["optim.lr"])
     knobs = {path: Float(min(values), max(values), log=True) for path, values in grid.items()}

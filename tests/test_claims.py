@@ -195,6 +195,22 @@ def test_claims_what_is_gone_or_of_another_recipe_is_made_again(lab, monkeypatch
     assert len(made) == 3
 
 
+def test_claims_charge_what_a_process_nobody_waits_for_has_used(tmp_path, monkeypatch):
+    """As Ray's workers are; their parent, this command, sleeps."""
+    monkeypatch.setattr(claims_runs, "LOOK_SECONDS", 0.2)
+    (tmp_path / "driver.py").write_text(
+        "import os, subprocess, sys, time\n"
+        f"tired = {str(tmp_path / 'tired')!r}\n"
+        "busy = f'import time\\nwhile time.process_time() < 1: 0\\nopen({tired!r}, \"w\")\\ntime.sleep(3)'\n"
+        "subprocess.Popen([sys.executable, '-c', busy])\n"
+        "while not os.path.exists(tired): time.sleep(0.1)\n"
+        "time.sleep(1)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    outcome = claims_runs.spawn(tmp_path / "log", "driver")
+    assert outcome.status == 0 and 1 <= outcome.cpu_seconds < 10
+
+
 def test_claims_three_failures_in_a_row_end_the_command(lab, monkeypatch):
     """As of a full disk: whatever comes next fails too."""
     order, done = claims.plan(read_claims()), []
