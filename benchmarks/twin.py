@@ -112,7 +112,11 @@ class PaddedTwin(nn.Module):
     def _encode_images(self, images: Tensor) -> Tensor:
         """uint8 (b, H, W, 3) -> (b, M + 1, d)."""
         vision = self.model.vision
-        mean, deviation = vision.pixel_mean, vision.pixel_std
+        # a number, or one a channel
+        mean, deviation = (
+            torch.tensor(value, dtype=vision.cls.dtype, device=images.device).view(-1, 1, 1)
+            for value in (vision.pixel_mean, vision.pixel_std)
+        )
         pixels = (images.to(vision.cls.dtype).permute(0, 3, 1, 2) - mean) / deviation
         kernel = vision.patch_embedding.weight.view(-1, vision.patch, vision.patch, 3).permute(0, 3, 1, 2)
         patches = (

@@ -428,16 +428,16 @@ def test_claims_model_without_fusion_keeps_all_else(lab, model):
 
 @pytest.mark.slow
 def test_claims_run_end_to_end_and_go_on(model, scenes, tmp_path, capsys):
-    """A choice by two trials, three seeds, tested; a second start finds all done."""
+    """A choice by four trials, the seeds, tested; a second start finds all done."""
     place = [f"--model={model}", f"--scenes={scenes}", f"--folder={tmp_path}", "--quick", "--processes=1"]
     assert claims.main([*place, "--only=xvnli/baseline"]) == 0
     records = read_jsonl(tmp_path / "quick.jsonl")
-    assert [r["kind"] for r in records] == ["choice", "run", "run", "run"]
-    assert len(records[0]["trials"]) == 2
+    assert [r["kind"] for r in records] == ["choice", *["run"] * 8]
+    assert len(records[0]["trials"]) == 4
     for run in records[1:]:
         assert run["chosen"] == records[0]["chosen"] and set(run["scores"]) > {"en", "ru"}
         assert run["cpu_seconds"] > 0 and run["precision"] and run["code"]
     assert claims.main([*place, "--only=xvnli/baseline"]) == 0
-    assert len(read_jsonl(tmp_path / "quick.jsonl")) == 4
-    assert "4 of 4 pieces of work done" in capsys.readouterr().out
+    assert len(read_jsonl(tmp_path / "quick.jsonl")) == 9
+    assert "9 of 9 pieces of work done" in capsys.readouterr().out
     assert json.loads((tmp_path / "xvnli_baseline_seed0" / "result.json").read_text())["finished"]
