@@ -23,6 +23,8 @@ def test_twin_terms_and_gradients_equal_objective(head, twins):
     model, batch = make_model(), make_batch(8)
     if twins:  # two drawings of one concept are no negatives of each other
         batch["image_text"]["image_id"][1] = batch["image_text"]["image_id"][0]
+        # and pixels have statistics by channel, as ImageNet's
+        model.vision.pixel_mean, model.vision.pixel_std = (123.7, 116.3, 103.5), (58.4, 57.1, 57.4)
     terms, ours = gradients(UnifiedObjective(model, OBJECTIVE), model, batch)
     twin_terms, twin_gradients = gradients(PaddedTwin(model, head, LENGTHS), model, batch)
     del terms["itm_accuracy"]
