@@ -26,8 +26,8 @@ from finetune.report import extra_scores, scores_of
 from raylib.fileio import append_jsonl, file_lock, read_json_object, write_json
 
 FAILED = "failed"  # kind of the record of a try that failed
-LOOK_SECONDS = 2.0  # between two looks at what an experiment's processes have used
 AGAIN = "again"  # of one that was made again, for others to go on from it
+LOOK_SECONDS = 2.0  # between two looks at what an experiment's processes have used
 # glibc keeps freed memory. Otherwise each step gives its own back and takes it anew, page by page: 120 steps
 # of scenes_xgqa take 1.4 and 1.5 CPU-seconds in the kernel without, 0.4 and 0.8 with these (in turns).
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(1 << 34), "MALLOC_MMAP_THRESHOLD_": str(1 << 31)}
@@ -78,7 +78,7 @@ def spawn(log: Path, *arguments: object) -> Outcome:
             stderr=subprocess.STDOUT,
             env={**MALLOC, **os.environ, "OMP_NUM_THREADS": "1"},
         )
-        family = {process.pid: 0.0}  # CPU-seconds of the process and of those below it
+        family: dict[int, float] = {}  # CPU-seconds of the process and of those below it
         while (ended := os.wait4(process.pid, os.WNOHANG))[0] == 0:
             family |= _cpu_seconds(process.pid)
             time.sleep(LOOK_SECONDS)
