@@ -270,9 +270,10 @@ def _parts(
     copies = 2.0 * (sum(parameters.values()) - parameters["embedding"]) if is_copied else 0.0
     states = text[0] * d * f.stream
     embedding = 0.0 if f.is_split else 2 * states + text[0] * d * f.mask
-    # The CLS states that are contrasted are a view of all that comes out of the text encoder; but of a split
-    # one that all tokens come out of, all that is read are copies.
-    is_kept = text[1] < text[0] if f.is_split else f.checkpointing == "blocks"
+    # The CLS states that are contrasted are a view of all that comes out of the text encoder; but of one in
+    # pieces that all tokens come out of, all that is read are copies.
+    in_pieces = f.micro_batches > 1
+    is_kept = text[1] < text[0] if in_pieces else f.checkpointing != "none"
     outputs = text[1] * d * f.stream if is_kept else 0.0
     parts = [
         Part("weights in bf16", copies, 0.0),

@@ -2,7 +2,6 @@
 The long one is `make fuzz`."""
 
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -19,7 +18,6 @@ from tests.fuzz.reader import Reader, same
 from tests.fuzz.readers import READERS
 
 FILES_A_READER = 4
-CPU_SECONDS = 40  # of the short run, with its imports, on a machine half as fast as ours
 
 
 def example(folder):
@@ -179,15 +177,11 @@ def test_fuzz_functions_that_open_files_are_found(text, found):
 
 
 def test_fuzz_a_short_run_over_every_reader(tmp_path):
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     files = FILES_A_READER * len(READERS)
     command = [sys.executable, "-m", "tests.fuzz", "--files", files, "--keep", tmp_path / "faults", "--trace"]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=pool.ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert f"{files:,} files, {len(READERS)} readers" in done.stdout
-    seconds = sum(getattr(after, key) - getattr(before, key) for key in ("ru_utime", "ru_stime"))
-    assert seconds < CPU_SECONDS, f"{seconds:.0f} s of the CPU"
 
 
 def test_fuzz_make_fuzz_reads_ten_thousand_files():
