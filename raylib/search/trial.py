@@ -14,7 +14,6 @@ A report is what Tune is told after each checkpoint and at the end:
 """
 
 import contextlib
-import gc
 import math
 import os
 import shutil
@@ -37,6 +36,7 @@ from raylib.fileio import append_jsonl, read_json, read_jsonl, repair_jsonl, wri
 from raylib.finite import require_finite_values
 from raylib.launch import LaunchConfig, run_folder
 from raylib.lock import make_folder, require_owned, work_for
+from raylib.runtime import release_memory
 from raylib.search.config import SearchContext, SearchJob
 from raylib.search.space import Setting, apply_changes, config_changes
 from raylib.settings import update_deviations
@@ -263,7 +263,7 @@ def run_trial(context: SearchContext, config: LaunchConfig, keep: bool) -> None:
         tune.report(report(epoch, trouble=str(e)))
         return
     finally:
-        gc.collect()  # the next trial of this process needs the memory
+        release_memory()  # the next trial of this process needs it
     newest = checkpoint.find_newest(folder) if keep else None
     stored = tune.Checkpoint.from_directory(newest) if newest else None
     tune.report(report(num_epochs, finished=True, **_start_seconds(folder), **scores), checkpoint=stored)
