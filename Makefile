@@ -2,8 +2,8 @@
 # make finetune [MODEL=...]    the model scenes_base, of the repository, on the four tasks of the emoji scenes: some minutes each, one table
 # make transfer [MODEL=...]    the same model in four languages by papers 3 and 4: small weights, translations, distillation; one table
 # make search [SPACE=best_of_scenes] [MODEL=...]    the same model: which methods together, how much of each; a report
-# make scenes_base [NAME=sample]    such a model of one's own, from that of `make run`, into runs/scenes_base_model: under two hours; started
-#                  again, it goes on
+# make scenes_base [NAME=sample] [ARGS=...]    such a model of one's own, from that of `make run`, into runs/scenes_base_model: under
+#                  two hours; started again, it goes on
 # make install [LOCKED=1]    .venv with the pinned requirements and this project (the others do it when needed); LOCKED:
 #                  of requirements.lock, every file compared with its hash
 # make test        lint, types and fast tests, two at a time
@@ -64,7 +64,7 @@ runs/scenes: | .venv/.installed
 scenes_base: .venv/.installed
 	@[ -f runs/$(NAME)/result.json ] || { echo "error: no finished run runs/$(NAME) to start from; 'make run' makes it" >&2; exit 2; }
 	@before=runs/$(NAME); for stage in $(SCENES_STAGES); do \
-		$(PYTHON) -m pretrain $$stage init.model=$$before || exit $$?; before=runs/$$stage; \
+		$(PYTHON) -m pretrain $$stage init.model=$$before $(ARGS) || exit $$?; before=runs/$$stage; \
 	done
 	@[ -d runs/scenes_base_model ] || { \
 		$(PYTHON) -m pretrain export runs/scenes_base runs/scenes_base_model --float16 --license apache-2.0 && \
