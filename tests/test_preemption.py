@@ -1,6 +1,7 @@
 """Ray takes a node away: the run saves, and goes on elsewhere; workers of several nodes. On a real cluster of
 three nodes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from pretrain.train import run
 from raylib import checkpoint
 from raylib.monitoring import read_metrics
+from raylib.ray_cluster import RAY_ENV
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
@@ -23,6 +25,7 @@ def nodes():
     import ray
     from ray.cluster_utils import Cluster
 
+    os.environ.setdefault("RAY_worker_niceness", RAY_ENV["RAY_worker_niceness"])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
     for _ in range(2):
         cluster.add_node(num_cpus=2, object_store_memory=10**8)

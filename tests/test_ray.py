@@ -27,7 +27,7 @@ from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.launch import launch
 from raylib.monitoring import read_metrics
-from raylib.ray_cluster import job_has_ended, private_ray, this_job
+from raylib.ray_cluster import RAY_ENV, job_has_ended, private_ray, this_job
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -37,6 +37,7 @@ def cluster():
     """One cluster for all tests here; its processes go when the driver's connection ends."""
     import ray
 
+    os.environ.setdefault("RAY_worker_niceness", RAY_ENV["RAY_worker_niceness"])
     options = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 10**8}
     with private_ray():
         ray.init(address="local", **options)
@@ -387,7 +388,8 @@ with ray_cluster():
 @pytest.mark.slow
 def test_ray_processes_know_their_cluster_among_several():
     """Beside that of this module: Ray Train's actors ask which others live, and so do those of users."""
-    env = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ours = ("RAY_ADDRESS", "RAY_worker_niceness")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
     done = subprocess.run([sys.executable, "-c", SECOND_CLUSTER], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "multiple active" not in done.stdout + done.stderr
