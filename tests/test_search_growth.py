@@ -128,7 +128,7 @@ def test_search_grows_on_the_same_command_and_keeps_what_was_run(search, capsys)
 def test_search_trains_a_later_winner_again_to_test_it(search, tmp_path):
     """With more trials another setting wins, or with more seeds: the weights of losers are not kept."""
     folder = search(X, "algorithm=random", "num_trials=2", "num_finalists=2", "final_seeds=1")
-    runs = {run.name: run for run in (folder / "finals").glob("setting*")}
+    runs = {run.name: run for run in (folder / "finals").glob("setting*_seed*")}
     kept = [name for name, run in runs.items() if (run / "checkpoints").is_dir()]
     assert len(kept) == 1
     loser = next(run for name, run in runs.items() if name not in kept and not (run / "test.json").is_file())
