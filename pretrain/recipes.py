@@ -22,7 +22,7 @@ BICUBIC = PreprocessConfig(resample="bicubic")  # images of mVLP's code, squeeze
 
 
 def tiny() -> PretrainConfig:
-    """the sample corpus on 2 CPU cores in 15 minutes or less"""
+    """the sample corpus, on 2 CPU cores in minutes"""
     return PretrainConfig(
         name="tiny",
         model=ModelConfig(
