@@ -9,6 +9,8 @@ import pytest
 
 # before Ray is imported: poll reports often, so that a checkpoint costs 0.2 s and not 2
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+# of clusters that tests start by themselves; the product gives it to its own (`raylib.ray_cluster.RAY_ENV`)
+os.environ.setdefault("RAY_worker_niceness", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 MINI = [

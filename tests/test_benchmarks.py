@@ -58,6 +58,7 @@ ALLOWED_NUMBERS = {
         "95 %": "the level of intervals, raylib.metrics",
         "127.5": "half of 255",
     },
+    "docs/quick-start.md": {"3 GB": "what the installed requirements take, asked of the reader's disk"},
     "benchmarks/README.md": {"1 GB": "size of the checkpoint, chosen"},
     "docs/cluster.md": {
         "4 GB": "12 bytes a parameter of base, of 7 in 8 of them",

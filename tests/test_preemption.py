@@ -1,7 +1,6 @@
 """Ray takes a node away: the run saves, and goes on elsewhere; workers of several nodes. On a real cluster of
 three nodes."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 from pretrain.train import run
 from raylib import checkpoint
 from raylib.monitoring import read_metrics
-from raylib.ray_cluster import RAY_ENV
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.slow]
 
@@ -25,7 +23,6 @@ def nodes():
     import ray
     from ray.cluster_utils import Cluster
 
-    os.environ.setdefault("RAY_worker_niceness", RAY_ENV["RAY_worker_niceness"])
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 10**8})
     for _ in range(2):
         cluster.add_node(num_cpus=2, object_store_memory=10**8)

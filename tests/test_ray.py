@@ -27,7 +27,7 @@ from raylib.config import dump_config
 from raylib.errors import UserError
 from raylib.launch import launch
 from raylib.monitoring import read_metrics
-from raylib.ray_cluster import RAY_ENV, job_has_ended, private_ray, this_job
+from raylib.ray_cluster import job_has_ended, private_ray, this_job
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -37,7 +37,6 @@ def cluster():
     """One cluster for all tests here; its processes go when the driver's connection ends."""
     import ray
 
-    os.environ.setdefault("RAY_worker_niceness", RAY_ENV["RAY_worker_niceness"])
     options = {"num_cpus": 4, "include_dashboard": True, "dashboard_port": 0, "object_store_memory": 10**8}
     with private_ray():
         ray.init(address="local", **options)

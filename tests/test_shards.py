@@ -337,7 +337,6 @@ def test_index_of_ten_thousand_samples_makes_those_asked_for(tmp_path):
     places = ({"jpg": [512 * i, i, 7 * i], "txt": [512 * i + 256, 9]} for i in range(10_000))
     samples = [IndexedSample(f"{i:09d}", members, 1) for i, members in enumerate(places)]
     write_index(shard, 1 << 30, samples)
-    open_index(shard, tmp_path)
     tracemalloc.start()
     index = open_index(shard, tmp_path)
     assert index.read(9_999).key == "000009999" and index.read(0).members["jpg"] == (0, 0, 0)
